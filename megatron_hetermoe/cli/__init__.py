@@ -1,0 +1,1 @@
+"""The commands: ``hetermoe train``, ``data``, ``patches``, ``trace``."""

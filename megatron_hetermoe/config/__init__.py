@@ -1,0 +1,1 @@
+"""What a run is told: model shape, pools, plan, flags. Plain dataclasses."""

@@ -1,0 +1,51 @@
+"""One error for everything that is wrong with what the user said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+EXIT_CODE = 2  # of every command and every rank that refuses its input
+
+
+class UsageError(ValueError):
+    """The user's input cannot be run. Carries every problem that was found, not the first one.
+
+    Args:
+        problems: one sentence a problem, each naming what is wrong and the way out.
+    """
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = tuple(problems)
+        assert self.problems, "a UsageError without a problem"
+        super().__init__("\n".join(self.problems))
+
+    def message(self) -> str:
+        """The text for the user: a head line and a line for each problem."""
+        count = len(self.problems)
+        head = "hetermoe: 1 problem:" if count == 1 else f"hetermoe: {count} problems:"
+        return "\n".join([head, *(f"  - {problem}" for problem in self.problems)])
+
+
+class Problems:
+    """Collects problems while input is checked, so that one message can name them all."""
+
+    def __init__(self) -> None:
+        self._problems: list[str] = []
+
+    def add(self, problem: str) -> None:
+        """Notes a problem; the same sentence is kept once."""
+        if problem not in self._problems:
+            self._problems.append(problem)
+
+    def extend(self, error: UsageError) -> None:
+        """Takes over what another check found."""
+        for problem in error.problems:
+            self.add(problem)
+
+    def __bool__(self) -> bool:
+        return bool(self._problems)
+
+    def raise_if_any(self) -> None:
+        """Raises UsageError with all that was noted, if anything was."""
+        if self._problems:
+            raise UsageError(self._problems)

@@ -1,0 +1,1 @@
+"""What megatron.training asks of the device it runs on."""

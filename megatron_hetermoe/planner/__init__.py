@@ -1,0 +1,1 @@
+"""From what the user said to one Plan."""

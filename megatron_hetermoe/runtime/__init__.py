@@ -1,0 +1,1 @@
+"""Executes a schedule: streams, channels, trace. Knows torch and nothing of Megatron."""

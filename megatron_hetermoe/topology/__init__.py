@@ -1,0 +1,1 @@
+"""Which rank does what, and which holder has which expert."""
