@@ -1,0 +1,128 @@
+"""The ``--hetermoe`` flags: one namespace that refuses what it does not know."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from megatron_hetermoe.config.errors import Problems
+from megatron_hetermoe.config.plan import SCHEDULES
+
+PREFIX = "--hetermoe"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the user said with ``--hetermoe`` flags; None where nothing was said.
+
+    Attributes:
+        enabled: ``--hetermoe`` was given.
+        attention_ranks, expert_ranks: totals over all ZP groups.
+        groups: ZP groups that the totals are divided into.
+        placement: file that says which holder has which expert.
+        schedule: one of ``config.plan.SCHEDULES``.
+        wave: the most microbatches on the way together.
+        plan: plan file, in place of the flags above or beside ones that agree with it.
+        trace: folder to record task times into.
+    """
+
+    enabled: bool = False
+    attention_ranks: int | None = None
+    expert_ranks: int | None = None
+    groups: int | None = None
+    placement: str | None = None
+    schedule: str | None = None
+    wave: int | None = None
+    plan: str | None = None
+    trace: str | None = None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags, with their help, to a parser."""
+    group = parser.add_argument_group("hetermoe", "train with attention and experts on different ranks")
+    group.add_argument("--hetermoe", action="store_true", dest="enabled", help="switch it on")
+    group.add_argument("--hetermoe-attention-ranks", metavar="RANKS", help="attention ranks, all ZP groups together")
+    group.add_argument("--hetermoe-expert-ranks", metavar="RANKS", help="expert ranks, all ZP groups together")
+    group.add_argument("--hetermoe-groups", metavar="G", help="ZP groups that the ranks are divided into (default 1)")
+    group.add_argument("--hetermoe-placement", metavar="FILE", help="YAML or JSON: which holder has which expert "
+                       "(default: spread evenly over the expert ranks)")
+    group.add_argument("--hetermoe-schedule", metavar="|".join(SCHEDULES),
+                       help="order of tasks: zebra (default), or one microbatch at a time, for comparison")
+    group.add_argument("--hetermoe-wave", metavar="R",
+                       help="the most microbatches on the way together (default: all of a step)")
+    group.add_argument("--hetermoe-plan", metavar="FILE", help="plan.json of an earlier run or of `hetermoe plan`")
+    group.add_argument("--hetermoe-trace", metavar="DIR", help="record every task's start and end there")
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[Flags, list[str]]:
+    """Takes the ``--hetermoe`` flags out of a command line.
+
+    Returns:
+        The flags, and the rest of the command line for Megatron.
+
+    Raises:
+        UsageError: for an unknown flag with this prefix, a missing or ill-typed value, or a flag without
+            ``--hetermoe``; all of them in one.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    add_flags(parser)
+    problems = Problems()
+    ours, rest = _split(argv, parser, problems)
+    parsed, _ = parser.parse_known_args(ours)
+    values = {}
+    for field in fields(Flags):
+        value = getattr(parsed, "enabled" if field.name == "enabled" else f"hetermoe_{field.name}")
+        if value is not None and field.type == "int | None":
+            value = _positive(value, field.name, problems)
+        values[field.name] = value
+    flags = Flags(**values)
+    if flags.schedule is not None and flags.schedule not in SCHEDULES:
+        problems.add(f"{PREFIX}-schedule is {flags.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+    given = [f"{PREFIX}-{name.replace('_', '-')}" for name, value in vars(flags).items()
+             if name != "enabled" and value is not None]
+    if given and not flags.enabled:
+        problems.add(f"{', '.join(given)} without {PREFIX}: add {PREFIX}, or leave them out for plain Megatron")
+    problems.raise_if_any()
+    return flags, rest
+
+
+def _split(argv: Sequence[str], parser: argparse.ArgumentParser, problems: Problems) -> tuple[list[str], list[str]]:
+    """Separates our flags, each with its value, from the rest; notes unknown ones and missing values."""
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    ours: list[str] = []
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, joined, value = word.partition("=")
+        if name != PREFIX and not name.startswith(PREFIX + "-"):
+            rest.append(word)
+        elif name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1)
+            problems.add(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            if not joined and words and not words[0].startswith("--"):
+                words.pop(0)
+        elif actions[name].nargs == 0:
+            if joined:
+                problems.add(f"{name} takes no value")
+            ours.append(name)
+        elif joined:
+            ours.append(f"{name}={value}")
+        elif words and not words[0].startswith("--"):
+            ours.append(f"{name}={words.pop(0)}")
+        else:
+            problems.add(f"{name} needs a value ({actions[name].metavar})")
+    return ours, rest
+
+
+def _positive(text: str, name: str, problems: Problems) -> int | None:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        problems.add(f"{PREFIX}-{name.replace('_', '-')} is {text!r}; it must be a whole number from 1 on")
+        return None
+    return value

@@ -1,0 +1,107 @@
+"""The Plan: everything that a run decides before a rank starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.config.shape import ModelShape
+
+FORMAT = 1
+SCHEDULES = ("zebra", "sequential")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What executor, checkpoint and trace read; flags, recipe and plan file all resolve to it.
+
+    Attributes:
+        model: the model's shape.
+        attention_ranks: attention ranks of all ZP groups together.
+        expert_ranks: expert ranks of all ZP groups together.
+        groups: G, the number of ZP groups.
+        placement: for each layer from 1 on, the holder of each expert, as a member of the ZP group
+            (attention ranks 0 to M-1, then expert ranks M to M+N-1); empty for a layer without experts.
+        schedule: one of SCHEDULES.
+        wave: the most microbatches on the way together, None for all of a step.
+        attention_precision, expert_precision: dtype of each role's parameters, one of PRECISIONS.
+    """
+
+    model: ModelShape
+    attention_ranks: int
+    expert_ranks: int
+    groups: int
+    placement: tuple[tuple[int, ...], ...]
+    schedule: str = "zebra"
+    wave: int | None = None
+    attention_precision: str = "fp32"
+    expert_precision: str = "fp32"
+
+    def to_json(self) -> str:
+        """The plan as the text of a plan file."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+
+def plan_from_json(text: str, origin: str) -> Plan:
+    """Reads a plan file.
+
+    Args:
+        text: the file's content.
+        origin: the file's name, for messages.
+
+    Raises:
+        UsageError: with everything that is not as ``Plan.to_json`` writes it. What the values mean for each
+            other and for the model is checked where a plan is resolved, not here.
+    """
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError([f"{origin} is not JSON ({error}); write it with `hetermoe plan`"]) from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise UsageError([f"{origin} is not a plan of format {FORMAT}; write it with this version's `hetermoe plan`"])
+    del document["format"]
+    problems = Problems()
+    model = _fields_of(ModelShape, document.get("model"), f"{origin}: model", problems)
+    values = _fields_of(Plan, document, origin, problems)
+    problems.raise_if_any()
+    return Plan(**{**values, "model": ModelShape(**model)})
+
+
+def _fields_of(kind: type, document: Any, where: str, problems: Problems) -> dict[str, Any]:
+    """The document's values for the fields of a dataclass, with lists as tuples; notes what does not fit."""
+    if not isinstance(document, dict):
+        problems.add(f"{where} is not a mapping")
+        return {}
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in document.keys() - fields.keys():
+        problems.add(f"{where}: unknown key {name!r}")
+    values = {}
+    for name, field in fields.items():
+        if name not in document:
+            if field.default is dataclasses.MISSING:
+                problems.add(f"{where}: {name!r} is missing")
+        elif not _fits(document[name], str(field.type)):
+            problems.add(f"{where}: {name!r} is {document[name]!r}, which is not of type {field.type}")
+        else:
+            values[name] = _as_tuple(document[name])
+    return values
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a JSON value has the type that a field's annotation names."""
+    if annotation.endswith(" | None"):
+        return value is None or _fits(value, annotation.removesuffix(" | None"))
+    if annotation.startswith("tuple["):
+        inner = annotation.removeprefix("tuple[").removesuffix(", ...]")
+        return isinstance(value, list) and all(_fits(item, inner) for item in value)
+    if annotation == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, {"bool": bool, "str": str, "ModelShape": dict}[annotation])
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value

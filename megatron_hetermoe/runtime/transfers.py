@@ -1,0 +1,261 @@
+"""The transfers of an asymmetric mixture-of-experts layer, as tasks outside autograd.
+
+Traffic is bipartite and ragged: every attention rank sends to every holder of a layer what its router decided, and
+any of it may be nothing. An attention rank knows all sizes; a holder learns them from a header that travels in
+front of the tokens. Nothing else is ever awaited in order to know a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_hetermoe.runtime.channels import Channel, Message
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
+from megatron_hetermoe.topology.placement import Placement
+
+# Parts of a transfer.
+_HEADER, _TOKENS, _PROBS = range(3)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HEADER_FIELDS = 5  # layer, microbatch, hidden, dtype of tokens, dtype of probabilities; then counts
+
+
+@dataclass
+class OwnerState:
+    """One layer of one microbatch, where its tokens live.
+
+    Tokens are sorted by holder, then by the holder's local expert (``Placement.expert_order``). Fields are None
+    before they are known and after they were last read.
+
+    Attributes:
+        counts: for each holder of the layer, ascending, the tokens for each of its experts.
+        tokens: [routed, hidden], where a token is there once for each expert that it goes to.
+        probs: [routed], in the router's precision.
+        outputs: [routed, hidden], what the experts made of them.
+        output_grads: [routed, hidden].
+        token_grads: [routed, hidden].
+        prob_grads: [routed].
+    """
+
+    counts: list[list[int]]
+    tokens: torch.Tensor | None
+    probs: torch.Tensor | None
+    outputs: torch.Tensor | None = None
+    output_grads: torch.Tensor | None = None
+    token_grads: torch.Tensor | None = None
+    prob_grads: torch.Tensor | None = None
+
+    @property
+    def splits(self) -> list[int]:
+        """Rows for each holder."""
+        return [sum(counts) for counts in self.counts]
+
+
+@dataclass
+class HolderState:
+    """One layer of one microbatch, where its experts live. Rows are sorted by owner, then by local expert.
+
+    Attributes:
+        counts: for each attention member, the tokens for each local expert.
+        tokens, probs, outputs, output_grads, token_grads, prob_grads: as in OwnerState, of this holder's experts.
+    """
+
+    counts: list[list[int]]
+    tokens: torch.Tensor | None
+    probs: torch.Tensor | None
+    outputs: torch.Tensor | None = None
+    output_grads: torch.Tensor | None = None
+    token_grads: torch.Tensor | None = None
+    prob_grads: torch.Tensor | None = None
+
+    @property
+    def splits(self) -> list[int]:
+        """Rows of each attention member."""
+        return [sum(counts) for counts in self.counts]
+
+
+@dataclass
+class Transfers:
+    """The D and C tasks of one member.
+
+    Attributes:
+        placement: who holds which expert.
+        attention_members: M.
+        member: this rank.
+        out, back: the channels.
+        hidden: width of a token.
+        dtype: of tokens, on both ends.
+        device: where buffers are.
+        owned, held: state by (layer, microbatch), for the A and E tasks to read and fill.
+    """
+
+    placement: Placement
+    attention_members: int
+    member: int
+    out: Channel
+    back: Channel
+    hidden: int
+    dtype: torch.dtype
+    device: torch.device
+    owned: dict[tuple[int, int], OwnerState] = field(default_factory=dict)
+    held: dict[tuple[int, int], HolderState] = field(default_factory=dict)
+
+    def table(self) -> dict[tuple[Kind, Pass], Callable[[Task], None]]:
+        """What the executor calls for D and C tasks."""
+        return {
+            (Kind.DISPATCH, Pass.FORWARD): self._dispatch,
+            (Kind.COMBINE, Pass.FORWARD): self._combine,
+            (Kind.COMBINE, Pass.BACKWARD): self._combine_backward,
+            (Kind.DISPATCH, Pass.BACKWARD): self._dispatch_backward,
+        }
+
+    def clear(self) -> None:
+        """Forgets all microbatches, after a step."""
+        self.owned.clear()
+        self.held.clear()
+
+    @property
+    def _owns(self) -> bool:
+        return self.member < self.attention_members
+
+    def _holds(self, layer: int) -> bool:
+        return bool(self.placement.held(layer, self.member))
+
+    @torch.no_grad()
+    def _dispatch(self, task: Task) -> None:
+        """D forward, on channel out: header, tokens and probabilities to the holders."""
+        headers: list[Message] = []
+        payload: list[Message] = []
+        state = self._owner(task) if self._owns else None
+        if state:
+            self._check(task, "tokens", state.tokens, sum(state.splits))
+            for holder, counts in zip(self.placement.holders_of(task.layer), state.counts):
+                headers.append(Message(holder, _HEADER, self._header(task, state, counts)))
+            payload += self._parts(task, state, _TOKENS, state.tokens)
+            payload += self._parts(task, state, _PROBS, state.probs)
+        if not self._holds(task.layer):
+            self.out.exchange(headers + payload)
+        else:
+            received = self._receive_headers(task, headers)
+            buffers = [
+                Message(owner, part, rows)
+                for part, tensor in ((_TOKENS, received.tokens), (_PROBS, received.probs))
+                for owner, rows in enumerate(tensor.split(received.splits))
+            ]
+            self.out.exchange(payload, buffers)
+            self.held[task.layer, task.microbatch] = received
+        if state:
+            # Only their shape is read from here on, by the backward of the task that made them.
+            state.tokens.untyped_storage().resize_(0)
+            state.tokens = state.probs = None
+
+    @torch.no_grad()
+    def _combine(self, task: Task) -> None:
+        """C forward, on channel back: the experts' outputs to the tokens' owners."""
+        state = self._owner(task) if self._owns else None
+        buffers = []
+        if state:
+            state.outputs = self._empty(sum(state.splits))
+            buffers = self._parts(task, state, _TOKENS, state.outputs)
+        self.back.exchange(self._returned(task, _TOKENS, "outputs"), buffers)
+        if self._holds(task.layer):
+            held = self.held[task.layer, task.microbatch]
+            held.outputs.untyped_storage().resize_(0)
+            held.outputs = None
+
+    @torch.no_grad()
+    def _combine_backward(self, task: Task) -> None:
+        """C backward, on channel out: the outputs' gradients to the holders."""
+        sends, buffers = [], []
+        state = self._owner(task) if self._owns else None
+        if state:
+            self._check(task, "gradients of outputs", state.output_grads, sum(state.splits))
+            sends = self._parts(task, state, _TOKENS, state.output_grads.contiguous())
+        if self._holds(task.layer):
+            held = self.held[task.layer, task.microbatch]
+            held.output_grads = self._empty(sum(held.splits))
+            buffers = [
+                Message(owner, _TOKENS, rows) for owner, rows in enumerate(held.output_grads.split(held.splits))
+            ]
+        self.out.exchange(sends, buffers)
+        if state:
+            state.output_grads = None
+
+    @torch.no_grad()
+    def _dispatch_backward(self, task: Task) -> None:
+        """D backward, on channel back: gradients of tokens and probabilities to the owners."""
+        buffers = []
+        if self._owns:
+            state = self._owner(task)
+            rows = sum(state.splits)
+            state.token_grads = self._empty(rows)
+            state.prob_grads = torch.empty(rows, dtype=state.prob_grads.dtype, device=self.device)
+            buffers = self._parts(task, state, _TOKENS, state.token_grads)
+            buffers += self._parts(task, state, _PROBS, state.prob_grads)
+        sends = self._returned(task, _TOKENS, "token_grads") + self._returned(task, _PROBS, "prob_grads")
+        self.back.exchange(sends, buffers)
+        self.held.pop((task.layer, task.microbatch), None)
+
+    def _owner(self, task: Task) -> OwnerState:
+        return self.owned[task.layer, task.microbatch]
+
+    def _parts(self, task: Task, state: OwnerState, part: int, tensor: torch.Tensor) -> list[Message]:
+        """An owner's tensor, in the pieces that go to or come from each holder."""
+        return [
+            Message(holder, part, rows)
+            for holder, rows in zip(self.placement.holders_of(task.layer), tensor.split(state.splits))
+        ]
+
+    def _returned(self, task: Task, part: int, name: str) -> list[Message]:
+        """A holder's results, in the pieces that go to each owner; none where this member holds nothing."""
+        if not self._holds(task.layer):
+            return []
+        held = self.held[task.layer, task.microbatch]
+        tensor = getattr(held, name)
+        self._check(task, name, tensor, sum(held.splits), self.dtype if part == _TOKENS else held.probs.dtype)
+        return [Message(owner, part, rows) for owner, rows in enumerate(tensor.contiguous().split(held.splits))]
+
+    def _empty(self, rows: int) -> torch.Tensor:
+        return torch.empty(rows, self.hidden, dtype=self.dtype, device=self.device)
+
+    def _header(self, task: Task, state: OwnerState, counts: list[int]) -> torch.Tensor:
+        """What a holder must know before it can receive, as int64 on the CPU."""
+        return torch.tensor(
+            [task.layer, task.microbatch, self.hidden, _DTYPES.index(state.tokens.dtype),
+             _DTYPES.index(state.probs.dtype), *counts]
+        )
+
+    def _receive_headers(self, task: Task, own_headers: list[Message]) -> HolderState:
+        """Sends this member's headers, receives those for it, checks them, and makes buffers of their sizes."""
+        local = len(self.placement.held(task.layer, self.member))
+        headers = [torch.empty(_HEADER_FIELDS + local, dtype=torch.int64) for _ in range(self.attention_members)]
+        self.out.exchange(own_headers, [Message(owner, _HEADER, header) for owner, header in enumerate(headers)])
+        expected = [task.layer, task.microbatch, self.hidden, _DTYPES.index(self.dtype)]
+        probs_dtype = headers[0][_HEADER_FIELDS - 1].item()
+        for owner, header in enumerate(headers):
+            announced = header.tolist()
+            if announced[:_HEADER_FIELDS] != [*expected, probs_dtype]:
+                raise RuntimeError(
+                    f"member {self.member} awaits layer {task.layer}, microbatch {task.microbatch + 1} as "
+                    f"{self.hidden} wide {self.dtype} with probabilities in {_DTYPES[probs_dtype]}, but member {owner} "
+                    f"sends layer {announced[0]}, microbatch {announced[1] + 1}, {announced[2]} wide "
+                    f"{_DTYPES[announced[3]]} with {_DTYPES[announced[4]]}"
+                )
+        counts = [header[_HEADER_FIELDS:].tolist() for header in headers]
+        rows = sum(map(sum, counts))
+        return HolderState(
+            counts, self._empty(rows), torch.empty(rows, dtype=_DTYPES[probs_dtype], device=self.device)
+        )
+
+    def _check(
+        self, task: Task, what: str, tensor: torch.Tensor, rows: int, dtype: torch.dtype | None = None
+    ) -> None:
+        """The sender's end of what the receiver checks by its header: the size and type that were agreed on."""
+        dtype = dtype or self.dtype
+        if tensor.shape[0] != rows or tensor.dtype != dtype:
+            raise RuntimeError(
+                f"member {self.member} has {tensor.shape[0]} rows of {tensor.dtype} as {what} for {task}, "
+                f"its peers await {rows} of {dtype}"
+            )

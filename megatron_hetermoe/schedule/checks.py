@@ -1,0 +1,71 @@
+"""What must hold of every schedule: dependencies, one order a channel, no deadlock."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from megatron_hetermoe.schedule.orders import Schedule, transfers_between
+from megatron_hetermoe.schedule.tasks import Stream, Task
+
+
+def violations(schedule: Schedule) -> list[str]:
+    """Everything that is wrong with a schedule, one sentence each; empty for one that can run.
+
+    The proof of progress is a run in which a task starts as soon as it heads its stream, all that it reads is done,
+    and, for a transfer, as soon as it heads that channel on every member that takes part, which is as strict as
+    a transport without buffers. If that run ends, none can deadlock: starting a task never keeps another from
+    starting, so any other run can only be at a point that this one passes.
+    """
+    members = {member: schedule.member(member) for member in range(schedule.placement.members)}
+    problems = []
+    for stream in (Stream.OUT, Stream.BACK):
+        for pair in combinations(members, 2):
+            one, other = transfers_between(schedule, stream, pair)
+            if one != other:
+                problems.append(f"members {pair} see channel {stream.value} in different orders")
+    parts: dict[Task, set[int]] = {}
+    for member, orders in members.items():
+        for stream, order in orders.streams.items():
+            if len(set(order)) != len(order):
+                problems.append(f"member {member} has a task twice on stream {stream.value}")
+            for task in order:
+                if task.stream is not stream:
+                    problems.append(f"member {member} has {task} on stream {stream.value}")
+                parts.setdefault(task, set()).add(member)
+    problems += [
+        f"{task} waits for {dependency}, which no member has"
+        for task in parts for dependency in schedule.dependencies(task) if dependency not in parts
+    ]
+    return problems or _stuck(schedule, parts)
+
+
+def _stuck(schedule: Schedule, parts: dict[Task, set[int]]) -> list[str]:
+    """The heads of all streams when nothing can start any more, if tasks are left."""
+    queues = {
+        (member, stream): list(reversed(order))
+        for member in range(schedule.placement.members)
+        for stream, order in schedule.member(member).streams.items()
+    }
+    finished: dict[Task, set[int]] = {task: set() for task in parts}
+
+    def ready(task: Task, member: int) -> bool:
+        needed = schedule.dependencies(task)
+        if task.stream is Stream.COMPUTE:
+            return all(member in finished[dependency] for dependency in needed)
+        heads = all(queues[other, task.stream][-1:] == [task] for other in parts[task])
+        return heads and all(finished[dependency] == parts[dependency] for dependency in needed)
+
+    progress = True
+    while progress:
+        progress = False
+        for (member, stream), queue in queues.items():
+            while queue and ready(queue[-1], member):
+                task = queue[-1]
+                for taker in {member} if stream is Stream.COMPUTE else parts[task]:
+                    queues[taker, stream].pop()
+                    finished[task].add(taker)
+                progress = True
+    return [
+        f"member {member} is stuck on stream {stream.value} before {queue[-1]}"
+        for (member, stream), queue in queues.items() if queue
+    ]

@@ -1,0 +1,178 @@
+"""Schedules: for every stream of every member of a ZP group, the order of its tasks.
+
+A schedule is data. The executor runs it, the simulator prices it; what is proved of it in ``schedule.checks`` holds for
+both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task, dependencies
+from megatron_hetermoe.topology.placement import Placement
+
+Order = tuple[Task, ...]
+
+
+@dataclass(frozen=True)
+class MemberSchedule:
+    """The orders of one member's streams, and what its tasks wait for on this member.
+
+    Attributes:
+        streams: for each stream, its tasks in order.
+        waits: for each task, the tasks of this member, on whatever stream, that must be done before it starts.
+            What it needs from other members arrives through its transfers.
+    """
+
+    streams: dict[Stream, Order]
+    waits: dict[Task, Order]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One step, or one evaluation, of a ZP group.
+
+    Attributes:
+        layers: K.
+        placement: who holds which expert.
+        attention_members: M; members from M on are expert ranks.
+        waves: the microbatches of each wave, in order.
+        forward_only: evaluation, which has no backward.
+    """
+
+    layers: int
+    placement: Placement
+    attention_members: int
+    waves: tuple[tuple[int, ...], ...]
+    forward_only: bool
+
+    @cached_property
+    def moe_layers(self) -> frozenset[int]:
+        """The layers with experts."""
+        return frozenset(layer for layer, holders in enumerate(self.placement.holders, start=1) if holders)
+
+    @property
+    def last_microbatch(self) -> int:
+        """The microbatch after whose backward a layer's gradients are complete."""
+        return self.waves[-1][-1]
+
+    def member(self, member: int) -> MemberSchedule:
+        """The orders of one member's streams."""
+        holds = self.placement.layers_of(member)
+        is_attention = member < self.attention_members
+        computes = tuple(
+            task
+            for task in self._compute_order()
+            if (is_attention if task.kind is Kind.ATTENTION else task.layer in holds)
+        )
+        transfers = tuple(
+            task for task in self._transfer_order() if is_attention or task.layer in holds
+        )
+        streams = {
+            Stream.COMPUTE: computes,
+            Stream.OUT: tuple(task for task in transfers if task.stream is Stream.OUT),
+            Stream.BACK: tuple(task for task in transfers if task.stream is Stream.BACK),
+        }
+        return MemberSchedule(streams, self._waits(streams))
+
+    def dependencies(self, task: Task) -> Order:
+        """The tasks of the ZP group whose results a task reads."""
+        return dependencies(task, self.layers, self.moe_layers)
+
+    def _compute_order(self) -> Iterator[Task]:
+        """All A and E tasks in the order in which a member that had all of them would run them.
+
+        The paper's optimal orders (section 3): attention ranks (A^F_{1,1} .. A^F_{1,R}) .. (A^F_{L,1} A^B_{L,1} ..
+        A^F_{L,R} A^B_{L,R}) .. (A^B_{1,1} .. A^B_{1,R}); expert ranks all forwards, then all backwards, layer by layer.
+        A member's own order is this one without the tasks that it does not have, so members that hold
+        experts beside attention agree with all others on the order of every transfer.
+        """
+        head = self.layers + 1
+        for wave in self.waves:
+            for layer in range(1, head):
+                yield from (Task(Kind.ATTENTION, Pass.FORWARD, layer, microbatch) for microbatch in wave)
+                if layer in self.moe_layers:
+                    yield from (Task(Kind.EXPERT, Pass.FORWARD, layer, microbatch) for microbatch in wave)
+            for microbatch in wave:
+                yield Task(Kind.ATTENTION, Pass.FORWARD, head, microbatch)
+                if not self.forward_only:
+                    yield Task(Kind.ATTENTION, Pass.BACKWARD, head, microbatch)
+            if self.forward_only:
+                continue
+            for layer in range(self.layers, 0, -1):
+                if layer in self.moe_layers:
+                    yield from (Task(Kind.EXPERT, Pass.BACKWARD, layer, microbatch) for microbatch in wave)
+                yield from (Task(Kind.ATTENTION, Pass.BACKWARD, layer, microbatch) for microbatch in wave)
+
+    def _transfer_order(self) -> Iterator[Task]:
+        """All transfers, each directly after the compute task whose result it carries."""
+        for task in self._compute_order():
+            layer, microbatch = task.layer, task.microbatch
+            if task.kind is Kind.EXPERT:
+                kind = Kind.COMBINE if task.direction is Pass.FORWARD else Kind.DISPATCH
+                yield Task(kind, task.direction, layer, microbatch)
+            elif task.direction is Pass.FORWARD and layer in self.moe_layers:
+                yield Task(Kind.DISPATCH, Pass.FORWARD, layer, microbatch)
+            elif task.direction is Pass.BACKWARD and layer - 1 in self.moe_layers:
+                yield Task(Kind.COMBINE, Pass.BACKWARD, layer - 1, microbatch)
+
+    def _waits(self, streams: dict[Stream, Order]) -> dict[Task, Order]:
+        """For each task of a member, the nearest tasks of the same member among what it depends on."""
+        local = {task for order in streams.values() for task in order}
+
+        def nearest(task: Task) -> Iterator[Task]:
+            for dependency in self.dependencies(task):
+                if dependency in local:
+                    yield dependency
+                else:
+                    yield from nearest(dependency)
+
+        return {task: tuple(dict.fromkeys(nearest(task))) for task in local}
+
+
+def zebra(
+    layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
+    forward_only: bool = False,
+) -> Schedule:
+    """Zebra parallelism: a wave's microbatches go through the model together, layer by layer.
+
+    Args:
+        layers: K.
+        placement: who holds which expert.
+        attention_members: M.
+        microbatches: those of the step.
+        wave: R, the most microbatches on the way together; None for all. Waves are as equal as can be, since a short
+            one at the end would have the longest bubbles.
+        forward_only: no backward.
+    """
+    count = -(-microbatches // (wave or microbatches))
+    bounds = [microbatches * index // count for index in range(count + 1)]
+    waves = tuple(tuple(range(first, last)) for first, last in zip(bounds, bounds[1:]))
+    return Schedule(layers, placement, attention_members, waves, forward_only)
+
+
+def sequential(
+    layers: int, placement: Placement, attention_members: int, microbatches: int, forward_only: bool = False
+) -> Schedule:
+    """Naive disaggregation: one microbatch at a time, so one pool always waits for the other."""
+    return zebra(layers, placement, attention_members, microbatches, 1, forward_only)
+
+
+def build(
+    name: str, layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
+    forward_only: bool = False,
+) -> Schedule:
+    """The schedule that a plan names (``config.plan.SCHEDULES``)."""
+    if name == "sequential":
+        return sequential(layers, placement, attention_members, microbatches, forward_only)
+    assert name == "zebra"
+    return zebra(layers, placement, attention_members, microbatches, wave, forward_only)
+
+
+def transfers_between(schedule: Schedule, stream: Stream, members: Sequence[int]) -> tuple[Order, ...]:
+    """Each member's order of a channel's transfers, without those that one of the members takes no part in."""
+    orders = [schedule.member(member).streams[stream] for member in members]
+    common = set(orders[0]).intersection(*orders[1:])
+    return tuple(tuple(task for task in order if task in common) for order in orders)
