@@ -5,6 +5,7 @@ Nothing here may start a thread when it is imported: a forked process has only t
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import faulthandler
 import functools
@@ -35,6 +36,28 @@ with warnings.catch_warnings():
     import megatron.training.training as training
     import megatron_hetermoe.mcore.gpt
     import megatron_hetermoe.pretrain_gpt as pretrain_gpt
+
+    # What a run would import later, at a second or more a rank: torch's optimizers want the compiler.
+    import megatron.core.datasets.helpers
+    import megatron.core.models.mimo
+    import megatron.core.tokenizers.text
+    import torch._dynamo
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import add_megatron_arguments
+
+_read_help = ArgumentGroupFactory._get_field_docstrings
+_help: dict[type, dict[str, str]] = {}
+
+
+def _help_of(self, configuration: type) -> dict[str, str]:
+    if configuration not in _help:
+        _help[configuration] = _read_help(self, configuration)
+    return _help[configuration]
+
+
+# Megatron parses the source of its configurations for the texts of --help, most of a second a rank.
+ArgumentGroupFactory._get_field_docstrings = _help_of
+add_megatron_arguments(argparse.ArgumentParser())
 
 gc.freeze()  # keeps the collector of each rank away from what was imported
 
