@@ -176,6 +176,8 @@ def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
     args.world_size = world_size
     # Both pools need not have as many optimizers, so timers of theirs must not meet at a barrier of the world.
     args.barrier_with_L1_time = False
+    # A second set of groups, which only the legacy checkpoint format uses.
+    args.use_gloo_process_groups = False
 
 
 def _assertion(error: BaseException) -> str:
