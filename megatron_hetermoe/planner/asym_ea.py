@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SEARCH_MICROBATCHES = 8  # that the local search simulates; more change the ramps' share, not what is best of neighbours
+_LONG = 300  # layers x microbatches of a step from which on the event simulator takes more than a moment
 _ROUNDS = 40  # of local search, each with all neighbours
 _FAMILY = 96  # totals that are tried before it
 
@@ -152,9 +153,11 @@ def balance(group: GroupCosts, limits: Limits, wave: int | None, thorough: bool 
         found.insert(0, search.improve(found[0], float(seconds.min())))
     named = [("even", search.experts(starts[0])), ("gather-and-squeeze", paper)]
     named += [("balance", search.experts(moved)) for moved in dict.fromkeys(found[:2])]
-    judged = [(_judge(group, experts, wave), name, experts) for name, experts in named if feasible(experts, limits)]
-    if not judged:
+    fitting = [(name, experts) for name, experts in named if feasible(experts, limits)]
+    if not fitting:
         return None
+    times = _judge(group, [experts for _, experts in fitting], wave)
+    judged = [(seconds, name, experts) for seconds, (name, experts) in zip(times, fitting)]
     by_name = {name: seconds for seconds, name, _ in reversed(judged)}
     best = min(judged, key=lambda entry: entry[0])
     return Assignment(best[2], best[0], best[1], by_name.get("gather-and-squeeze"), by_name.get("even"))
@@ -168,10 +171,47 @@ def placement_of(experts: np.ndarray) -> Placement:
     )
 
 
-def _judge(group: GroupCosts, experts: np.ndarray, wave: int | None) -> float:
-    placement = placement_of(experts)
-    orders = build("zebra", group.shape.layers, placement, group.attention_members, group.step.microbatches, wave)
-    return simulate(orders, TaskCosts(group, placement)).seconds
+def _judge(group: GroupCosts, candidates: list[np.ndarray], wave: int | None) -> list[float]:
+    """Seconds of a step under each candidate: by the event simulator, or where a step is long by ``long_step_seconds``."""
+    import numpy as np
+
+    if group.shape.layers * group.step.microbatches > _LONG:
+        return [float(value) for value in long_step_seconds(group, np.array(candidates, float), wave)]
+    result = []
+    for experts in candidates:
+        placement = placement_of(experts)
+        orders = build("zebra", group.shape.layers, placement, group.attention_members, group.step.microbatches, wave)
+        result.append(simulate(orders, TaskCosts(group, placement)).seconds)
+    return result
+
+
+def long_step_seconds(group: GroupCosts, experts: np.ndarray, wave: int | None) -> np.ndarray:
+    """Seconds of a step with many microbatches, [candidates], without simulating each of them.
+
+    After a few microbatches every further one of a wave takes as long as the one before, and attention ranks end a wave
+    last. So a wave is a short one and a multiple of that, and a step is the sum of its waves. What
+    follows the last task counts once.
+    """
+    import numpy as np
+
+    total = group.step.microbatches
+    sizes = [len(one) for one in build("zebra", 0, Placement((), 1), 1, total, wave).waves]
+    short, longer = _SEARCH_MICROBATCHES // 2, _SEARCH_MICROBATCHES
+
+    def alone(microbatches: int) -> np.ndarray:
+        return step_seconds(group, experts, "zebra", None, microbatches)
+
+    known: dict[int, np.ndarray] = {}
+    for size in {*sizes} - {0}:
+        if size <= longer:
+            known[size] = alone(size)
+        else:
+            first, second = known.setdefault(short, alone(short)), known.setdefault(longer, alone(longer))
+            known[size] = second + (second - first) / (longer - short) * (size - longer)
+    held = experts.sum(axis=1)
+    once = np.array([max(group.reduction(member, int(count)) + group.optimizer(member, int(count))
+                         for member, count in enumerate(row)) for row in held])
+    return sum(known[size] for size in sizes) - once * (len(sizes) - 1)
 
 
 class _Search:
@@ -212,8 +252,8 @@ class _Search:
         """Experts one by one to the member that would have least with it: the least longest time, as they are alike.
         Of equals the turn's first. Members that are full get none while others are not."""
         members = self._roles[role]
-        # In large groups every rank of its own makes a track of its own; rotation is not worth it there.
-        turn = turn if self._group.members <= 12 else 0
+        # Ranks that differ are simulated one by one, so large groups rotate only where some ranks would get all.
+        turn = turn if self._group.members <= 12 or number % len(members) * 2 >= number else 0
         key = (role, number, turn)
         if key not in self._spreads:
             held = dict.fromkeys(members, 0)
