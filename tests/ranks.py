@@ -133,7 +133,7 @@ def assert_same_steps(steps: Sequence[Step], reference: Sequence[Step], rel: flo
         assert ours.skipped == theirs.skipped, f"step {index}: skipped {ours.skipped} against {theirs.skipped}"
         assert ours.loss.keys() == theirs.loss.keys(), f"step {index}: {ours.loss} against {theirs.loss}"
         pairs = {name: (ours.loss[name], theirs.loss[name]) for name in ours.loss}
-        if ours.grad_norm is not None and theirs.grad_norm is not None:
+        if not theirs.skipped:
             pairs["grad norm"] = (ours.grad_norm, theirs.grad_norm)
         for name, (mine, other) in pairs.items():
             assert abs(mine - other) <= rel * abs(other), f"step {index}: {name} {mine!r} against {other!r}"

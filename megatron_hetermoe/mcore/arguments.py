@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_hetermoe.config.errors import Problems
@@ -170,6 +171,7 @@ def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
     args.expert_model_parallel_size, args.moe_token_dispatcher_type = 1, "alltoall"
     try:
         validate_args(args, {})
+        core_transformer_config_from_args(args)  # has checks of its own, which would come after the ranks have met
     except (AssertionError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         problems.add(f"Megatron does not accept these flags: {str(error) or _assertion(error)}")
     problems.raise_if_any()

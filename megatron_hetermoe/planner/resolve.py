@@ -91,13 +91,13 @@ def _from_file(flags: Flags, shape: ModelShape, precision: str, problems: Proble
 
 def _check(plan: Plan, world_size: int, problems: Problems) -> None:
     """What must hold of a plan whichever way it came."""
-    for problem in layout_problems(plan.attention_ranks, plan.expert_ranks, max(plan.groups, 1)):
+    for problem in layout_problems(plan.attention_ranks, plan.expert_ranks, plan.groups):
         problems.add(problem)
     needed = plan.attention_ranks + plan.expert_ranks
     if needed != world_size:
         problems.add(f"{plan.attention_ranks} attention and {plan.expert_ranks} expert ranks need {needed} ranks, but "
                      f"{world_size} were started (WORLD_SIZE): start {needed}, or change the ranks of a role")
-    if plan.groups < 1 or problems:
+    if problems:
         return
     members = needed // plan.groups
     lengths = [len(layer) for layer in plan.placement]
