@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import pickle
+import queue
 import signal
 import sys
 import time
@@ -42,6 +43,7 @@ with warnings.catch_warnings():
     import megatron.core.models.mimo
     import megatron.core.tokenizers.text
     import torch._dynamo
+    from megatron.core.dist_checkpointing.strategies import cached_metadata_filesystem_reader, filesystem_async
     from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.arguments import add_megatron_arguments
 
@@ -106,6 +108,10 @@ def pretrain(rank: int, world: int, port: int, folder: Path, cwd: Path, env: Map
     """A rank that trains with the flags ``argv``."""
     enter(rank, world, port, folder, cwd, env)
     _record_steps(record_file(folder, rank))
+    if "--async-save" not in argv:
+        # Megatron starts a process that imports torch, seconds a rank, for a queue that a save in the
+        # foreground reads and writes in one process.
+        filesystem_async._results_queue = queue.Queue()
     sys.argv = ["pretrain_gpt", *argv]
     sys.exit(pretrain_gpt.main(argv))
 

@@ -6,6 +6,7 @@ output in a file. The rendezvous store lives in this process on a port the syste
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -208,7 +209,8 @@ def _wait(ranks: Sequence, deadline: float) -> list[int]:
 def _dump_stacks(processes: Sequence) -> None:
     """Has each write its threads' stacks to its output, and gives it the time."""
     for process in processes:
-        os.kill(process.pid, signal.SIGUSR1)
+        with contextlib.suppress(ProcessLookupError):  # it may have just ended
+            os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.5)
 
 
