@@ -113,7 +113,29 @@ def pretrain(rank: int, world: int, port: int, folder: Path, cwd: Path, env: Map
         # foreground reads and writes in one process.
         filesystem_async._results_queue = queue.Queue()
     sys.argv = ["pretrain_gpt", *argv]
-    sys.exit(pretrain_gpt.main(argv))
+    before = _megatrons_callables()
+    code = pretrain_gpt.main(argv)
+    changed = sorted(name for name, value in _megatrons_callables().items() if before.get(name, value) is not value)
+    with record_file(folder, rank).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"kind": "changed", "names": changed}) + "\n")
+    sys.exit(code)
+
+
+def _megatrons_callables() -> dict[str, object]:
+    """Every function and method of Megatron's imported modules and classes, by full name."""
+    found = {}
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] != "megatron" or module is None:
+            continue
+        for name, value in list(vars(module).items()):
+            if callable(value):
+                found[f"{module_name}.{name}"] = value
+            if isinstance(value, type) and value.__module__ == module_name:
+                found.update(
+                    (f"{module_name}.{name}.{attribute}", method) for attribute, method in vars(value).items()
+                    if callable(method)
+                )
+    return found
 
 
 def call(
@@ -163,8 +185,15 @@ def _record_steps(path: Path) -> None:
             "loss_scale": float(given["optimizer"].get_loss_scale()),
         }
 
+    def model(given, result):
+        return {
+            "kind": "model",
+            "parameters": {name: parameter.numel() for name, parameter in result[0][0].named_parameters()},
+        }
+
     def evaluation(given, result):
         return {"kind": "eval", "loss": floats(result[0])}
 
+    training.setup_model_and_optimizer = wrapped(training.setup_model_and_optimizer, model)
     training.train_step = wrapped(training.train_step, step)
     training.evaluate = wrapped(training.evaluate, evaluation)

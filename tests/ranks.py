@@ -60,12 +60,16 @@ class Run:
 
     exit_codes: as the system gives them; negative for a signal. -9 also for ranks that had to be killed.
     output: stdout and stderr together.
+    parameters: elements of each parameter of the model that the rank built, by name.
+    changed: functions and methods of Megatron that were others after the run than before.
     """
 
     exit_codes: list[int]
     output: list[str]
     steps: list[list[Step]]
     evals: list[list[Evaluation]]
+    parameters: list[dict[str, int]]
+    changed: list[list[str]]
     seconds: float
 
     def check(self) -> Run:
@@ -90,11 +94,17 @@ def run_ranks(
     exit_codes = _run("pretrain", (list(argv),), world, folder, cwd, env or {}, timeout)
     seconds = time.perf_counter() - start
     records = [_records(folder, rank) for rank in range(world)]
+
+    def only(of_rank: list[tuple[str, dict]], wanted: str, field: str, default: Any) -> Any:
+        return next((record[field] for kind, record in of_rank if kind == wanted), default)
+
     return Run(
         exit_codes=exit_codes,
         output=_outputs(folder, world),
         steps=[[Step(**record) for kind, record in of_rank if kind == "step"] for of_rank in records],
         evals=[[Evaluation(**record) for kind, record in of_rank if kind == "eval"] for of_rank in records],
+        parameters=[only(of_rank, "model", "parameters", {}) for of_rank in records],
+        changed=[only(of_rank, "changed", "names", []) for of_rank in records],
         seconds=seconds,
     )
 

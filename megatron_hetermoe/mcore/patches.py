@@ -109,8 +109,8 @@ def check() -> None:
         UsageError: naming each symbol whose source is not as it was when its patch was written.
     """
     problems = [
-        f"{patch.symbol} cannot be patched: {problem}; this is {imported_megatron()}, the patch was written for "
-        f"{patch.written_for}: install megatron-core {patch.written_for}"
+        f"{patch.symbol} cannot be patched: {problem} (this is {imported_megatron()}); the patch was written for "
+        f"{patch.written_for}: install megatron-core=={patch.written_for}"
         for patch in INVENTORY for problem in unmet(patch)
     ]
     if problems:
@@ -128,7 +128,7 @@ def unmet(patch: Patch) -> list[str]:
             continue
         source = _normalised(target) if name in patch.relies_on else ""
         problems += [
-            f"{name} has no '{expression}'" for expression in patch.relies_on.get(name, ())
+            f"{name} in {inspect.getfile(target)} has no '{expression}'" for expression in patch.relies_on.get(name, ())
             if _squeezed(expression) not in source
         ]
     return problems
