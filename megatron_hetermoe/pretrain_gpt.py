@@ -1,0 +1,51 @@
+"""``python -m megatron_hetermoe.pretrain_gpt``: trains a GPT model with Megatron's flags.
+
+Runs under any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. torch and Megatron are imported in
+``main``, since what Megatron finds at its import depends on the platform.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from megatron_hetermoe.config.errors import EXIT_CODE, UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains. ``argv`` are the flags, those of the command line when None. Returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _train(argv)
+    except UsageError as error:
+        print(error.message(), file=sys.stderr, flush=True)
+        return EXIT_CODE
+    return 0
+
+
+def _train(argv: list[str]) -> None:
+    from megatron_hetermoe.mcore.platform import cpu, wheel
+
+    if cpu.needed():
+        cpu.install()
+        argv = with_default(argv, "--distributed-backend", "gloo")
+    else:
+        wheel.install()
+    import torch
+    from megatron_hetermoe.mcore import gpt
+
+    gpt.run_stock(argv)
+    # A rank that leaves early takes down those that still talk to it.
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def with_default(argv: Sequence[str], flag: str, value: str) -> list[str]:
+    """``argv`` with ``flag value`` added, unless it has the flag in either spelling."""
+    given = any(word == flag or word.startswith(flag + "=") for word in argv)
+    return list(argv) if given else [*argv, flag, value]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
