@@ -133,12 +133,13 @@ def test_round_trip(args):
     assert override(recipe.argv, recipe.argv) == argv
 
 
-@given(st.one_of(st.floats(allow_nan=False).map(repr), st.integers().map(str), st.sampled_from(["1e-2", "1_000", "01"])))
+@given(st.one_of(st.floats(allow_nan=False).map(repr), st.integers().map(str), st.sampled_from(["1e-2", "01"])))
 def test_numbers_are_not_reformatted(number):
     assert parse(f"MODEL_ARGS:\n  --x: {number}\n").argv == ["--x", number]
 
 
-RECIPES = next((folder for parent in Path(__file__).parents if (folder := parent / "shared" / "recipes").is_dir()), None)
+FOLDERS = [parent / "shared" / "recipes" for parent in Path(__file__).parents]
+RECIPES = next(filter(Path.is_dir, FOLDERS), None)
 
 
 @pytest.mark.skipif(RECIPES is None, reason="no folder shared/recipes beside or above the repository")
@@ -151,5 +152,5 @@ def test_the_users_recipes(name):
     recipe = load_recipe(path, {**{variable: "1" for variable in missing}, "LAYERS_PER_VP": ""})
     text = " ".join(recipe.argv)
     assert "--moe-aux-loss-coeff 1e-" in text and text.endswith("--bf16") and "VPP1-MBS1GBS1-1" in text
-    assert "--num-layers-per-virtual-pipeline-stage" not in recipe.argv and "--moe-router-pre-softmax" not in recipe.argv
+    assert "--num-layers-per-virtual-pipeline-stage" not in recipe.argv and "pre-softmax" not in text
     assert recipe.env["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
