@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from megatron_hetermoe.config.errors import EXIT_CODE, UsageError
+from megatron_hetermoe.config.errors import EXIT_CODE, Problems, UsageError
+from megatron_hetermoe.config.flags import parse_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: list[str]) -> None:
+    problems = Problems()
+    flags, argv = parse_flags(argv, problems)
+    if problems and not flags.enabled:
+        problems.raise_if_any()
     from megatron_hetermoe.mcore.platform import cpu, wheel
 
     if cpu.needed():
@@ -32,9 +37,18 @@ def _train(argv: list[str]) -> None:
     else:
         wheel.install()
     import torch
-    from megatron_hetermoe.mcore import gpt
 
-    gpt.run_stock(argv)
+    if flags.enabled:
+        from megatron_hetermoe.mcore import patches, pretrain
+        from megatron_hetermoe.mcore.arguments import disaggregated_arguments
+
+        patches.check()
+        args, plan = disaggregated_arguments(flags, argv, problems)
+        pretrain.run(args, plan, flags)
+    else:
+        from megatron_hetermoe.mcore import gpt
+
+        gpt.run_stock(argv)
     # A rank that leaves early takes down those that still talk to it.
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -56,19 +56,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hetermoe-trace", metavar="DIR", help="record every task's start and end there")
 
 
-def parse_flags(argv: Sequence[str]) -> tuple[Flags, list[str]]:
+def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]:
     """Takes the ``--hetermoe`` flags out of a command line.
 
-    Returns:
-        The flags, and the rest of the command line for Megatron.
+    Args:
+        argv: the command line.
+        problems: gets what is wrong: an unknown flag with this prefix, a missing or ill-typed value, a flag without
+            ``--hetermoe``.
 
-    Raises:
-        UsageError: for an unknown flag with this prefix, a missing or ill-typed value, or a flag without
-            ``--hetermoe``; all of them in one.
+    Returns:
+        The flags, as far as they could be read, and the rest of the command line for Megatron.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     add_flags(parser)
-    problems = Problems()
     ours, rest = _split(argv, parser, problems)
     parsed, _ = parser.parse_known_args(ours)
     values = {}
@@ -84,7 +84,6 @@ def parse_flags(argv: Sequence[str]) -> tuple[Flags, list[str]]:
              if name != "enabled" and value is not None]
     if given and not flags.enabled:
         problems.add(f"{', '.join(given)} without {PREFIX}: add {PREFIX}, or leave them out for plain Megatron")
-    problems.raise_if_any()
     return flags, rest
 
 

@@ -22,7 +22,6 @@ class ModelShape:
         shared_expert_ffn: width inside the shared expert, 0 without one.
         gated: whether feed-forward parts have a gate (SwiGLU), so three matrices in place of two.
         heads, query_groups, head_dim: attention heads, key-value heads, width of each.
-        vocabulary: rows of the embedding, padding included.
         tied_embeddings: whether the output layer is the embedding.
         sequence: tokens of one sequence.
     """
@@ -39,7 +38,6 @@ class ModelShape:
     heads: int
     query_groups: int
     head_dim: int
-    vocabulary: int
     tied_embeddings: bool
     sequence: int
 

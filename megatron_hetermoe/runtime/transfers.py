@@ -23,20 +23,21 @@ _HEADER_FIELDS = 5  # layer, microbatch, hidden, dtype of tokens, dtype of proba
 
 
 @dataclass
-class OwnerState:
-    """One layer of one microbatch, where its tokens live.
+class Routed:
+    """One layer of one microbatch, at one of its two ends.
 
-    Tokens are sorted by holder, then by the holder's local expert (``Placement.expert_order``). Fields are None
-    before they are known and after they were last read.
+    At the tokens' owner, rows are sorted by holder, then by the holder's local expert (``Placement.expert_order``);
+    at a holder, by owner, then by local expert. A token is there once for each expert that it goes to. Fields are
+    None before they are known and after they were last read.
 
     Attributes:
-        counts: for each holder of the layer, ascending, the tokens for each of its experts.
-        tokens: [routed, hidden], where a token is there once for each expert that it goes to.
-        probs: [routed], in the router's precision.
-        outputs: [routed, hidden], what the experts made of them.
-        output_grads: [routed, hidden].
-        token_grads: [routed, hidden].
-        prob_grads: [routed].
+        counts: for each peer (the owner's are the layer's holders, a holder's the attention members, ascending), the
+            rows for each of the holder's experts.
+        tokens: [rows, hidden].
+        probs: [rows], in the router's precision.
+        outputs: [rows, hidden], what the experts made of the tokens.
+        output_grads, token_grads: [rows, hidden].
+        prob_grads: [rows].
     """
 
     counts: list[list[int]]
@@ -47,33 +48,10 @@ class OwnerState:
     token_grads: torch.Tensor | None = None
     prob_grads: torch.Tensor | None = None
 
-    @property
-    def splits(self) -> list[int]:
-        """Rows for each holder."""
-        return [sum(counts) for counts in self.counts]
-
-
-@dataclass
-class HolderState:
-    """One layer of one microbatch, where its experts live. Rows are sorted by owner, then by local expert.
-
-    Attributes:
-        counts: for each attention member, the tokens for each local expert.
-        tokens, probs, outputs, output_grads, token_grads, prob_grads: as in OwnerState, of this holder's experts.
-    """
-
-    counts: list[list[int]]
-    tokens: torch.Tensor | None
-    probs: torch.Tensor | None
-    outputs: torch.Tensor | None = None
-    output_grads: torch.Tensor | None = None
-    token_grads: torch.Tensor | None = None
-    prob_grads: torch.Tensor | None = None
-
-    @property
-    def splits(self) -> list[int]:
-        """Rows of each attention member."""
-        return [sum(counts) for counts in self.counts]
+    def __post_init__(self) -> None:
+        self.splits = [sum(counts) for counts in self.counts]
+        self.rows = sum(self.splits)
+        self.probs_dtype = self.probs.dtype
 
 
 @dataclass
@@ -99,8 +77,8 @@ class Transfers:
     hidden: int
     dtype: torch.dtype
     device: torch.device
-    owned: dict[tuple[int, int], OwnerState] = field(default_factory=dict)
-    held: dict[tuple[int, int], HolderState] = field(default_factory=dict)
+    owned: dict[tuple[int, int], Routed] = field(default_factory=dict)
+    held: dict[tuple[int, int], Routed] = field(default_factory=dict)
 
     def table(self) -> dict[tuple[Kind, Pass], Callable[[Task], None]]:
         """What the executor calls for D and C tasks."""
@@ -130,7 +108,7 @@ class Transfers:
         payload: list[Message] = []
         state = self._owner(task) if self._owns else None
         if state:
-            self._check(task, "tokens", state.tokens, sum(state.splits))
+            self._check(task, "tokens", state.tokens, state.rows)
             for holder, counts in zip(self.placement.holders_of(task.layer), state.counts):
                 headers.append(Message(holder, _HEADER, self._header(task, state, counts)))
             payload += self._parts(task, state, _TOKENS, state.tokens)
@@ -157,7 +135,7 @@ class Transfers:
         state = self._owner(task) if self._owns else None
         buffers = []
         if state:
-            state.outputs = self._empty(sum(state.splits))
+            state.outputs = self._empty(state.rows)
             buffers = self._parts(task, state, _TOKENS, state.outputs)
         self.back.exchange(self._returned(task, _TOKENS, "outputs"), buffers)
         if self._holds(task.layer):
@@ -171,11 +149,11 @@ class Transfers:
         sends, buffers = [], []
         state = self._owner(task) if self._owns else None
         if state:
-            self._check(task, "gradients of outputs", state.output_grads, sum(state.splits))
+            self._check(task, "gradients of outputs", state.output_grads, state.rows)
             sends = self._parts(task, state, _TOKENS, state.output_grads.contiguous())
         if self._holds(task.layer):
             held = self.held[task.layer, task.microbatch]
-            held.output_grads = self._empty(sum(held.splits))
+            held.output_grads = self._empty(held.rows)
             buffers = [
                 Message(owner, _TOKENS, rows) for owner, rows in enumerate(held.output_grads.split(held.splits))
             ]
@@ -189,19 +167,18 @@ class Transfers:
         buffers = []
         if self._owns:
             state = self._owner(task)
-            rows = sum(state.splits)
-            state.token_grads = self._empty(rows)
-            state.prob_grads = torch.empty(rows, dtype=state.prob_grads.dtype, device=self.device)
+            state.token_grads = self._empty(state.rows)
+            state.prob_grads = torch.empty(state.rows, dtype=state.probs_dtype, device=self.device)
             buffers = self._parts(task, state, _TOKENS, state.token_grads)
             buffers += self._parts(task, state, _PROBS, state.prob_grads)
         sends = self._returned(task, _TOKENS, "token_grads") + self._returned(task, _PROBS, "prob_grads")
         self.back.exchange(sends, buffers)
         self.held.pop((task.layer, task.microbatch), None)
 
-    def _owner(self, task: Task) -> OwnerState:
+    def _owner(self, task: Task) -> Routed:
         return self.owned[task.layer, task.microbatch]
 
-    def _parts(self, task: Task, state: OwnerState, part: int, tensor: torch.Tensor) -> list[Message]:
+    def _parts(self, task: Task, state: Routed, part: int, tensor: torch.Tensor) -> list[Message]:
         """An owner's tensor, in the pieces that go to or come from each holder."""
         return [
             Message(holder, part, rows)
@@ -214,20 +191,20 @@ class Transfers:
             return []
         held = self.held[task.layer, task.microbatch]
         tensor = getattr(held, name)
-        self._check(task, name, tensor, sum(held.splits), self.dtype if part == _TOKENS else held.probs.dtype)
+        self._check(task, name, tensor, held.rows, self.dtype if part == _TOKENS else held.probs_dtype)
         return [Message(owner, part, rows) for owner, rows in enumerate(tensor.contiguous().split(held.splits))]
 
     def _empty(self, rows: int) -> torch.Tensor:
         return torch.empty(rows, self.hidden, dtype=self.dtype, device=self.device)
 
-    def _header(self, task: Task, state: OwnerState, counts: list[int]) -> torch.Tensor:
+    def _header(self, task: Task, state: Routed, counts: list[int]) -> torch.Tensor:
         """What a holder must know before it can receive, as int64 on the CPU."""
         return torch.tensor(
             [task.layer, task.microbatch, self.hidden, _DTYPES.index(state.tokens.dtype),
              _DTYPES.index(state.probs.dtype), *counts]
         )
 
-    def _receive_headers(self, task: Task, own_headers: list[Message]) -> HolderState:
+    def _receive_headers(self, task: Task, own_headers: list[Message]) -> Routed:
         """Sends this member's headers, receives those for it, checks them, and makes buffers of their sizes."""
         local = len(self.placement.held(task.layer, self.member))
         headers = [torch.empty(_HEADER_FIELDS + local, dtype=torch.int64) for _ in range(self.attention_members)]
@@ -245,7 +222,7 @@ class Transfers:
                 )
         counts = [header[_HEADER_FIELDS:].tolist() for header in headers]
         rows = sum(map(sum, counts))
-        return HolderState(
+        return Routed(
             counts, self._empty(rows), torch.empty(rows, dtype=_DTYPES[probs_dtype], device=self.device)
         )
 

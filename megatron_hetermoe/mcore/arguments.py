@@ -1,0 +1,185 @@
+"""Megatron's arguments of a disaggregated run: parsed, checked, and read for the model's shape, in one place."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from megatron.training.arguments import parse_args, validate_args
+
+from megatron_hetermoe.config.errors import Problems
+from megatron_hetermoe.config.flags import Flags
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.planner.resolve import resolve
+
+# What a disaggregated run does not do: the flag, whether the arguments ask for it, and the way out.
+_UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] = (
+    ("--tensor-model-parallel-size above 1", lambda args: args.tensor_model_parallel_size > 1, "set it to 1"),
+    ("--pipeline-model-parallel-size above 1", lambda args: args.pipeline_model_parallel_size > 1, "set it to 1"),
+    ("--context-parallel-size above 1", lambda args: args.context_parallel_size > 1, "set it to 1"),
+    ("--expert-tensor-parallel-size above 1", lambda args: (args.expert_tensor_parallel_size or 1) > 1, "set it to 1"),
+    ("--moe-grouped-gemm", lambda args: args.moe_grouped_gemm, "leave it out: experts run one after the other"),
+    ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
+    ("--recompute-granularity full", lambda args: args.recompute_granularity == "full",
+     "use --recompute-granularity selective --recompute-modules core_attn"),
+    ("--recompute-modules other than core_attn",
+     lambda args: args.recompute_granularity == "selective" and set(args.recompute_modules or ()) - {"core_attn"},
+     "keep core_attn only"),
+    ("--moe-pad-expert-input-to-capacity", lambda args: args.moe_pad_expert_input_to_capacity, "leave it out"),
+    ("--moe-shared-expert-overlap", lambda args: args.moe_shared_expert_overlap,
+     "leave it out: a shared expert runs on the attention ranks"),
+    ("--moe-latent-size", lambda args: getattr(args, "moe_latent_size", None), "leave it out"),
+    ("--overlap-moe-expert-parallel-comm", lambda args: args.overlap_moe_expert_parallel_comm,
+     "leave it out: the schedule overlaps"),
+    ("--delay-wgrad-compute", lambda args: args.delay_wgrad_compute, "leave it out"),
+    ("--fp8-format", lambda args: args.fp8, "leave it out"),
+    ("--fp4-format", lambda args: getattr(args, "fp4", None), "leave it out"),
+    ("CUDA graphs", lambda args: getattr(args, "cuda_graph_impl", "none") != "none", "use --cuda-graph-impl none"),
+    ("--use-megatron-fsdp", lambda args: args.use_megatron_fsdp, "leave it out"),
+    ("--use-torch-fsdp2", lambda args: args.use_torch_fsdp2, "leave it out"),
+    ("--num-distributed-optimizer-instances above 1", lambda args: args.num_distributed_optimizer_instances > 1,
+     "set it to 1"),
+    ("--ckpt-format other than torch_dist", lambda args: args.ckpt_format != "torch_dist", "use torch_dist"),
+    ("--dist-ckpt-optim-fully-reshardable", lambda args: getattr(args, "dist_ckpt_optim_fully_reshardable", False),
+     "leave it out"),
+    ("--moe-use-upcycling", lambda args: args.moe_use_upcycling, "convert the checkpoint with stock Megatron first"),
+    ("--log-params-norm", lambda args: args.log_params_norm, "leave it out"),
+    ("--optimizer other than adam and sgd", lambda args: args.optimizer not in ("adam", "sgd"), "use adam or sgd"),
+)
+
+# Flags of every recipe that the layout decides: what to set them to, and what to say.
+_SUPERSEDED = {
+    "--expert-model-parallel-size": "the expert ranks of a ZP group hold the experts",
+    "--moe-token-dispatcher-type": "the asymmetric dispatcher carries tokens",
+}
+
+
+def disaggregated_arguments(
+    flags: Flags, rest: Sequence[str], problems: Problems
+) -> tuple[argparse.Namespace, Plan]:
+    """Megatron's arguments, validated, and the run's plan.
+
+    Nothing has been set up yet: no process group, no file. All ranks find the same.
+
+    Args:
+        flags: the ``--hetermoe`` ones.
+        rest: the command line without them.
+        problems: what was found so far.
+
+    Raises:
+        UsageError: with all problems.
+    """
+    args = _parse(rest, problems)
+    shape = model_shape(args, problems)
+    for name, asked, way_out in _UNSUPPORTED:
+        if asked(args):
+            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    plan = None
+    if shape is not None and flags.enabled:
+        precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+        plan = resolve(flags, shape, precision, args.world_size, problems)
+    _check_batch(args, flags, problems)
+    problems.raise_if_any()
+    superseded = [f"hetermoe: {flag} is superseded: {reason}" for flag, reason in _SUPERSEDED.items()
+                  if any(word == flag or word.startswith(f"{flag}=") for word in rest)]
+    _validate(args, plan, problems)
+    if args.rank == 0:
+        for line in superseded:
+            print(line, flush=True)
+    return args, plan
+
+
+def _parse(rest: Sequence[str], problems: Problems) -> argparse.Namespace:
+    """Megatron's parser on our words. It exits at its first fault; that becomes the last problem of the list."""
+    sys.argv = [sys.argv[0], *rest]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse_args()
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise  # --help
+        _, _, fault = said.getvalue().rpartition("error: ")
+        problems.add(f"Megatron does not accept these flags: {fault.strip()}")
+        problems.raise_if_any()
+        raise AssertionError("unreachable") from None
+
+
+def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | None:
+    """The model's shape from Megatron's arguments, before or after their validation."""
+    required = {
+        "--num-layers": args.num_layers, "--hidden-size": args.hidden_size,
+        "--num-attention-heads": args.num_attention_heads, "--seq-length": args.seq_length,
+    }
+    missing = [flag for flag, value in required.items() if value is None]
+    if missing:
+        problems.add(f"{', '.join(missing)} missing: the model's shape must be given")
+    if not args.num_experts:
+        problems.add("the model has no experts: --hetermoe is for mixture-of-experts models; give --num-experts")
+    if missing or not args.num_experts:
+        return None
+    pattern = args.moe_layer_freq
+    if isinstance(pattern, int):
+        pattern = [int(index % pattern == 0) for index in range(args.num_layers)]
+    if len(pattern) != args.num_layers:
+        problems.add(f"--moe-layer-freq names {len(pattern)} layers, --num-layers says {args.num_layers}: change one")
+        return None
+    if not any(pattern):
+        problems.add("no layer has experts: --moe-layer-freq must name at least one")
+    dense_ffn = args.ffn_hidden_size or (
+        int(4 * args.hidden_size * 2 / 3) // 64 * 64 if args.swiglu else 4 * args.hidden_size
+    )
+    return ModelShape(
+        layers=args.num_layers,
+        moe_layers=tuple(layer for layer, moe in enumerate(pattern, start=1) if moe),
+        experts=args.num_experts,
+        topk=args.moe_router_topk,
+        hidden=args.hidden_size,
+        expert_ffn=args.moe_ffn_hidden_size or dense_ffn,
+        dense_ffn=dense_ffn,
+        shared_expert_ffn=args.moe_shared_expert_intermediate_size or 0,
+        gated=args.swiglu,
+        heads=args.num_attention_heads,
+        query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        head_dim=args.kv_channels or args.hidden_size // args.num_attention_heads,
+        tied_embeddings=not args.untie_embeddings_and_output_weights,
+        sequence=args.seq_length,
+    )
+
+
+def _check_batch(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:
+    """The global batch must divide by the sequences that the attention ranks take at once."""
+    if not flags.attention_ranks or not args.micro_batch_size or not args.global_batch_size:
+        return
+    together = args.micro_batch_size * flags.attention_ranks
+    lower = args.global_batch_size // together * together
+    if lower != args.global_batch_size:
+        near = f"{lower} or {lower + together}" if lower else str(together)
+        problems.add(f"--global-batch-size {args.global_batch_size} does not divide by micro batch size "
+                     f"{args.micro_batch_size} x {flags.attention_ranks} attention ranks = {together}: take {near}")
+
+
+def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
+    """Megatron's own validation, which takes the world to be the ranks that have data: the attention ranks."""
+    world_size, args.world_size = args.world_size, plan.attention_ranks
+    args.expert_model_parallel_size, args.moe_token_dispatcher_type = 1, "alltoall"
+    try:
+        validate_args(args, {})
+    except (AssertionError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        problems.add(f"Megatron does not accept these flags: {str(error) or _assertion(error)}")
+    problems.raise_if_any()
+    args.world_size = world_size
+    # Both pools need not have as many optimizers, so timers of theirs must not meet at a barrier of the world.
+    args.barrier_with_L1_time = False
+    # A second set of groups, which only the legacy checkpoint format uses.
+    args.use_gloo_process_groups = False
+
+
+def _assertion(error: BaseException) -> str:
+    """What a bare assertion asserts."""
+    return traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__

@@ -1,0 +1,174 @@
+"""The experts of a holder, and the model of an expert rank, which is nothing but those."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+from megatron_hetermoe.mcore.session import Session
+
+
+class HeldExperts(SequentialMLP):
+    """Megatron's experts, for a holder of any of a layer's experts.
+
+    Three things differ from the stock module, which takes it that every rank of an expert-parallel group has the same
+    number, in blocks: initial weights depend on layer and expert alone, so that a placement does not change
+    training; parameters are marked as experts' whatever the size of the group; and the checkpoint has each expert
+    under its index in the layer.
+
+    Args:
+        config: as for SequentialMLP.
+        submodules: linear layers and activation of one expert.
+        layer: from 1 on.
+        held: the experts, ascending.
+        seed: of the run.
+        pg_collection: groups of this rank's pool.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, submodules: MLPSubmodules, layer: int, held: Sequence[int], seed: int,
+        pg_collection: ProcessGroupCollection,
+    ):
+        uninitialised = copy(config)
+        uninitialised.perform_initialization = False
+        super().__init__(len(held), uninitialised, submodules, pg_collection)
+        self.held = tuple(held)
+        for expert, module in zip(self.held, self.local_experts):
+            if config.perform_initialization:
+                _initialise(module, config, (seed * 100_003 + layer) * 100_003 + expert)
+        for parameter in self.parameters():
+            # What makes DDP and the optimizer treat a parameter as an expert's (its gradient is reduced over the
+            # ranks that are the same holder); Megatron sets it only where the expert-parallel size is above 1.
+            parameter.allreduce = False
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As SequentialMLP's, with each expert at its own index of all experts of the layer."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        sharded = {}
+        for local, (expert, module) in enumerate(zip(self.held, self.local_experts)):
+            local_prefix = f"{prefix}local_experts.{local}."
+            if metadata.get("singleton_local_shards", False):
+                key_prefix, offsets = f"{prefix}experts.{expert}.", sharded_offsets
+            else:
+                position = (len(sharded_offsets), expert, self.config.num_moe_experts)
+                key_prefix, offsets = f"{prefix}experts.", (*sharded_offsets, position)
+            state = module.sharded_state_dict(local_prefix, offsets, metadata)
+            replace_prefix_for_sharding(state, local_prefix, key_prefix)
+            for tensor in state.values():
+                # A replica is the same holder of another ZP group.
+                tensor.replica_id = (*tensor.replica_id[:2], self.dp_group.rank())
+            sharded.update(state)
+        return sharded
+
+
+def _initialise(expert: torch.nn.Module, config: TransformerConfig, seed: int) -> None:
+    """Draws one expert's weights from a stream of their own, and leaves all other streams where they were."""
+    devices = [expert.linear_fc1.weight.device] if expert.linear_fc1.weight.is_cuda else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(seed % 2**63)
+        config.init_method(expert.linear_fc1.weight)
+        config.output_layer_init_method(expert.linear_fc2.weight)
+
+
+def build_held(
+    builder: Any, config: TransformerConfig, session: Session, layer: int, seed: int,
+    pg_collection: ProcessGroupCollection,
+) -> HeldExperts | None:
+    """The experts of a layer that this rank holds, or None.
+
+    Args:
+        builder: ``MoESubmodules.experts`` of the stock layer, whose submodules are used.
+    """
+    held = session.held(layer)
+    if not held:
+        return None
+    assert isinstance(builder, partial) and builder.func is SequentialMLP, builder
+    return HeldExperts(config, builder.keywords["submodules"], layer, held, seed, pg_collection)
+
+
+class ExpertModel(MegatronModule):
+    """All that an expert rank builds: its experts, under the names that they have in the whole model.
+
+    Args:
+        config: the transformer's.
+        builders: ``MoESubmodules.experts`` for each layer with experts, by layer.
+        session: this rank's.
+        seed: of the run.
+        pg_collection: groups of the expert pool.
+    """
+
+    # Attention ranks save their random state under the stock key.
+    rng_state_key_prefix = "experts."
+
+    def __init__(
+        self, config: TransformerConfig, builders: dict[int, Any], session: Session, seed: int,
+        pg_collection: ProcessGroupCollection,
+    ):
+        super().__init__(config)
+        self.pg_collection = pg_collection
+        # What megatron.training asks of any model.
+        self.pre_process = self.post_process = self.share_embeddings_and_output_weights = False
+        self.vp_stage = None
+        self.decoder = torch.nn.Module()
+        self.decoder.layers = torch.nn.ModuleList()
+        for layer in range(1, config.num_layers + 1):
+            holder = torch.nn.Module()
+            holder.mlp = torch.nn.Module()
+            if layer in builders:
+                experts = build_held(builders[layer], config, session, layer, seed, pg_collection)
+                if experts is not None:
+                    holder.mlp.experts = experts
+            self.decoder.layers.append(holder)
+
+    def experts(self, layer: int) -> HeldExperts:
+        """The experts that this rank holds of a layer, from 1 on."""
+        return self.decoder.layers[layer - 1].mlp.experts
+
+    def shared_embedding_or_output_weight(self) -> None:
+        """Expert ranks have no embedding."""
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Pipeline schedules set the stage's input; an expert rank's comes over its channel."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The experts under the keys that Megatron's own model gives them (TransformerBlock.sharded_state_dict)."""
+        by_layer = _layers_in_keys(self.config, metadata)
+        sharded = {}
+        for index, holder in enumerate(self.decoder.layers):
+            if not hasattr(holder.mlp, "experts"):
+                continue
+            layer_prefix = f"{prefix}decoder.layers.{index}."
+            offsets = () if by_layer else ((0, index, self.config.num_layers),)
+            state = holder.mlp.experts.sharded_state_dict(f"{layer_prefix}mlp.experts.", offsets, metadata)
+            if not by_layer:
+                replace_prefix_for_sharding(state, layer_prefix, f"{prefix}decoder.layers.")
+            sharded.update(state)
+        return sharded
+
+
+def _layers_in_keys(config: TransformerConfig, metadata: dict | None) -> bool:
+    """Whether Megatron names layers in the keys, since they differ, in place of stacking them along an axis."""
+    metadata = metadata or {}
+    frequencies = (config.moe_layer_freq, getattr(config, "linear_attention_freq", None))
+    return bool(
+        metadata.get("non_homogeneous_layers")
+        or metadata.get("singleton_local_shards")
+        or config.hetereogenous_dist_checkpoint
+        or config.heterogeneous_block_specs
+        or any(isinstance(frequency, list) or (frequency or 1) > 1 for frequency in frequencies)
+    )

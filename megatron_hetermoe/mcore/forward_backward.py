@@ -1,0 +1,109 @@
+"""The schedule that Megatron's training loop calls in place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config, unwrap_model
+
+from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
+from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
+from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
+from megatron_hetermoe.runtime import executor
+from megatron_hetermoe.runtime.transfers import Transfers
+
+
+class ForwardBackward:
+    """Runs one step, or one evaluation step, of a plan's schedule on this rank.
+
+    Called as Megatron calls ``forward_backward_func``; all ranks of both pools call it together.
+
+    Args:
+        session: this rank's.
+        observe: told of each task with its times.
+    """
+
+    def __init__(self, session: Session, observe: executor.Observer | None = None):
+        self._session = session
+        self._observe = observe
+        self._schedules: dict[tuple[int, bool], Any] = {}
+
+    def __call__(
+        self, *, forward_step_func: Callable[..., Any], data_iterator: Any, model: Any, num_microbatches: int,
+        forward_only: bool = False, collect_non_loss_data: bool = False, force_all_reduce: bool = False,
+        **unused: Any,
+    ) -> list[dict[str, torch.Tensor]]:
+        """As ``megatron.core.pipeline_parallel.schedules.forward_backward_no_pipelining``.
+
+        What it takes and does not use describes pipelines: shapes and communicators between stages.
+
+        Returns:
+            On attention ranks what the loss function reports for each microbatch; on expert ranks the same for the
+            whole step, since the last rank prints.
+        """
+        (wrapped,) = model if isinstance(model, list) else [model]
+        config = get_model_config(wrapped)
+        if config.timers is not None:
+            config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+        schedule, member = self._schedule(num_microbatches, forward_only)
+        inputs = StepInputs(
+            unwrap_model(wrapped), config, schedule, forward_step_func,
+            data_iterator[0] if isinstance(data_iterator, list) else data_iterator,
+            forward_only, collect_non_loss_data,
+        )
+        losses, tokens = self._run(inputs, member)
+        if not forward_only:
+            config.finalize_model_grads_func(
+                [wrapped],
+                self._tokens_of_pool(tokens) if config.calculate_per_token_loss else None,
+                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+                force_all_reduce=force_all_reduce,
+            )
+        if config.timers is not None:
+            config.timers("forward-backward").stop()
+        share_aux_losses(self._session)
+        return share_losses(losses, self._session)
+
+    def _schedule(self, microbatches: int, forward_only: bool) -> Any:
+        key = (microbatches, forward_only)
+        if key not in self._schedules:
+            schedule = self._session.schedule(microbatches, forward_only)
+            self._schedules[key] = schedule, schedule.member(self._session.member)
+        return self._schedules[key]
+
+    def _run(self, inputs: StepInputs, member: Any) -> tuple[list[Any], torch.Tensor]:
+        session, config = self._session, inputs.config
+        transfers = Transfers(
+            session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
+            config.params_dtype, session.device,
+        )
+        table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
+        if not session.is_attention:
+            executor.run(member, table, self._observe)
+            return [], torch.zeros([], dtype=torch.int, device=session.device)
+        attention = AttentionTasks(inputs, transfers)
+        executor.run(member, {**table, **attention.table()}, self._observe)
+        return attention.losses, attention.tokens
+
+    def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What this rank gives to its pool's sum of tokens, so that both pools' sums are the attention pool's.
+
+        Megatron divides gradients by the tokens of all ranks of a pool, and expert ranks have none of their own.
+        """
+        total = tokens.clone()
+        dist.all_reduce(total, group=self._session.control)
+        if self._session.is_attention:
+            return tokens
+        first = self._session.layout.pool(self._session.role)[0]
+        return total if self._session.rank == first else torch.zeros_like(total)
+
+
+def _experts_of(model: Any) -> Callable[[int], HeldExperts]:
+    if isinstance(model, ExpertModel):
+        return model.experts
+    return lambda layer: model.decoder.layers[layer - 1].mlp.experts

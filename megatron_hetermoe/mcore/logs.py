@@ -1,0 +1,68 @@
+"""Losses in both pools: attention ranks have them, and the last rank, an expert rank, prints them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+from megatron_hetermoe.mcore.session import Session
+
+
+def share_losses(losses: list[dict[str, torch.Tensor]], session: Session) -> list[dict[str, torch.Tensor]]:
+    """Gives expert ranks what attention ranks report, so that Megatron's reduction inside a pool ends in the same.
+
+    A report is a sum and its number of tokens, which Megatron adds up over the pool and divides, or a mean, which it
+    takes as it is.
+
+    Args:
+        losses: an attention rank's reports, one for each microbatch; empty on expert ranks.
+        session: this rank's.
+
+    Returns:
+        On attention ranks what was given. On expert ranks one report: of sums, the whole on the pool's first rank and
+        zeros on the others; of means, the attention pool's mean.
+    """
+    names = [[(name, value.numel()) for name, value in losses[0].items()] if losses else []]
+    dist.broadcast_object_list(names, src=0, group=session.control)
+    if not names[0]:
+        return losses
+    attention = len(session.layout.pool("attention"))
+    table = torch.zeros(len(names[0]), 2, dtype=torch.float32)
+    for row, (name, numel) in zip(table, names[0]):
+        if losses:
+            values = torch.stack([report[name].detach().view(-1).float().cpu() for report in losses])
+            row[:numel] = values.sum(dim=0) if numel == 2 else values.mean() / attention
+    dist.all_reduce(table, group=session.control)
+    if losses:
+        return losses
+    is_first = session.rank == session.layout.pool(session.role)[0]
+    report = {}
+    for row, (name, numel) in zip(table, names[0]):
+        value = row[:numel] if numel == 1 or is_first else torch.zeros(2)
+        report[name] = value.to(session.device)
+    return [report]
+
+
+def share_aux_losses(session: Session) -> None:
+    """Gives expert ranks the mean over attention ranks of each router's losses, since the last rank prints them.
+
+    Megatron then averages over a pool, where all have the same.
+    """
+    metrics = get_moe_metrics_tracker().metrics
+    sizes = [{name: len(entry.values) for name, entry in metrics.items()}]
+    dist.broadcast_object_list(sizes, src=0, group=session.control)
+    if not sizes[0]:
+        return
+    tracker = get_moe_metrics_tracker()
+    for name, size in sizes[0].items():
+        tracker.ensure_initialized(name, size)
+    shared = torch.cat([
+        metrics[name].values.float().cpu() if session.is_attention else torch.zeros(size)
+        for name, size in sizes[0].items()
+    ])
+    dist.all_reduce(shared, group=session.control)
+    if not session.is_attention:
+        shared /= session.layout.attention_ranks
+        for name, values in zip(sizes[0], shared.split(list(sizes[0].values()))):
+            metrics[name].values.copy_(values)

@@ -1,0 +1,182 @@
+"""Every change to Megatron at run time, in one inventory: all of them apply, or none does.
+
+A patch replaces what no seam of Megatron's reaches. Each is written against what Megatron's source does, so each says
+what it relies on, and that is looked for in the source that was imported; a version number is not the test. The
+mapping of CUDA to the CPU (``mcore.platform``) is no part of this: it is there only without a GPU.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from megatron_hetermoe.config.errors import UsageError
+
+MOST = 12  # patches; a plugin that needs more should be a fork
+_WRITTEN_FOR = "0.19.2"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replacement.
+
+    Attributes:
+        symbol: full name of what is replaced.
+        reason: why there is no other way.
+        relies_on: for functions of Megatron (full names), the expressions that their source must contain.
+        removable_when: the condition under which it can go.
+        test: the test that fails without it.
+        written_for: the Megatron version that was read.
+    """
+
+    symbol: str
+    reason: str
+    relies_on: dict[str, tuple[str, ...]]
+    removable_when: str
+    test: str
+    written_for: str = _WRITTEN_FOR
+
+
+INVENTORY: tuple[Patch, ...] = (
+    Patch(
+        symbol="megatron.training.training.get_forward_backward_func",
+        reason="train() and evaluate() take the schedule from this name; there is no registry of schedules",
+        relies_on={
+            "megatron.training.training.train": ("get_forward_backward_func(",),
+            "megatron.training.training.evaluate": ("get_forward_backward_func(",),
+            "megatron.training.training.train_step": (
+                "forward_backward_func(forward_step_func=forward_step_func, data_iterator=data_iterator, model=model",
+            ),
+        },
+        removable_when="Megatron has a registry of schedules, or pretrain() takes one",
+        test="tests/parity/test_layouts.py",
+    ),
+    Patch(
+        symbol="megatron.training.training.get_megatron_optimizer",
+        reason="gradient norm, overflow and loss scale must be agreed between pools before any of them steps",
+        relies_on={
+            "megatron.training.training.setup_model_and_optimizer": ("optimizer = get_megatron_optimizer(",),
+            "megatron.core.optimizer.get_megatron_optimizer": ("ChainedOptimizer(optimizers)",),
+            "megatron.core.optimizer.optimizer.ChainedOptimizer.step": (
+                "found_inf_flag = self.prepare_grads()", "grad_norm = self.get_grad_norm()", "self.count_zeros()",
+            ),
+            "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.start_grad_sync": (
+                "bucket.gradient_scaling_factor",
+            ),
+        },
+        removable_when="pretrain() takes a function that builds the optimizer",
+        test="tests/parity/test_layouts.py",
+    ),
+    Patch(
+        symbol="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
+        reason="with torch's Adam it copies a placeholder over the restored step, so that a resumed run starts its "
+               "bias correction anew",
+        relies_on={
+            "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states": (
+                "main_param = self.optimizer.param_groups[group_index]['params'][group_order]",
+                "dst_tensors[key].copy_(tensors[key])",
+            ),
+        },
+        removable_when="Megatron restores the step of an optimizer that is neither transformer-engine's nor apex'",
+        test="tests/parity/test_checkpoint.py",
+    ),
+    Patch(
+        symbol="megatron.core.datasets.utils.compile_helpers",
+        reason="the wheel has the compiled helpers and no Makefile, and rank 0 exits when make fails",
+        relies_on={"megatron.training.initialize._compile_dependencies": ("compile_helpers()",)},
+        removable_when="the wheel's compile_helpers finds that there is nothing to compile",
+        test="tests/parity/test_layouts.py",
+    ),
+)
+
+
+def imported_megatron() -> str:
+    """Which Megatron was imported, and from where."""
+    core = importlib.import_module("megatron.core")
+    return f"Megatron-Core {core.__version__} of {core.__path__[0]}"
+
+
+def check() -> None:
+    """Looks for what the patches rely on.
+
+    Raises:
+        UsageError: naming each symbol whose source is not as it was when its patch was written.
+    """
+    problems = [
+        f"{patch.symbol} cannot be patched: {problem}; this is {imported_megatron()}, the patch was written for "
+        f"{patch.written_for}: install megatron-core {patch.written_for}"
+        for patch in INVENTORY for problem in unmet(patch)
+    ]
+    if problems:
+        raise UsageError(problems)
+
+
+def unmet(patch: Patch) -> list[str]:
+    """What a patch relies on and the imported source does not have."""
+    problems = []
+    for name in (patch.symbol, *patch.relies_on):
+        try:
+            _, _, target = _find(name)
+        except (ImportError, AttributeError):
+            problems.append(f"{name} does not exist")
+            continue
+        source = _normalised(target) if name in patch.relies_on else ""
+        problems += [
+            f"{name} has no '{expression}'" for expression in patch.relies_on.get(name, ())
+            if _squeezed(expression) not in source
+        ]
+    return problems
+
+
+def apply(replacements: dict[str, Callable[[Any], Any]]) -> None:
+    """Applies the whole inventory.
+
+    Args:
+        replacements: for each symbol, a function from the original to what replaces it.
+
+    Raises:
+        UsageError: if any check fails; then nothing was changed.
+    """
+    assert replacements.keys() == {patch.symbol for patch in INVENTORY}
+    assert len(INVENTORY) <= MOST
+    check()
+    prepared = []
+    for symbol, make in replacements.items():
+        owner, name, original = _find(symbol)
+        prepared.append((owner, name, make(original)))
+    for owner, name, replacement in prepared:
+        replacement.hetermoe_patch = True
+        setattr(owner, name, replacement)
+
+
+def is_active(patch: Patch) -> bool:
+    """Whether a patch is applied in this process."""
+    try:
+        return getattr(_find(patch.symbol)[2], "hetermoe_patch", False)
+    except (ImportError, AttributeError):
+        return False
+
+
+def _find(symbol: str) -> tuple[ModuleType | type, str, Any]:
+    """A symbol's owner, its name there and what it is."""
+    owner_name, _, name = symbol.rpartition(".")
+    try:
+        owner: Any = importlib.import_module(owner_name)
+    except ModuleNotFoundError:
+        _, _, owner = _find(owner_name)
+    return owner, name, getattr(owner, name)
+
+
+def _normalised(target: Any) -> str:
+    """A function's source without comments, layout and kind of quotes."""
+    return _squeezed(ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(target)))))
+
+
+def _squeezed(code: str) -> str:
+    return "".join(code.split()).replace('"', "'")

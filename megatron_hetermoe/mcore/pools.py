@@ -1,0 +1,95 @@
+"""Process groups: one complete set of Megatron's for each pool, two channels for each ZP group, one for control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.runtime.channels import Channel
+from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, Layout
+
+# Every group that Megatron made, whichever pool for; it walks them to set timeouts.
+_SHARED_GLOBALS = {"_global_process_group_list"}
+
+
+def join_pools(plan: Plan, order: str = "tp-cp-ep-dp-pp") -> Session:
+    """Makes all process groups of a run and leaves Megatron with those of this rank's pool.
+
+    Creating a group is collective over the world, so every rank makes those of both pools, in the same order.
+
+    Args:
+        plan: the layout to build.
+        order: Megatron's order of parallel dimensions in a pool.
+
+    Returns:
+        This rank's session.
+    """
+    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    rank = dist.get_rank()
+    assert dist.get_world_size() == layout.world_size
+    control = dist.new_group(backend="gloo")
+    out = back = None
+    for group in range(layout.groups):
+        ranks = layout.zp_group(group)
+        pair = [dist.new_group(ranks) for _ in range(2)]
+        if rank in ranks:
+            out, back = (Channel(made, ranks, layout.member_of(rank)) for made in pair)
+    own: dict[str, object] = {}
+    blank = _parallel_state()
+    for role, experts in ((ATTENTION, layout.m), (EXPERT, layout.n)):
+        _restore(blank)
+        pool = layout.pool(role)
+        parallel_state.initialize_model_parallel(
+            rank_offset=pool.start,
+            local_world_size=len(pool),
+            expert_model_parallel_size=experts,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+            order=order,
+        )
+        if role == layout.role(rank):
+            own = _parallel_state()
+    _restore(own)
+    _check_groups(layout, rank)
+    # train() counts consumed samples by the data-parallel size; they are the attention ranks', in both pools.
+    parallel_state._MPU_DATA_PARALLEL_WORLD_SIZE = layout.attention_ranks
+    device = torch.device(torch.cuda.current_device())
+    return Session(plan, rank, control, out, back, device)
+
+
+def _parallel_state() -> dict[str, object]:
+    """Megatron's process groups and sizes, as its module globals have them."""
+    return {
+        name: value for name, value in vars(parallel_state).items()
+        if name.startswith("_") and (name.isupper() or name in _SHARED_GLOBALS)
+    }
+
+
+def _restore(state: dict[str, object]) -> None:
+    for name, value in state.items():
+        if name not in _SHARED_GLOBALS:
+            setattr(parallel_state, name, value)
+
+
+def _check_groups(layout: Layout, rank: int) -> None:
+    """Megatron's groups are those that the topology describes; all else is computed from the latter."""
+    role = layout.role(rank)
+    expected = {
+        "data parallel": (parallel_state.get_data_parallel_group(), [layout.data_parallel(role)]),
+        "expert parallel": (parallel_state.get_expert_model_parallel_group(), layout.expert_parallel(role)),
+        "expert data parallel": (
+            parallel_state.get_expert_data_parallel_group(), layout.expert_data_parallel(role)
+        ),
+    }
+    for name, (group, described) in expected.items():
+        assert tuple(dist.get_process_group_ranks(group)) == _own(described, rank), f"{name} group of rank {rank}"
+
+
+def _own(groups: Iterable[tuple[int, ...]], rank: int) -> tuple[int, ...]:
+    return next(group for group in groups if rank in group)
+

@@ -1,0 +1,140 @@
+"""A disaggregated run: from a command line to Megatron's own training loop."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.global_vars import set_global_variables
+from megatron.training.models.gpt import GPTModelBuilder, default_layer_spec
+
+from megatron_hetermoe.config.flags import Flags
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.mcore import gpt, patches
+from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
+from megatron_hetermoe.mcore.experts import ExpertModel
+from megatron_hetermoe.mcore.forward_backward import ForwardBackward
+from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
+from megatron_hetermoe.mcore.pools import join_pools
+from megatron_hetermoe.mcore.session import Session
+
+
+def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
+    """Trains. All ranks of both pools call it, with the same plan.
+
+    Args:
+        args: Megatron's, validated for this plan.
+        plan: the run's.
+        flags: the ``--hetermoe`` ones, for what is no part of a plan.
+    """
+    patches.check()
+    set_global_variables(args)
+    _join_world(args)
+    session = join_pools(plan)
+    announce(session)
+    patches.apply(_replacements(session))
+    config = pretrain_cfg_container_from_args(args, None)
+    provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
+    provider.is_distributed = True
+    pretrain(
+        config, provider, ModelType.encoder_or_decoder, gpt.forward_step, model_provider=_model_provider(args, session)
+    )
+
+
+def _join_world(args: argparse.Namespace) -> None:
+    """The world's group. Megatron finds it made, and skips its own set-up of it and of the groups inside."""
+    if torch.cuda.device_count() > 0:
+        torch.cuda.set_device(args.local_rank)
+    dist.init_process_group(
+        args.distributed_backend, rank=args.rank, world_size=args.world_size,
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+    )
+
+
+def announce(session: Session) -> None:
+    """Prints, on the first rank, one line that says as JSON what runs where."""
+    if session.rank:
+        return
+    layout, plan = session.layout, session.plan
+    ranks = [
+        {
+            "rank": rank, "role": layout.role(rank), "group": layout.group_of(rank),
+            "experts": session.placement.experts_held(layout.member_of(rank)),
+        }
+        for rank in range(layout.world_size)
+    ]
+    print("hetermoe plan: " + json.dumps({"schedule": plan.schedule, "wave": plan.wave, "ranks": ranks}), flush=True)
+
+
+def _model_provider(args: argparse.Namespace, session: Session) -> Callable[..., Any]:
+    """What builds this rank's part of the model, in Megatron's form of a provider."""
+
+    def provide(
+        pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, config: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> Any:
+        model_config = gpt_config_from_args(args, config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        spec = default_layer_spec(model_config, vp_stage)
+        if session.is_attention:
+            spec.layer_specs = route_to_holders(spec.layer_specs, session, args.seed)
+            model_config.transformer_layer_spec = spec
+            return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
+        builders = {
+            layer: submodules.experts
+            for layer, layer_spec in enumerate(spec.layer_specs, start=1)
+            if (submodules := moe_submodules(layer_spec)) is not None
+        }
+        return ExpertModel(model_config.transformer, builders, session, args.seed, groups)
+
+    return provide
+
+
+def _replacements(session: Session) -> dict[str, Callable[[Any], Any]]:
+    """What each patch of the inventory puts in place of the original."""
+    forward_backward = ForwardBackward(session)
+
+    def schedule(original: Any) -> Any:
+        return lambda *args, **kwargs: forward_backward
+
+    def optimizer(original: Any) -> Any:
+        def get_megatron_optimizer(config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any) -> Any:
+            scale_expert_gradients(model_chunks, session)
+            return PooledOptimizer(original(config, model_chunks, *args, **kwargs), session)
+
+        return get_megatron_optimizer
+
+    def restored_step(original: Any) -> Any:
+        def _set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+            group, order = self.model_param_group_index_map[model_param]
+            state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+            if "step" in state:
+                # The loaded state has one tensor for all parameters, and Adam counts each parameter's steps in place.
+                state["step"] = state["step"].clone()
+                tensors = {**tensors, "step": state["step"].clone()}
+            original(self, model_param, tensors)
+
+        return _set_main_param_and_optimizer_states
+
+    def compiled_helpers(original: Any) -> Any:
+        def compile_helpers() -> None:
+            """Makes the dataset helpers only where there is a Makefile to make them with."""
+            utils = Path(original.__code__.co_filename)
+            if (utils.parent / "Makefile").exists():
+                original()
+
+        return compile_helpers
+
+    makers = (schedule, optimizer, restored_step, compiled_helpers)
+    return {patch.symbol: make for patch, make in zip(patches.INVENTORY, makers, strict=True)}

@@ -1,0 +1,265 @@
+"""What A and E tasks do: walk Megatron's nodes on attention ranks, run experts on holders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss, set_current_microbatch
+from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comp_stream
+from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
+
+from megatron_hetermoe.mcore.attention import ModelTasks, PlanningModel
+from megatron_hetermoe.mcore.experts import HeldExperts
+from megatron_hetermoe.runtime.executor import Table
+from megatron_hetermoe.runtime.transfers import Routed, Transfers
+from megatron_hetermoe.schedule.orders import Schedule
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
+
+
+@dataclass
+class StepInputs:
+    """What Megatron's training loop hands to a schedule for one step, as far as tasks need it.
+
+    Attributes:
+        model: this rank's, unwrapped.
+        config: the transformer's, with the loop's callbacks.
+        schedule: of the ZP group.
+        forward_step: the user's.
+        data_iterator: of this rank; None on expert ranks.
+        forward_only: evaluation.
+        collect_non_loss_data: passed through to the loss function.
+    """
+
+    model: Any
+    config: Any
+    schedule: Schedule
+    forward_step: Callable[..., Any]
+    data_iterator: Iterator[Any] | None
+    forward_only: bool
+    collect_non_loss_data: bool
+
+    @property
+    def microbatches(self) -> int:
+        return self.schedule.last_microbatch + 1
+
+    def gradient_sync(self, task: Task) -> AbstractContextManager[None]:
+        """Gradients may be reduced during a layer's last backward only; DDP's hooks fire for each microbatch."""
+        if self.config.no_sync_func is None or task.microbatch == self.schedule.last_microbatch:
+            return nullcontext()
+        return self.config.no_sync_func()
+
+
+@dataclass
+class _Microbatch:
+    """One microbatch on an attention rank.
+
+    Attributes:
+        tasks: Megatron's nodes.
+        loss_function: what the user's forward_step returned beside the model's output.
+        hidden: output of a dense layer's first part, until its end.
+        grad: gradient on its way back to the next A task, where no transfer carries it.
+        output, loss: of the head, until its backward.
+    """
+
+    tasks: ModelTasks
+    loss_function: Callable[..., Any]
+    hidden: torch.Tensor | None = None
+    grad: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+
+
+@dataclass
+class AttentionTasks:
+    """The A tasks of one step.
+
+    Attributes:
+        inputs: from the training loop.
+        transfers: this member's.
+        losses: for each microbatch, what the loss function reports, in the order of the heads.
+        tokens: those that count in the loss, int.
+    """
+
+    inputs: StepInputs
+    transfers: Transfers
+    losses: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens = torch.zeros([], dtype=torch.int, device=self.transfers.device)
+        self._microbatches: dict[int, _Microbatch] = {}
+        self._planning_model = PlanningModel(self.inputs.model)
+        self._layers = self.inputs.schedule.layers
+        self._moe_layers = self.inputs.schedule.moe_layers
+
+    def table(self) -> Table:
+        """What the executor calls for A tasks."""
+        return {(Kind.ATTENTION, Pass.FORWARD): self._forward, (Kind.ATTENTION, Pass.BACKWARD): self._backward}
+
+    def _forward(self, task: Task) -> None:
+        set_current_microbatch(self.inputs.model, task.microbatch)
+        if task.layer == 1:
+            microbatch, hidden = self._begin(task)
+        else:
+            microbatch = self._microbatches[task.microbatch]
+            hidden = self._end_layer(task.layer - 1, task.microbatch)
+        if task.layer > self._layers:
+            self._head(microbatch, hidden)
+            if self.inputs.forward_only:
+                del self._microbatches[task.microbatch]
+            return
+        layer = microbatch.tasks.layer(task.layer)
+        result = layer.pre_dispatch_computation.forward(hidden)
+        if not layer.has_experts:
+            microbatch.hidden = result
+            return
+        tokens, probs = result
+        self.transfers.owned[task.layer, task.microbatch] = Routed(
+            layer.dispatch_state.counts, tokens.detach(), probs.detach()
+        )
+
+    def _begin(self, task: Task) -> tuple[_Microbatch, torch.Tensor]:
+        """Reads the microbatch, makes its nodes and runs the embedding."""
+        tasks, loss_function = self.inputs.forward_step(self.inputs.data_iterator, self._planning_model)
+        tasks.record_current_stream()
+        microbatch = self._microbatches[task.microbatch] = _Microbatch(tasks, loss_function)
+        return microbatch, tasks.pre_process.forward()
+
+    def _end_layer(self, layer: int, number: int) -> torch.Tensor:
+        """The end of a layer: combine's sum and residual, or the dense feed-forward part."""
+        microbatch = self._microbatches[number]
+        if layer in self._moe_layers:
+            routed = self.transfers.owned[layer, number]
+            outputs, routed.outputs = routed.outputs, None
+            if self.inputs.forward_only:
+                del self.transfers.owned[layer, number]
+            else:
+                outputs.requires_grad_()
+        else:
+            outputs, microbatch.hidden = microbatch.hidden, None
+        return microbatch.tasks.layer(layer).end.forward(outputs)
+
+    def _head(self, microbatch: _Microbatch, hidden: torch.Tensor) -> None:
+        """Output layer and loss. The loss starts from a leaf, so that its gradient can be handed to the node."""
+        inputs = self.inputs
+        output = microbatch.tasks.post_process.forward(hidden).detach()
+        microbatch.output = output.requires_grad_(not inputs.forward_only)
+        if inputs.config.timers is not None:
+            inputs.config.timers("forward-compute", log_level=2).start()  # forward_step_calc_loss stops it
+        microbatch.loss, tokens = forward_step_calc_loss(
+            inputs.model, microbatch.output, microbatch.loss_function, inputs.config, None,
+            inputs.collect_non_loss_data, inputs.microbatches, self.losses, cp_group_size=1, is_last_stage=True,
+        )
+        self.tokens += tokens
+
+    def _backward(self, task: Task) -> None:
+        with self.inputs.gradient_sync(task):
+            microbatch = self._microbatches[task.microbatch]
+            if task.layer > self._layers:
+                grad = self._head_backward(microbatch)
+            else:
+                grad = self._layer_backward(task, microbatch)
+            if task.layer > 1:
+                self._end_layer_backward(task.layer - 1, task.microbatch, microbatch, grad)
+            else:
+                microbatch.tasks.pre_process.backward(grad)
+                microbatch.tasks.release_state()
+                del self._microbatches[task.microbatch]
+
+    def _head_backward(self, microbatch: _Microbatch) -> torch.Tensor:
+        loss, microbatch.loss = microbatch.loss, None
+        if self.inputs.config.grad_scale_func is not None:
+            loss = self.inputs.config.grad_scale_func(loss)
+        torch.autograd.backward(loss)
+        grad, microbatch.output = microbatch.output.grad, None
+        return microbatch.tasks.post_process.backward(grad)
+
+    def _layer_backward(self, task: Task, microbatch: _Microbatch) -> torch.Tensor:
+        """Attention and router; returns the gradient of the layer's input."""
+        layer = microbatch.tasks.layer(task.layer)
+        if layer.has_experts:
+            routed = self.transfers.owned.pop((task.layer, task.microbatch))
+            grad = layer.pre_dispatch_computation.backward((routed.token_grads, routed.prob_grads))
+        else:
+            grad, microbatch.grad = microbatch.grad, None
+            grad = layer.pre_dispatch_computation.backward(grad)
+        layer.release_state()
+        return grad
+
+    def _end_layer_backward(self, layer: int, number: int, microbatch: _Microbatch, grad: torch.Tensor) -> None:
+        """The end of the layer before; what it returns is the experts' to continue with, where there are some."""
+        grad = microbatch.tasks.layer(layer).end.backward(grad)
+        if layer in self._moe_layers:
+            self.transfers.owned[layer, number].output_grads = grad
+        else:
+            microbatch.grad = grad
+
+
+@dataclass
+class ExpertTasks:
+    """The E tasks of one step, on any rank that holds experts.
+
+    Attributes:
+        inputs: from the training loop.
+        transfers: this member's.
+        experts: those that this rank holds of a layer, by layer.
+    """
+
+    inputs: StepInputs
+    transfers: Transfers
+    experts: Callable[[int], HeldExperts]
+
+    def __post_init__(self) -> None:
+        self._nodes: dict[tuple[int, int], ScheduleNode] = {}
+
+    def table(self) -> Table:
+        """What the executor calls for E tasks."""
+        return {(Kind.EXPERT, Pass.FORWARD): self._forward, (Kind.EXPERT, Pass.BACKWARD): self._backward}
+
+    def _forward(self, task: Task) -> None:
+        """Runs the experts; without a token too, since gradients of all experts are reduced together."""
+        routed = self.transfers.held[task.layer, task.microbatch]
+        experts = self.experts(task.layer)
+        node = ScheduleNode(
+            lambda tokens, probs: _run_sorted(experts, routed, tokens, probs), get_comp_stream, torch.cuda.Event(),
+            name="experts",
+        )
+        wants_grad = not self.inputs.forward_only
+        outputs = node.forward((routed.tokens.requires_grad_(wants_grad), routed.probs.requires_grad_(wants_grad)))
+        routed.outputs, routed.tokens, routed.probs = outputs.detach(), None, None
+        if wants_grad:
+            self._nodes[task.layer, task.microbatch] = node
+
+    def _backward(self, task: Task) -> None:
+        routed = self.transfers.held[task.layer, task.microbatch]
+        node = self._nodes.pop((task.layer, task.microbatch))
+        grads, routed.output_grads = routed.output_grads, None
+        with self.inputs.gradient_sync(task):
+            routed.token_grads, routed.prob_grads = node.backward(grads)
+
+
+def _run_sorted(
+    experts: HeldExperts, routed: Routed, tokens: torch.Tensor, probs: torch.Tensor
+) -> torch.Tensor:
+    """Experts on rows that are sorted by owner, then by expert.
+
+    Args:
+        experts: this holder's.
+        routed: whose counts, [owners][experts], are used.
+        tokens: [rows, hidden].
+        probs: [rows]; they are multiplied inside the experts.
+
+    Returns:
+        [rows, hidden], in the order of ``tokens``.
+    """
+    counts = torch.tensor(routed.counts)
+    owners, held = counts.shape
+    index = torch.arange(owners * held).view(owners, held)
+    by_expert = index.t().reshape(-1)
+    tokens, probs = sort_chunks_by_idxs(tokens, counts.reshape(-1), by_expert, probs=probs)
+    outputs, _ = experts(tokens, counts.sum(dim=0), probs)
+    outputs, _ = sort_chunks_by_idxs(outputs, counts.t().reshape(-1), by_expert.argsort())
+    return outputs

@@ -1,0 +1,128 @@
+"""From flags, files and the model's shape to one Plan: the one place where a run's input is validated."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.config.flags import PREFIX, Flags
+from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.topology.layout import Layout, layout_problems
+from megatron_hetermoe.topology.placement import even_placement, placement_from_document
+
+# Flags that a plan file decides; each is shorthand for the plan's field of the same name.
+_PLANNED = ("attention_ranks", "expert_ranks", "groups", "schedule", "wave")
+
+
+def resolve(
+    flags: Flags, shape: ModelShape, precision: str, world_size: int, problems: Problems
+) -> Plan | None:
+    """The run's plan.
+
+    Args:
+        flags: what the user said.
+        shape: of the model that Megatron's flags describe.
+        precision: of the parameters, one of ``config.plan.PRECISIONS``.
+        world_size: ranks that the launcher started.
+        problems: gets everything that is wrong.
+
+    Returns:
+        The plan, or None when there are problems with it.
+    """
+    found = Problems()
+    try:
+        plan = _from_file(flags, shape, precision, found) if flags.plan else _from_flags(flags, shape, precision, found)
+        if plan is not None:
+            _check(plan, world_size, found)
+        found.raise_if_any()
+        return plan
+    except UsageError as error:
+        problems.extend(error)
+        return None
+
+
+def _from_flags(flags: Flags, shape: ModelShape, precision: str, problems: Problems) -> Plan | None:
+    for name in ("attention_ranks", "expert_ranks"):
+        if getattr(flags, name) is None:
+            problems.add(f"{_flag(name)} is missing: give it, or {PREFIX}-plan")
+    if flags.schedule == "sequential" and flags.wave is not None:
+        problems.add(f"{PREFIX}-wave {flags.wave} contradicts {PREFIX}-schedule sequential, which has one microbatch "
+                     f"on the way at a time: leave one out")
+    if flags.attention_ranks is None or flags.expert_ranks is None:
+        return None
+    groups = flags.groups or 1
+    for problem in layout_problems(flags.attention_ranks, flags.expert_ranks, groups):
+        problems.add(problem)
+    problems.raise_if_any()
+    layout = Layout(flags.attention_ranks, flags.expert_ranks, groups)
+    placement = even_placement(shape, layout)
+    if flags.placement:
+        placement = placement_from_document(_read_yaml(flags.placement), shape, layout, flags.placement)
+    return Plan(
+        shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
+        flags.wave, precision, precision,
+    )
+
+
+def _from_file(flags: Flags, shape: ModelShape, precision: str, problems: Problems) -> Plan:
+    plan = plan_from_json(_read(flags.plan), flags.plan)
+    for name in _PLANNED:
+        said, planned = getattr(flags, name), getattr(plan, name)
+        if said is not None and said != planned:
+            problems.add(f"{_flag(name)} {said} disagrees with {planned} in {flags.plan}: leave one out")
+    if flags.placement:
+        problems.add(f"{PREFIX}-placement beside {PREFIX}-plan: the plan has a placement; leave one out")
+    differing = [
+        f"{field.name} {getattr(plan.model, field.name)} there, {getattr(shape, field.name)} here"
+        for field in dataclasses.fields(ModelShape) if getattr(plan.model, field.name) != getattr(shape, field.name)
+    ]
+    if differing:
+        problems.add(f"{flags.plan} is for another model ({'; '.join(differing)}): make a plan for this one")
+    for role in ("attention", "expert"):
+        planned = getattr(plan, f"{role}_precision")
+        if planned != precision:
+            problems.add(f"{flags.plan} has {role} ranks in {planned}, Megatron's flags say {precision}: change one")
+    return plan
+
+
+def _check(plan: Plan, world_size: int, problems: Problems) -> None:
+    """What must hold of a plan whichever way it came."""
+    for problem in layout_problems(plan.attention_ranks, plan.expert_ranks, max(plan.groups, 1)):
+        problems.add(problem)
+    needed = plan.attention_ranks + plan.expert_ranks
+    if needed != world_size:
+        problems.add(f"{plan.attention_ranks} attention and {plan.expert_ranks} expert ranks need {needed} ranks, but "
+                     f"{world_size} were started (WORLD_SIZE): start {needed}, or change the ranks of a role")
+    if plan.groups < 1 or problems:
+        return
+    members = needed // plan.groups
+    lengths = [len(layer) for layer in plan.placement]
+    expected = [plan.model.experts if layer in plan.model.moe_layers else 0
+                for layer in range(1, plan.model.layers + 1)]
+    if lengths != expected:
+        problems.add(f"the plan's placement has {lengths} experts by layer, the model {expected}")
+    elif any(not 0 <= holder < members for layer in plan.placement for holder in layer):
+        problems.add(f"the plan's placement names holders beyond the {members} members of a ZP group")
+
+
+def _flag(name: str) -> str:
+    return f"{PREFIX}-{name.replace('_', '-')}"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UsageError([f"cannot read {path}: {reason}"]) from None
+
+
+def _read_yaml(path: str) -> object:
+    try:
+        return yaml.safe_load(_read(path))
+    except yaml.YAMLError as error:
+        raise UsageError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from None
