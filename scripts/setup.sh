@@ -28,13 +28,14 @@ done
 # What was installed is described by the inputs of the installation, so a changed setup.py installs again.
 inputs() { cksum < "$ROOT/setup.py"; echo "$ROOT"; }
 healthy() {
-    [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
+    [ -x "$VENV/bin/python" ] || return 1
+    "$VENV/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
 }
 
 if healthy && [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(inputs)" ]; then
     if [ -n "$CUDA" ]; then
         INSTALLED=$("$VENV/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))')
-        [[ "$INSTALLED" == *"+$CUDA" ]] || echo "setup: keeping torch $INSTALLED, which is there; remove .venv for $CUDA"
+        [[ "$INSTALLED" == *"+$CUDA" ]] || say "keeping torch $INSTALLED, which is there; remove .venv for $CUDA"
     fi
     exit 0
 fi
@@ -54,7 +55,8 @@ find_python() {
     SEEN=''
     while IFS= read -r python; do
         # pyenv's shims are on PATH for versions that are not chosen, and then fail
-        version=$("$python" -c 'import sys, venv, ensurepip; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue
+        version=$("$python" -c 'import sys, venv, ensurepip; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) ||
+            continue
         if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
             FOUND=$python
             return 0
@@ -70,10 +72,11 @@ if ! healthy; then
         "no Python 3.12 or newer with venv was found, and megatron-core needs one." \
         "looked at PYTHON, python3.12 to python3.15 and python3 on PATH, and ${PYENV_ROOT:-$HOME/.pyenv}/versions." \
         "found:${SEEN:- none}" \
-        "to get one: pyenv install 3.12, or apt install python3.12 python3.12-venv, or conda create -p DIR python=3.12;" \
+        "to get one: pyenv install 3.12, or apt install python3.12 python3.12-venv, or conda create -p D python=3.12;" \
         "then start this again, with PYTHON=/path/to/python3.12 if it is somewhere else."
     SITE=''
-    if "$FOUND" -c 'import torch; v = torch.__version__.split("."); exit(not 211 <= int(v[0]) * 100 + int(v[1]) < 215)' \
+    # the range is that of setup.py
+    if "$FOUND" -c 'import torch; exit(not (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15))' \
         2>/dev/null; then
         SITE='--system-site-packages'
     fi
@@ -82,7 +85,7 @@ if ! healthy; then
     "$FOUND" -m venv --clear $SITE "$VENV"
 fi
 
-PIP=("$VENV/bin/python" -m pip --disable-pip-version-check install --quiet)
+PIP=("$VENV/bin/python" -m pip --disable-pip-version-check install -qq)
 CONSTRAINT=$(mktemp)
 trap 'rm -f "$CONSTRAINT"' EXIT
 

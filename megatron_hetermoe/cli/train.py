@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     recipe = load_recipe(args.recipe, os.environ)
     argv = override(recipe.argv, args.overrides, args.drop)
-    flags, _ = parse_flags(argv)
+    problems = Problems()
+    flags, _ = parse_flags(argv, problems)
+    problems.raise_if_any()
     world = world_size(flags, args.nproc)
     logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(args.recipe).stem, "logs")
     command = ["hetermoe", "train", args.recipe, *(["--nproc", str(args.nproc)] if args.nproc else []),

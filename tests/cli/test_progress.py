@@ -11,8 +11,8 @@ from megatron_hetermoe.cli.progress import PLAN, Display, Step, Watch, describe,
 from megatron_hetermoe.cli.summary import failure, print_summary
 
 LINE = (" [2026-01-01 00:00:00.000000] iteration {:8d}/{:8d} | consumed samples: {:12d} | elapsed time per iteration "
-        "(ms): {:.1f} | learning rate: 3.000000E-04 | global batch size:    16 | lm loss: {:.6E} | load_balancing_loss: "
-        "1.0E+00 | loss scale: 1.0 | grad norm: 0.731 | number of skipped iterations:   0 |\n")
+        "(ms): {:.1f} | learning rate: 3.000000E-04 | global batch size:    16 | lm loss: {:.6E} | "
+        "load_balancing_loss: 1.0E+00 | loss scale: 1.0 | grad norm: 0.731 | number of skipped iterations:   0 |\n")
 SAVED = ("  [2026-01-01 00:00:00.000000] successfully saved checkpoint from iteration     200 to runs/my run/ckpt "
          "[ t 1/1, gtp_remat 1/1, p 1/1 ]\n")
 PLANNED = {"ranks": [{"rank": 0, "role": "attention", "group": 0, "experts": 0},

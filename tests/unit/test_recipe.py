@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
 from megatron_hetermoe.config.recipe import HETERMOE_KEYS, load_recipe, override, parse_recipe
 
@@ -19,6 +19,13 @@ def problems(text, **environ):
     with pytest.raises(UsageError) as caught:
         parse(text, **environ)
     return caught.value.problems
+
+
+def flags_of(argv):
+    found = Problems()
+    flags, rest = parse_flags(argv, found)
+    found.raise_if_any()
+    return flags, rest
 
 
 def test_values_stay_as_written():
@@ -47,7 +54,7 @@ def test_env_vars_are_seen_by_the_arguments():
 def test_hetermoe_section_becomes_flags():
     recipe = parse("MODEL_ARGS:\n  --lr: 1\nHETERMOE:\n  attention-ranks: 2\n  expert-ranks: 3\n  wave: 4\n"
                    "  schedule: sequential\n  placement: false\n")
-    flags, rest = parse_flags(recipe.argv)
+    flags, rest = flags_of(recipe.argv)
     assert (flags.enabled, flags.attention_ranks, flags.expert_ranks, flags.wave) == (True, 2, 3, 4)
     assert flags.schedule == "sequential" and flags.placement is None and rest == ["--lr", "1"]
     assert parse("MODEL_ARGS: {}\nHETERMOE:\n").argv == ["--hetermoe"]
@@ -56,7 +63,7 @@ def test_hetermoe_section_becomes_flags():
 def test_every_key_of_the_section_is_a_flag():
     for key in HETERMOE_KEYS:
         value = "zebra" if key == "schedule" else "1"
-        parse_flags(parse(f"MODEL_ARGS:\nHETERMOE: {{{key}: {value}}}\n").argv)
+        flags_of(parse(f"MODEL_ARGS:\nHETERMOE: {{{key}: {value}}}\n").argv)
 
 
 def test_all_problems_in_one_message():
