@@ -32,13 +32,11 @@ def _train(argv: list[str]) -> None:
     flags, argv = parse_flags(argv, problems)
     if problems and not flags.enabled:
         problems.raise_if_any()
-    from megatron_hetermoe.mcore.platform import cpu, wheel
+    from megatron_hetermoe.mcore.platform import cpu
 
     if cpu.needed():
         cpu.install()
         argv = with_default(argv, "--distributed-backend", "gloo")
-    else:
-        wheel.install()
     import torch
 
     if flags.enabled:

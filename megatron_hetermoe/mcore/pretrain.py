@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
+from megatron_hetermoe.mcore.platform.wheel import without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
 from megatron_hetermoe.mcore.session import Session
 
@@ -127,14 +127,5 @@ def _replacements(session: Session) -> dict[str, Callable[[Any], Any]]:
 
         return _set_main_param_and_optimizer_states
 
-    def compiled_helpers(original: Any) -> Any:
-        def compile_helpers() -> None:
-            """Makes the dataset helpers only where there is a Makefile to make them with."""
-            utils = Path(original.__code__.co_filename)
-            if (utils.parent / "Makefile").exists():
-                original()
-
-        return compile_helpers
-
-    makers = (schedule, optimizer, restored_step, compiled_helpers)
+    makers = (schedule, optimizer, restored_step, without_makefile)
     return {patch.symbol: make for patch, make in zip(patches.INVENTORY, makers, strict=True)}
