@@ -15,6 +15,7 @@ from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
 from megatron_hetermoe.runtime import executor
+from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.transfers import Transfers
 
 
@@ -25,12 +26,12 @@ class ForwardBackward:
 
     Args:
         session: this rank's.
-        observe: told of each task with its times.
+        recorder: told of each task of a training step with its times.
     """
 
-    def __init__(self, session: Session, observe: executor.Observer | None = None):
+    def __init__(self, session: Session, recorder: Recorder | None = None):
         self._session = session
-        self._observe = observe
+        self._recorder = recorder
         self._schedules: dict[tuple[int, bool], Any] = {}
 
     def __call__(
@@ -58,6 +59,8 @@ class ForwardBackward:
         )
         losses, tokens = self._run(inputs, member)
         if not forward_only:
+            if self._recorder:
+                self._recorder.end_step()
             config.finalize_model_grads_func(
                 [wrapped],
                 self._tokens_of_pool(tokens) if config.calculate_per_token_loss else None,
@@ -82,12 +85,13 @@ class ForwardBackward:
             session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
             config.params_dtype, session.device,
         )
+        observe = self._recorder.observe if self._recorder and not inputs.forward_only else None
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:
-            executor.run(member, table, self._observe)
+            executor.run(member, table, observe)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
         attention = AttentionTasks(inputs, transfers)
-        executor.run(member, {**table, **attention.table()}, self._observe)
+        executor.run(member, {**table, **attention.table()}, observe)
         return attention.losses, attention.tokens
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:

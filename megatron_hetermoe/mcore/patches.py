@@ -151,16 +151,7 @@ def apply(replacements: dict[str, Callable[[Any], Any]]) -> None:
         owner, name, original = _find(symbol)
         prepared.append((owner, name, make(original)))
     for owner, name, replacement in prepared:
-        replacement.hetermoe_patch = True
         setattr(owner, name, replacement)
-
-
-def is_active(patch: Patch) -> bool:
-    """Whether a patch is applied in this process."""
-    try:
-        return getattr(_find(patch.symbol)[2], "hetermoe_patch", False)
-    except (ImportError, AttributeError):
-        return False
 
 
 def _find(symbol: str) -> tuple[ModuleType | type, str, Any]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_grad
 from megatron_hetermoe.mcore.platform.wheel import without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.runtime.recorder import Recorder
 
 
 def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
@@ -43,7 +45,12 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
     _join_world(args)
     session = join_pools(plan)
     announce(session)
-    patches.apply(_replacements(session))
+    recorder = None
+    if flags.trace:
+        recorder = Recorder(Path(flags.trace), session.rank)
+        if session.rank == 0:
+            Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    patches.apply(_replacements(session, recorder))
     config = pretrain_cfg_container_from_args(args, None)
     provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
     provider.is_distributed = True
@@ -101,9 +108,9 @@ def _model_provider(args: argparse.Namespace, session: Session) -> Callable[...,
     return provide
 
 
-def _replacements(session: Session) -> dict[str, Callable[[Any], Any]]:
+def _replacements(session: Session, recorder: Recorder | None) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
-    forward_backward = ForwardBackward(session)
+    forward_backward = ForwardBackward(session, recorder)
 
     def schedule(original: Any) -> Any:
         return lambda *args, **kwargs: forward_backward
