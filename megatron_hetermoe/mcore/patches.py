@@ -76,7 +76,7 @@ INVENTORY: tuple[Patch, ...] = (
     Patch(
         symbol="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
         reason="with torch's Adam it copies a placeholder over the restored step, so that a resumed run starts its "
-               "bias correction anew",
+               "bias correction anew; and in fp32 it writes into a view of a parameter, which autograd refuses",
         relies_on={
             "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states": (
                 "main_param = self.optimizer.param_groups[group_index]['params'][group_order]",

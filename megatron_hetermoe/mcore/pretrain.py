@@ -130,7 +130,8 @@ def _replacements(session: Session, recorder: Recorder | None) -> dict[str, Call
                 # The loaded state has one tensor for all parameters, and Adam counts each parameter's steps in place.
                 state["step"] = state["step"].clone()
                 tensors = {**tensors, "step": state["step"].clone()}
-            original(self, model_param, tensors)
+            with torch.no_grad():  # an fp32 shard is a view of its parameter
+                original(self, model_param, tensors)
 
         return _set_main_param_and_optimizer_states
 
