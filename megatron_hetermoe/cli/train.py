@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import sys
 from pathlib import Path
 
 from megatron_hetermoe.config.errors import EXIT_CODE, Problems, UsageError
@@ -36,9 +38,14 @@ def run(args: argparse.Namespace) -> int:
     problems.raise_if_any()
     world = world_size(flags, args.nproc)
     logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(args.recipe).stem, "logs")
-    command = ["hetermoe", "train", args.recipe, *(["--nproc", str(args.nproc)] if args.nproc else []),
+    command = [_own_name(), "train", args.recipe, *(["--nproc", str(args.nproc)] if args.nproc else []),
                *(word for flag in args.drop for word in ("--drop", flag))]
     return _train(command, args.overrides, world, argv, recipe.env, logs)
+
+
+def _own_name() -> str:
+    """How the user can start this command again: by its path, where the name alone is not found."""
+    return "hetermoe" if shutil.which("hetermoe") else os.path.relpath(sys.argv[0])
 
 
 def world_size(flags: Flags, nproc: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -91,10 +92,9 @@ def test_superseded_flags_are_accepted_with_a_line_each(tmp_path):
 
 def test_a_megatron_whose_source_is_another(tmp_path):
     """Its training loop no longer asks for a schedule by the name that is patched."""
-    import megatron.training
-
+    installed = importlib.util.find_spec("megatron.training").submodule_search_locations[0]
     shadow = tmp_path / "megatron" / "training"
-    shutil.copytree(Path(megatron.training.__path__[0]), shadow, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(installed, shadow, ignore=shutil.ignore_patterns("__pycache__"))
     loop = shadow / "training.py"
     loop.write_text(loop.read_text().replace("get_forward_backward_func(\n", "get_schedule(\n"))
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "RANK": "0", "WORLD_SIZE": "4"}
