@@ -8,16 +8,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import faulthandler
-import functools
 import gc
-import inspect
 import json
 import os
 import pickle
 import queue
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +31,7 @@ with warnings.catch_warnings():
     from megatron_hetermoe.mcore.platform import cpu
 
     cpu.install()
-    import megatron.training.training as training
+    from recording import record_steps
     import megatron_hetermoe.mcore.gpt
     import megatron_hetermoe.pretrain_gpt as pretrain_gpt
 
@@ -107,7 +104,7 @@ def result_file(folder: Path, rank: int) -> Path:
 def pretrain(rank: int, world: int, port: int, folder: Path, cwd: Path, env: Mapping[str, str], argv: Sequence[str]):
     """A rank that trains with the flags ``argv``."""
     enter(rank, world, port, folder, cwd, env)
-    _record_steps(record_file(folder, rank))
+    record_steps(record_file(folder, rank))
     if "--async-save" not in argv:
         # Megatron starts a process that imports torch, seconds a rank, for a queue that a save in the
         # foreground reads and writes in one process.
@@ -148,52 +145,3 @@ def call(
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     result_file(folder, rank).write_bytes(pickle.dumps(result))
-
-
-def _record_steps(path: Path) -> None:
-    """Writes down what Megatron's ``train_step`` and ``evaluate`` return, a line of JSON each.
-
-    The log will not do: it rounds, and its first losses after a start are averages of two steps.
-    """
-    file = path.open("w", buffering=1, encoding="utf-8")
-
-    def floats(losses):
-        return {name: float(value) for name, value in (losses or {}).items()}
-
-    def wrapped(original: Callable, note: Callable):
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def recorded(*args, **kwargs):
-            start = time.perf_counter()
-            result = original(*args, **kwargs)
-            seconds = time.perf_counter() - start
-            given = signature.bind(*args, **kwargs).arguments
-            file.write(json.dumps({**note(given, result), "seconds": seconds}) + "\n")
-            return result
-
-        return recorded
-
-    def step(given, result):
-        losses, skipped, _, _, _, grad_norm, num_zeros, *_ = result
-        return {
-            "kind": "step",
-            "loss": floats(losses),
-            "grad_norm": None if grad_norm is None else float(grad_norm),
-            "skipped": int(skipped),
-            "num_zeros": None if num_zeros is None else int(num_zeros),
-            "loss_scale": float(given["optimizer"].get_loss_scale()),
-        }
-
-    def model(given, result):
-        return {
-            "kind": "model",
-            "parameters": {name: parameter.numel() for name, parameter in result[0][0].named_parameters()},
-        }
-
-    def evaluation(given, result):
-        return {"kind": "eval", "loss": floats(result[0])}
-
-    training.setup_model_and_optimizer = wrapped(training.setup_model_and_optimizer, model)
-    training.train_step = wrapped(training.train_step, step)
-    training.evaluate = wrapped(training.evaluate, evaluation)

@@ -16,6 +16,7 @@ from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.recorder import Recorder
+from megatron_hetermoe.runtime.streams import streams_for
 from megatron_hetermoe.runtime.transfers import Transfers
 
 
@@ -32,6 +33,8 @@ class ForwardBackward:
     def __init__(self, session: Session, recorder: Recorder | None = None):
         self._session = session
         self._recorder = recorder
+        self._streams = streams_for(session.device)
+        self._recorded = streams_for(session.device, recorder.observe) if recorder else self._streams
         self._schedules: dict[tuple[int, bool], Any] = {}
 
     def __call__(
@@ -85,13 +88,13 @@ class ForwardBackward:
             session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
             config.params_dtype, session.device,
         )
-        observe = self._recorder.observe if self._recorder and not inputs.forward_only else None
+        streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:
-            executor.run(member, table, observe)
+            executor.run(member, table, streams)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
         attention = AttentionTasks(inputs, transfers)
-        executor.run(member, {**table, **attention.table()}, observe)
+        executor.run(member, {**table, **attention.table()}, streams)
         return attention.losses, attention.tokens
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -32,13 +32,17 @@ def join_pools(plan: Plan, order: str = "tp-cp-ep-dp-pp") -> Session:
     layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
     rank = dist.get_rank()
     assert dist.get_world_size() == layout.world_size
+    device = torch.device(torch.cuda.current_device())
     control = dist.new_group(backend="gloo")
     out = back = None
     for group in range(layout.groups):
         ranks = layout.zp_group(group)
-        pair = [dist.new_group(ranks) for _ in range(2)]
+        pairs = [(dist.new_group(ranks), dist.new_group(ranks, backend="gloo")) for _ in range(2)]
         if rank in ranks:
-            out, back = (Channel(made, ranks, layout.member_of(rank)) for made in pair)
+            out, back = (Channel(*pair, ranks, layout.member_of(rank)) for pair in pairs)
+            for payload, _ in pairs:
+                # Makes the communicator, which members that send or receive nothing at first would not.
+                dist.all_reduce(torch.zeros(1, device=device), group=payload)
     own: dict[str, object] = {}
     blank = _parallel_state()
     for role, experts in ((ATTENTION, layout.m), (EXPERT, layout.n)):
@@ -58,7 +62,6 @@ def join_pools(plan: Plan, order: str = "tp-cp-ep-dp-pp") -> Session:
     _check_groups(layout, rank)
     # train() counts consumed samples by the data-parallel size; they are the attention ranks', in both pools.
     parallel_state._MPU_DATA_PARALLEL_WORLD_SIZE = layout.attention_ranks
-    device = torch.device(torch.cuda.current_device())
     return Session(plan, rank, control, out, back, device)
 
 

@@ -61,8 +61,8 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
 
 def _join_world(args: argparse.Namespace) -> None:
     """The world's group. Megatron finds it made, and skips its own set-up of it and of the groups inside."""
-    if torch.cuda.device_count() > 0:
-        torch.cuda.set_device(args.local_rank)
+    # Ranks may share a GPU where NCCL lets them; without that NCCL names the GPU that is there twice.
+    torch.cuda.set_device(args.local_rank % torch.cuda.device_count())
     dist.init_process_group(
         args.distributed_backend, rank=args.rank, world_size=args.world_size,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),

@@ -13,6 +13,7 @@ from ranks import RanksFailed, run_function
 
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.channels import Channel
+from megatron_hetermoe.runtime.streams import HostStreams
 from megatron_hetermoe.runtime.transfers import Routed, Transfers
 from megatron_hetermoe.schedule.orders import zebra
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream
@@ -25,7 +26,8 @@ ATTENTION, LAYERS, MICROBATCHES = 2, 2, 5
 
 
 def transfers_of(rank: int, world: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN) -> Transfers:
-    out, back = (Channel(dist.new_group(list(range(world))), range(world), rank) for _ in range(2))
+    groups = [dist.new_group(list(range(world))) for _ in range(2)]
+    out, back = (Channel(group, group, range(world), rank) for group in groups)
     return Transfers(PLACEMENT, ATTENTION, rank, out, back, hidden, dtype, torch.device("cpu"))
 
 
@@ -57,7 +59,8 @@ class FakeModel:
                 assert torch.equal(before.outputs, 2 * made.tokens + made.probs.float()[:, None])
                 self.checked += 1
             if task.layer <= LAYERS:
-                owned[task.layer, task.microbatch] = self.routed(task)
+                made = self.routed(task)
+                self.transfers.route(task, lambda: made.counts, made.tokens, made.probs)
             return
         if task.layer <= LAYERS:
             routed = owned.pop((task.layer, task.microbatch))
@@ -95,7 +98,7 @@ def run_schedule(rank: int, world: int, wave: int | None, seed: int | None):
     member = schedule.member(rank)
     model = FakeModel(transfers_of(rank, world), None if seed is None else random.Random(seed * world + rank))
     seen: dict[Stream, list] = {stream: [] for stream in Stream}
-    executor.run(member, model.table(), lambda stream, task, start, end: seen[stream].append(task))
+    executor.run(member, model.table(), HostStreams(lambda stream, task, start, end: seen[stream].append(task)))
     assert {stream: tuple(tasks) for stream, tasks in seen.items()} == member.streams
     assert not model.transfers.held
     return model.checked
@@ -117,10 +120,9 @@ def disagree(rank: int, world: int, what: str):
     )
     task = zebra(LAYERS, PLACEMENT, ATTENTION, 1, None).member(0).streams[Stream.OUT][0]
     if rank < ATTENTION:
-        tokens = torch.ones(4, transfers.hidden, dtype=transfers.dtype)
-        transfers.owned[1, 0] = Routed([[1], [1], [1, 1]], tokens, torch.ones(4))
-    if what == "rows" and rank == 0:
-        transfers.owned[1, 0].tokens = torch.ones(3, HIDDEN)
+        rows = 3 if what == "rows" and rank == 0 else 4
+        tokens = torch.ones(rows, transfers.hidden, dtype=transfers.dtype)
+        transfers.route(task, lambda: [[1], [1], [1, 1]], tokens, torch.ones(4))
     transfers.table()[task.kind, task.direction](task)
 
 
@@ -149,7 +151,7 @@ def test_a_failing_task_stops_the_run_and_is_named():
     table = dict.fromkeys([(kind, direction) for kind in Kind for direction in Pass], ran.append)
     table[Kind.ATTENTION, Pass.FORWARD] = attention
     with pytest.raises(ValueError, match="no such token") as caught:
-        executor.run(schedule, table)
+        executor.run(schedule, table, HostStreams())
     assert caught.value.__notes__ == ["in task AF_1,2 on stream compute"]
     assert not any(task.microbatch == 2 for task in ran)
 
@@ -163,7 +165,7 @@ def test_a_failing_transfer_stops_compute():
     table = dict.fromkeys([(kind, direction) for kind in Kind for direction in Pass], lambda task: None)
     table[Kind.DISPATCH, Pass.FORWARD] = lost
     with pytest.raises(ConnectionError) as caught:
-        executor.run(schedule, table)
+        executor.run(schedule, table, HostStreams())
     assert caught.value.__notes__ == ["in task DF_1,1 on stream out"]
 
 
@@ -181,4 +183,4 @@ def test_streams_run_beside_each_other():
 
     table = dict.fromkeys([(kind, direction) for kind in Kind for direction in Pass], lambda task: None)
     table[Kind.ATTENTION, Pass.FORWARD], table[Kind.DISPATCH, Pass.FORWARD] = attention, dispatch
-    executor.run(schedule, table)
+    executor.run(schedule, table, HostStreams())
