@@ -62,7 +62,8 @@ def run(schedule: MemberSchedule, table: Table, streams: HostStreams | CudaStrea
     def follow(stream: Stream) -> None:
         for task in schedule.streams[stream]:
             waits = schedule.waits[task]
-            if not progress.wait_for(waits):
+            queued = schedule.issued_before.get(task, ()) if streams.may_share_a_queue else ()
+            if not progress.wait_for((*waits, *queued)):
                 return
             try:
                 with streams.task(stream, task, waits):
