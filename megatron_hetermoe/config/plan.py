@@ -13,6 +13,7 @@ from megatron_hetermoe.config.shape import ModelShape
 FORMAT = 1
 SCHEDULES = ("zebra", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16")
+ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Plan:
         schedule: one of SCHEDULES.
         wave: the most microbatches on the way together, None for all of a step.
         attention_precision, expert_precision: dtype of each role's parameters, one of PRECISIONS.
+        attention_kernel: one of ATTENTION_KERNELS, where there is no transformer-engine.
     """
 
     model: ModelShape
@@ -40,6 +42,7 @@ class Plan:
     wave: int | None = None
     attention_precision: str = "fp32"
     expert_precision: str = "fp32"
+    attention_kernel: str = "auto"
 
     def to_json(self) -> str:
         """The plan as the text of a plan file."""

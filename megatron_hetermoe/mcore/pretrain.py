@@ -28,6 +28,7 @@ from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
+from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.runtime.recorder import Recorder
 
@@ -95,7 +96,9 @@ def _model_provider(args: argparse.Namespace, session: Session) -> Callable[...,
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         spec = default_layer_spec(model_config, vp_stage)
         if session.is_attention:
-            spec.layer_specs = route_to_holders(spec.layer_specs, session, args.seed)
+            is_gpu = torch.empty(0, device=session.device).is_cuda
+            kernel = choose_kernel(session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu)
+            spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, args.seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
         builders = {
