@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.9,<4"],
-        "test": ["pytest>=8.3,<10", "hypothesis>=6.115,<7"],
+        "test": ["matplotlib>=3.9,<4", "pytest>=8.3,<10", "hypothesis>=6.115,<7"],
     },
     entry_points={"console_scripts": ["hetermoe=megatron_hetermoe.cli.main:main"]},
 )

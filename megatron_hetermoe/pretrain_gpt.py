@@ -6,6 +6,7 @@ Runs under any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _train(argv)
     except UsageError as error:
-        print(error.message(), file=sys.stderr, flush=True)
+        # All ranks find the same; one a machine says it.
+        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+            print(error.message(), file=sys.stderr, flush=True)
         return EXIT_CODE
     return 0
 
@@ -29,13 +32,11 @@ def _train(argv: list[str]) -> None:
     flags, argv = parse_flags(argv, problems)
     if problems and not flags.enabled:
         problems.raise_if_any()
-    from megatron_hetermoe.mcore.platform import cpu, wheel
+    from megatron_hetermoe.mcore.platform import cpu
 
     if cpu.needed():
         cpu.install()
         argv = with_default(argv, "--distributed-backend", "gloo")
-    else:
-        wheel.install()
     import torch
 
     if flags.enabled:

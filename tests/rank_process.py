@@ -8,15 +8,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import faulthandler
-import functools
 import gc
-import inspect
 import json
 import os
 import pickle
+import queue
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +31,7 @@ with warnings.catch_warnings():
     from megatron_hetermoe.mcore.platform import cpu
 
     cpu.install()
-    import megatron.training.training as training
+    from recording import record_steps
     import megatron_hetermoe.mcore.gpt
     import megatron_hetermoe.pretrain_gpt as pretrain_gpt
 
@@ -42,6 +40,7 @@ with warnings.catch_warnings():
     import megatron.core.models.mimo
     import megatron.core.tokenizers.text
     import torch._dynamo
+    from megatron.core.dist_checkpointing.strategies import cached_metadata_filesystem_reader, filesystem_async
     from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.arguments import add_megatron_arguments
 
@@ -105,9 +104,35 @@ def result_file(folder: Path, rank: int) -> Path:
 def pretrain(rank: int, world: int, port: int, folder: Path, cwd: Path, env: Mapping[str, str], argv: Sequence[str]):
     """A rank that trains with the flags ``argv``."""
     enter(rank, world, port, folder, cwd, env)
-    _record_steps(record_file(folder, rank))
+    record_steps(record_file(folder, rank))
+    if "--async-save" not in argv:
+        # Megatron starts a process that imports torch, seconds a rank, for a queue that a save in the
+        # foreground reads and writes in one process.
+        filesystem_async._results_queue = queue.Queue()
     sys.argv = ["pretrain_gpt", *argv]
-    sys.exit(pretrain_gpt.main(argv))
+    before = _megatrons_callables()
+    code = pretrain_gpt.main(argv)
+    changed = sorted(name for name, value in _megatrons_callables().items() if before.get(name, value) is not value)
+    with record_file(folder, rank).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"kind": "changed", "names": changed}) + "\n")
+    sys.exit(code)
+
+
+def _megatrons_callables() -> dict[str, object]:
+    """Every function and method of Megatron's imported modules and classes, by full name."""
+    found = {}
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] != "megatron" or module is None:
+            continue
+        for name, value in list(vars(module).items()):
+            if callable(value):
+                found[f"{module_name}.{name}"] = value
+            if isinstance(value, type) and value.__module__ == module_name:
+                found.update(
+                    (f"{module_name}.{name}.{attribute}", method) for attribute, method in vars(value).items()
+                    if callable(method)
+                )
+    return found
 
 
 def call(
@@ -120,45 +145,3 @@ def call(
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     result_file(folder, rank).write_bytes(pickle.dumps(result))
-
-
-def _record_steps(path: Path) -> None:
-    """Writes down what Megatron's ``train_step`` and ``evaluate`` return, a line of JSON each.
-
-    The log will not do: it rounds, and its first losses after a start are averages of two steps.
-    """
-    file = path.open("w", buffering=1, encoding="utf-8")
-
-    def floats(losses):
-        return {name: float(value) for name, value in (losses or {}).items()}
-
-    def wrapped(original: Callable, note: Callable):
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def recorded(*args, **kwargs):
-            start = time.perf_counter()
-            result = original(*args, **kwargs)
-            seconds = time.perf_counter() - start
-            given = signature.bind(*args, **kwargs).arguments
-            file.write(json.dumps({**note(given, result), "seconds": seconds}) + "\n")
-            return result
-
-        return recorded
-
-    def step(given, result):
-        losses, skipped, _, _, _, grad_norm, num_zeros, *_ = result
-        return {
-            "kind": "step",
-            "loss": floats(losses),
-            "grad_norm": None if grad_norm is None else float(grad_norm),
-            "skipped": int(skipped),
-            "num_zeros": None if num_zeros is None else int(num_zeros),
-            "loss_scale": float(given["optimizer"].get_loss_scale()),
-        }
-
-    def evaluation(given, result):
-        return {"kind": "eval", "loss": floats(result[0])}
-
-    training.train_step = wrapped(training.train_step, step)
-    training.evaluate = wrapped(training.evaluate, evaluation)

@@ -6,6 +6,7 @@ output in a file. The rendezvous store lives in this process on a port the syste
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -59,12 +60,16 @@ class Run:
 
     exit_codes: as the system gives them; negative for a signal. -9 also for ranks that had to be killed.
     output: stdout and stderr together.
+    parameters: elements of each parameter of the model that the rank built, by name.
+    changed: functions and methods of Megatron that were others after the run than before.
     """
 
     exit_codes: list[int]
     output: list[str]
     steps: list[list[Step]]
     evals: list[list[Evaluation]]
+    parameters: list[dict[str, int]]
+    changed: list[list[str]]
     seconds: float
 
     def check(self) -> Run:
@@ -89,11 +94,17 @@ def run_ranks(
     exit_codes = _run("pretrain", (list(argv),), world, folder, cwd, env or {}, timeout)
     seconds = time.perf_counter() - start
     records = [_records(folder, rank) for rank in range(world)]
+
+    def only(of_rank: list[tuple[str, dict]], wanted: str, field: str, default: Any) -> Any:
+        return next((record[field] for kind, record in of_rank if kind == wanted), default)
+
     return Run(
         exit_codes=exit_codes,
         output=_outputs(folder, world),
         steps=[[Step(**record) for kind, record in of_rank if kind == "step"] for of_rank in records],
         evals=[[Evaluation(**record) for kind, record in of_rank if kind == "eval"] for of_rank in records],
+        parameters=[only(of_rank, "model", "parameters", {}) for of_rank in records],
+        changed=[only(of_rank, "changed", "names", []) for of_rank in records],
         seconds=seconds,
     )
 
@@ -133,7 +144,7 @@ def assert_same_steps(steps: Sequence[Step], reference: Sequence[Step], rel: flo
         assert ours.skipped == theirs.skipped, f"step {index}: skipped {ours.skipped} against {theirs.skipped}"
         assert ours.loss.keys() == theirs.loss.keys(), f"step {index}: {ours.loss} against {theirs.loss}"
         pairs = {name: (ours.loss[name], theirs.loss[name]) for name in ours.loss}
-        if ours.grad_norm is not None and theirs.grad_norm is not None:
+        if not theirs.skipped:
             pairs["grad norm"] = (ours.grad_norm, theirs.grad_norm)
         for name, (mine, other) in pairs.items():
             assert abs(mine - other) <= rel * abs(other), f"step {index}: {name} {mine!r} against {other!r}"
@@ -208,7 +219,8 @@ def _wait(ranks: Sequence, deadline: float) -> list[int]:
 def _dump_stacks(processes: Sequence) -> None:
     """Has each write its threads' stacks to its output, and gives it the time."""
     for process in processes:
-        os.kill(process.pid, signal.SIGUSR1)
+        with contextlib.suppress(ProcessLookupError):  # it may have just ended
+            os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.5)
 
 

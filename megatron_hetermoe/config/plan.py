@@ -14,6 +14,7 @@ from megatron_hetermoe.config.step import Prediction, Step
 FORMAT = 1
 SCHEDULES = ("zebra", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16")
+ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
 _PARTS = {kind.__name__: kind for kind in (ModelShape, Step, Prediction)}  # of a plan, each a mapping in its file
 
 
@@ -31,6 +32,7 @@ class Plan:
         schedule: one of SCHEDULES.
         wave: the most microbatches on the way together, None for all of a step.
         attention_precision, expert_precision: dtype of each role's parameters, one of PRECISIONS.
+        attention_kernel: one of ATTENTION_KERNELS, where there is no transformer-engine.
         pools: for each member of a ZP group, the pool of the cluster file that it is of; empty when no cluster file
             was there.
         step: the step that was planned for, None when nothing was predicted.
@@ -46,6 +48,7 @@ class Plan:
     wave: int | None = None
     attention_precision: str = "fp32"
     expert_precision: str = "fp32"
+    attention_kernel: str = "auto"
     pools: tuple[str, ...] = ()
     step: Step | None = None
     predicted: Prediction | None = None

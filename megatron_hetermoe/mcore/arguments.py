@@ -9,12 +9,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
-from megatron_hetermoe.config.errors import Problems
+from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.mcore.gpt import check_args
 from megatron_hetermoe.planner.resolve import resolve
 
 # What a disaggregated run does not do: the flag, whether the arguments ask for it, and the way out.
@@ -84,6 +86,10 @@ def disaggregated_arguments(
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
         plan = resolve(flags, shape, precision, args.world_size, problems)
     _check_batch(args, flags, problems)
+    try:
+        check_args(args)
+    except UsageError as error:
+        problems.extend(error)
     problems.raise_if_any()
     superseded = [f"hetermoe: {flag} is superseded: {reason}" for flag, reason in _SUPERSEDED.items()
                   if any(word == flag or word.startswith(f"{flag}=") for word in rest)]
@@ -170,6 +176,7 @@ def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
     args.expert_model_parallel_size, args.moe_token_dispatcher_type = 1, "alltoall"
     try:
         validate_args(args, {})
+        core_transformer_config_from_args(args)  # has checks of its own, which would come after the ranks have met
     except (AssertionError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         problems.add(f"Megatron does not accept these flags: {str(error) or _assertion(error)}")
     problems.raise_if_any()

@@ -101,7 +101,8 @@ class LayerTasks(TransformerLayerSchedulePlan):
     """
 
     def _build_callable_nodes(self, event: Any, comp_stream: Any, comm_stream: Any, extra_args: dict) -> None:
-        super()._build_callable_nodes(event, comp_stream, comm_stream, extra_args)
+        # Megatron ends a layer on its stream for communication; here transfers are no part of any node.
+        super()._build_callable_nodes(event, comp_stream, comp_stream, extra_args)
         self.has_experts = isinstance(self.layer.mlp, MoELayer)
         if self.has_experts:
             self.dispatch_state = DispatchState()

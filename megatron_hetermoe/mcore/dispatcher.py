@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,12 +20,12 @@ class DispatchState:
     """What the dispatcher must remember of one microbatch in one layer between dispatch and combine.
 
     Attributes:
-        counts: for each holder of the layer, ascending, the tokens for each of its experts.
+        counts: tells, for each holder of the layer, ascending, the tokens for each of its experts.
         mapping: for each routed row, the token that it is a copy of.
         hidden_shape: of the layer's input, [sequence, batch, hidden].
     """
 
-    counts: list[list[int]] | None = None
+    counts: Callable[[], list[list[int]]] | None = None
     mapping: torch.Tensor | None = None
     hidden_shape: torch.Size | None = None
 
@@ -77,13 +77,30 @@ class AsymmetricDispatcher(MoETokenDispatcher):
         state = self._state
         state.hidden_shape = tokens.shape
         routing_map, probs = routing_map[:, self._order], probs[:, self._order]
-        counts = routing_map.sum(dim=0)
-        state.counts = [part.tolist() for part in counts.cpu().split(self._experts_of_holder)]
+        state.counts = self._counts_on_host(routing_map.sum(dim=0))
+        rows = routing_map.shape[0] * self.config.moe_router_topk
+        if self.config.moe_expert_capacity_factor is not None:  # tokens are dropped, so only the device knows how many
+            rows = sum(map(sum, state.counts()))
         routed, routed_probs, state.mapping, *_ = permute(
-            tokens.reshape(-1, tokens.shape[-1]), routing_map, probs=probs,
-            num_out_tokens=sum(map(sum, state.counts)), fused=self.config.moe_permute_fusion,
+            tokens.reshape(-1, tokens.shape[-1]), routing_map, probs=probs, num_out_tokens=rows,
+            fused=self.config.moe_permute_fusion,
         )
         return routed, routed_probs
+
+    def _counts_on_host(self, counts: torch.Tensor) -> Callable[[], list[list[int]]]:
+        """Starts a copy of [experts] to the host; what is returned waits for it and splits it by holder."""
+        copied = None
+        if counts.is_cuda:
+            counts = torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+
+        def on_host() -> list[list[int]]:
+            if copied is not None:
+                copied.synchronize()
+            return [part.tolist() for part in counts.split(self._experts_of_holder)]
+
+        return on_host
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The identity: D tasks carry tokens."""

@@ -19,14 +19,12 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
-from megatron.training.models.gpt import GPTModelBuilder
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_hetermoe.config.errors import Problems
@@ -221,16 +219,6 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module):
         loss_mask=batch["loss_mask"],
     )
     return output, partial(loss_func, batch["loss_mask"])
-
-
-def model_provider(pre_process=None, post_process=None, vp_stage=None, config=None, pg_collection=None):
-    """This rank's part of the stock model, not yet wrapped, for whoever builds it outside ``pretrain``.
-
-    ``pre_process`` and ``post_process`` say whether embedding and output layer are in it; None goes by the pipeline.
-    """
-    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    builder = GPTModelBuilder(gpt_config_from_args(get_args(), config))
-    return builder.build_model(groups, pre_process, post_process, vp_stage)
 
 
 def run_stock(argv: Sequence[str]) -> None:

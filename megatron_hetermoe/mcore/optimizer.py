@@ -83,15 +83,17 @@ class PooledOptimizer(ChainedOptimizer):
         What is not sharded is written by rank 0 alone, for all. It is an attention rank, so where it has no experts
         it must still write what their holders will read: the number of steps, which is the same everywhere.
         """
-        state = {}
+        state, unsharded = {}, []
         for index, optimizer in enumerate(self.chained_optimizers):
-            if _is_idle(optimizer):
+            if _is_idle(optimizer) and isinstance(optimizer, DistributedOptimizer):
                 state[index] = {"param_state_sharding_type": kwargs["metadata"]["distrib_optim_sharding_type"]}
                 continue
             state[index] = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
             if isinstance(optimizer, DistributedOptimizer):
                 add_prefix_for_sharding(state[index], f"chained_{index}.")
-        _share_steps([part.get("optimizer", part).get("state", {}) for part in state.values()])
+            else:
+                unsharded.append(state[index].get("optimizer", state[index])["state"])
+        _share_steps(unsharded)
         return state
 
     def load_state_dict(self, state_dict: dict[int, Any]) -> None:
@@ -148,8 +150,11 @@ def scale_expert_gradients(model_chunks: list[Any], session: Session) -> None:
 
 
 def _is_idle(optimizer: Any) -> bool:
-    """Whether a distributed optimizer has no parameter of this rank, and so no state that could be saved."""
-    return isinstance(optimizer, DistributedOptimizer) and not optimizer.model_param_gbuf_map
+    """Whether an optimizer has no parameter of this rank, and so no state of its own."""
+    if isinstance(optimizer, DistributedOptimizer):
+        # A shard may be empty where the parameters that it is a part of are not.
+        return not optimizer.model_param_gbuf_map
+    return not optimizer.get_parameters()
 
 
 def _initialise_adam(optimizer: torch.optim.Optimizer) -> None:

@@ -76,7 +76,7 @@ INVENTORY: tuple[Patch, ...] = (
     Patch(
         symbol="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
         reason="with torch's Adam it copies a placeholder over the restored step, so that a resumed run starts its "
-               "bias correction anew",
+               "bias correction anew; and in fp32 it writes into a view of a parameter, which autograd refuses",
         relies_on={
             "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states": (
                 "main_param = self.optimizer.param_groups[group_index]['params'][group_order]",
@@ -109,8 +109,8 @@ def check() -> None:
         UsageError: naming each symbol whose source is not as it was when its patch was written.
     """
     problems = [
-        f"{patch.symbol} cannot be patched: {problem}; this is {imported_megatron()}, the patch was written for "
-        f"{patch.written_for}: install megatron-core {patch.written_for}"
+        f"{patch.symbol} cannot be patched: {problem} (this is {imported_megatron()}); the patch was written for "
+        f"{patch.written_for}: install megatron-core=={patch.written_for}"
         for patch in INVENTORY for problem in unmet(patch)
     ]
     if problems:
@@ -128,7 +128,7 @@ def unmet(patch: Patch) -> list[str]:
             continue
         source = _normalised(target) if name in patch.relies_on else ""
         problems += [
-            f"{name} has no '{expression}'" for expression in patch.relies_on.get(name, ())
+            f"{name} in {inspect.getfile(target)} has no '{expression}'" for expression in patch.relies_on.get(name, ())
             if _squeezed(expression) not in source
         ]
     return problems
@@ -151,16 +151,7 @@ def apply(replacements: dict[str, Callable[[Any], Any]]) -> None:
         owner, name, original = _find(symbol)
         prepared.append((owner, name, make(original)))
     for owner, name, replacement in prepared:
-        replacement.hetermoe_patch = True
         setattr(owner, name, replacement)
-
-
-def is_active(patch: Patch) -> bool:
-    """Whether a patch is applied in this process."""
-    try:
-        return getattr(_find(patch.symbol)[2], "hetermoe_patch", False)
-    except (ImportError, AttributeError):
-        return False
 
 
 def _find(symbol: str) -> tuple[ModuleType | type, str, Any]:

@@ -17,14 +17,13 @@ from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, Layout
 _SHARED_GLOBALS = {"_global_process_group_list"}
 
 
-def join_pools(plan: Plan, order: str = "tp-cp-ep-dp-pp") -> Session:
+def join_pools(plan: Plan) -> Session:
     """Makes all process groups of a run and leaves Megatron with those of this rank's pool.
 
     Creating a group is collective over the world, so every rank makes those of both pools, in the same order.
 
     Args:
         plan: the layout to build.
-        order: Megatron's order of parallel dimensions in a pool.
 
     Returns:
         This rank's session.
@@ -32,13 +31,17 @@ def join_pools(plan: Plan, order: str = "tp-cp-ep-dp-pp") -> Session:
     layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
     rank = dist.get_rank()
     assert dist.get_world_size() == layout.world_size
+    device = torch.device(torch.cuda.current_device())
     control = dist.new_group(backend="gloo")
     out = back = None
     for group in range(layout.groups):
         ranks = layout.zp_group(group)
-        pair = [dist.new_group(ranks) for _ in range(2)]
+        pairs = [(dist.new_group(ranks), dist.new_group(ranks, backend="gloo")) for _ in range(2)]
         if rank in ranks:
-            out, back = (Channel(made, ranks, layout.member_of(rank)) for made in pair)
+            out, back = (Channel(*pair, ranks, layout.member_of(rank)) for pair in pairs)
+            for payload, _ in pairs:
+                # Makes the communicator, which members that send or receive nothing at first would not.
+                dist.all_reduce(torch.zeros(1, device=device), group=payload)
     own: dict[str, object] = {}
     blank = _parallel_state()
     for role, experts in ((ATTENTION, layout.m), (EXPERT, layout.n)):
@@ -50,7 +53,6 @@ def join_pools(plan: Plan, order: str = "tp-cp-ep-dp-pp") -> Session:
             expert_model_parallel_size=experts,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
-            order=order,
         )
         if role == layout.role(rank):
             own = _parallel_state()
@@ -58,7 +60,6 @@ def join_pools(plan: Plan, order: str = "tp-cp-ep-dp-pp") -> Session:
     _check_groups(layout, rank)
     # train() counts consumed samples by the data-parallel size; they are the attention ranks', in both pools.
     parallel_state._MPU_DATA_PARALLEL_WORLD_SIZE = layout.attention_ranks
-    device = torch.device(torch.cuda.current_device())
     return Session(plan, rank, control, out, back, device)
 
 

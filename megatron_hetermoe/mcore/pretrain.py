@@ -26,8 +26,11 @@ from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
+from megatron_hetermoe.mcore.platform.wheel import without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
+from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.runtime.recorder import Recorder
 
 
 def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
@@ -43,7 +46,12 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
     _join_world(args)
     session = join_pools(plan)
     announce(session)
-    patches.apply(_replacements(session))
+    recorder = None
+    if flags.trace:
+        recorder = Recorder(Path(flags.trace), session.rank)
+        if session.rank == 0:
+            Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    patches.apply(_replacements(session, recorder))
     config = pretrain_cfg_container_from_args(args, None)
     provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
     provider.is_distributed = True
@@ -54,8 +62,8 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
 
 def _join_world(args: argparse.Namespace) -> None:
     """The world's group. Megatron finds it made, and skips its own set-up of it and of the groups inside."""
-    if torch.cuda.device_count() > 0:
-        torch.cuda.set_device(args.local_rank)
+    # Ranks may share a GPU where NCCL lets them; without that NCCL names the GPU that is there twice.
+    torch.cuda.set_device(args.local_rank % torch.cuda.device_count())
     dist.init_process_group(
         args.distributed_backend, rank=args.rank, world_size=args.world_size,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
@@ -88,7 +96,9 @@ def _model_provider(args: argparse.Namespace, session: Session) -> Callable[...,
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         spec = default_layer_spec(model_config, vp_stage)
         if session.is_attention:
-            spec.layer_specs = route_to_holders(spec.layer_specs, session, args.seed)
+            is_gpu = torch.empty(0, device=session.device).is_cuda
+            kernel = choose_kernel(session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu)
+            spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, args.seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
         builders = {
@@ -101,9 +111,9 @@ def _model_provider(args: argparse.Namespace, session: Session) -> Callable[...,
     return provide
 
 
-def _replacements(session: Session) -> dict[str, Callable[[Any], Any]]:
+def _replacements(session: Session, recorder: Recorder | None) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
-    forward_backward = ForwardBackward(session)
+    forward_backward = ForwardBackward(session, recorder)
 
     def schedule(original: Any) -> Any:
         return lambda *args, **kwargs: forward_backward
@@ -123,18 +133,10 @@ def _replacements(session: Session) -> dict[str, Callable[[Any], Any]]:
                 # The loaded state has one tensor for all parameters, and Adam counts each parameter's steps in place.
                 state["step"] = state["step"].clone()
                 tensors = {**tensors, "step": state["step"].clone()}
-            original(self, model_param, tensors)
+            with torch.no_grad():  # an fp32 shard is a view of its parameter
+                original(self, model_param, tensors)
 
         return _set_main_param_and_optimizer_states
 
-    def compiled_helpers(original: Any) -> Any:
-        def compile_helpers() -> None:
-            """Makes the dataset helpers only where there is a Makefile to make them with."""
-            utils = Path(original.__code__.co_filename)
-            if (utils.parent / "Makefile").exists():
-                original()
-
-        return compile_helpers
-
-    makers = (schedule, optimizer, restored_step, compiled_helpers)
+    makers = (schedule, optimizer, restored_step, without_makefile)
     return {patch.symbol: make for patch, make in zip(patches.INVENTORY, makers, strict=True)}

@@ -117,9 +117,7 @@ class AttentionTasks:
             microbatch.hidden = result
             return
         tokens, probs = result
-        self.transfers.owned[task.layer, task.microbatch] = Routed(
-            layer.dispatch_state.counts, tokens.detach(), probs.detach()
-        )
+        self.transfers.route(task, layer.dispatch_state.counts, tokens.detach(), probs.detach())
 
     def _begin(self, task: Task) -> tuple[_Microbatch, torch.Tensor]:
         """Reads the microbatch, makes its nodes and runs the embedding."""

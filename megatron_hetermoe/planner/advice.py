@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from megatron_hetermoe.config.step import Step
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
+from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds
 from megatron_hetermoe.planner.memory import MARGIN, member_memory, usable
 from megatron_hetermoe.planner.options import MOST_MEMBERS, Question, options
 from megatron_hetermoe.planner.search import Priced, fits, smaller
 from megatron_hetermoe.simulator.baselines import (
-    expert_parallel_tokens_per_second, group_tokens, ideal_seconds, pipeline, spread, zebra_seconds,
+    expert_parallel_tokens_per_second, group_tokens, ideal_seconds, pipeline, spread,
 )
 
 _MORE_NODES = 64  # times the nodes that there are, up to which more are tried
@@ -63,7 +64,7 @@ def baselines(best: Priced) -> dict[str, float]:
     even = spread(group, range(group.attention_members, group.members))
     return {
         "expert parallelism over all ranks": groups * expert_parallel_tokens_per_second(group, group.seats),
-        "naive disaggregation": tokens / zebra_seconds(group, even, "sequential"),
+        "naive disaggregation": tokens / float(long_step_seconds(group, counts_of(even), 1)[0]),
         "pipeline, best split of layers": tokens / pipeline(group).seconds,
         "ideal sum of pools": tokens / ideal_seconds(group),
     }

@@ -171,6 +171,14 @@ def placement_of(experts: np.ndarray) -> Placement:
     )
 
 
+def counts_of(placement: Placement) -> np.ndarray:
+    """The reverse of placement_of, as one candidate: [1, K, members]."""
+    import numpy as np
+
+    return np.array([[[layer.count(member) for member in range(placement.members)] for layer in placement.holders]],
+                    float)
+
+
 def _judge(group: GroupCosts, candidates: list[np.ndarray], wave: int | None) -> list[float]:
     """Seconds of a step under each candidate: by the event simulator, or where a step is long by ``long_step_seconds``."""
     import numpy as np

@@ -14,8 +14,11 @@ from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.layout import Layout, layout_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document
 
-# Flags that a plan file decides; each is shorthand for the plan's field of the same name.
-_PLANNED = ("attention_ranks", "expert_ranks", "groups", "schedule", "wave")
+# Flags that a plan file decides, and the plan's field that each is shorthand for.
+_PLANNED = {
+    "attention_ranks": "attention_ranks", "expert_ranks": "expert_ranks", "groups": "groups", "schedule": "schedule",
+    "wave": "wave", "attention": "attention_kernel",
+}
 
 
 def resolve(
@@ -64,14 +67,14 @@ def _from_flags(flags: Flags, shape: ModelShape, precision: str, problems: Probl
         placement = placement_from_document(_read_yaml(flags.placement), shape, layout, flags.placement)
     return Plan(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
-        flags.wave, precision, precision,
+        flags.wave, precision, precision, flags.attention or "auto",
     )
 
 
 def _from_file(flags: Flags, shape: ModelShape, precision: str, problems: Problems) -> Plan:
     plan = plan_from_json(_read(flags.plan), flags.plan)
-    for name in _PLANNED:
-        said, planned = getattr(flags, name), getattr(plan, name)
+    for name, field in _PLANNED.items():
+        said, planned = getattr(flags, name), getattr(plan, field)
         if said is not None and said != planned:
             problems.add(f"{_flag(name)} {said} disagrees with {planned} in {flags.plan}: leave one out")
     if flags.placement:
@@ -91,13 +94,13 @@ def _from_file(flags: Flags, shape: ModelShape, precision: str, problems: Proble
 
 def _check(plan: Plan, world_size: int, problems: Problems) -> None:
     """What must hold of a plan whichever way it came."""
-    for problem in layout_problems(plan.attention_ranks, plan.expert_ranks, max(plan.groups, 1)):
+    for problem in layout_problems(plan.attention_ranks, plan.expert_ranks, plan.groups):
         problems.add(problem)
     needed = plan.attention_ranks + plan.expert_ranks
     if needed != world_size:
         problems.add(f"{plan.attention_ranks} attention and {plan.expert_ranks} expert ranks need {needed} ranks, but "
                      f"{world_size} were started (WORLD_SIZE): start {needed}, or change the ranks of a role")
-    if plan.groups < 1 or problems:
+    if problems:
         return
     members = needed // plan.groups
     lengths = [len(layer) for layer in plan.placement]

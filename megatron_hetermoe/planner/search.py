@@ -61,7 +61,7 @@ class Priced:
         return Plan(
             group.shape, option.m * option.groups, option.n * option.groups, option.groups,
             placement_of(self.assignment.experts).holders, "zebra", self.wave, group.precision, group.precision,
-            tuple(seat.pool.name for seat in group.seats), group.step, prediction,
+            pools=tuple(seat.pool.name for seat in group.seats), step=group.step, predicted=prediction,
         )
 
 
@@ -100,13 +100,17 @@ def search(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thor
         thorough: whether placements are searched in full.
     """
     considered = list(options(question, cluster, kinds))
-    fitting = sorted((option for option in considered if option.wave), key=lambda option: -option.bound)
+    fitting = [option for option in considered if option.wave]
+    # Copies of a layout with more ZP groups have the same bound; the smaller groups waste less on what does not divide.
+    fitting.sort(key=lambda option: (-float(f"{option.bound:.2g}"), option.group.members, -option.bound))
     priced: list[Priced] = []
     simulated = 0
     reached = 0.0
     for option in fitting:
-        if option.bound <= reached or simulated == _QUICK:
+        if simulated == _QUICK:
             break
+        if option.bound <= reached:
+            continue
         simulated += 1
         for wave in _waves(option):
             found = _price(option, wave, thorough=False)

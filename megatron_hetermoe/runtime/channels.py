@@ -24,40 +24,51 @@ class Message(NamedTuple):
 
 
 class Channel:
-    """One direction of traffic in a ZP group, with a communicator of its own.
+    """One direction of traffic in a ZP group, with communicators of its own.
 
     All transfers of a channel are made from one thread, in the order that all members agree on, so messages of one
-    part between two members match by order.
+    part between two members match by order. What is on the host (headers) goes over gloo, what is on a GPU over
+    NCCL, so a host can learn sizes while its GPU is busy.
 
     Args:
-        group: process group over all members.
+        group: process group over all members, for the device's tensors.
+        headers: gloo group over all members, for the host's; on the CPU the same.
         ranks: the members' global ranks, in member order.
         member: this rank.
     """
 
-    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], member: int):
+    def __init__(self, group: dist.ProcessGroup, headers: dist.ProcessGroup, ranks: Sequence[int], member: int):
         self._group = group
+        self._headers = headers
         self._ranks = tuple(ranks)
         self._member = member
 
     def exchange(self, sends: Sequence[Message] = (), receives: Sequence[Message] = ()) -> None:
-        """Sends and receives, and returns when all buffers are filled and all that was sent may be overwritten.
+        """Sends and receives; then all buffers are filled and all that was sent may be overwritten.
 
-        A message to this member itself is a copy. Empty tensors are not sent: both ends know their size.
+        On a GPU that holds for what follows on the current stream. A message to this member itself is a copy. Empty
+        tensors are not sent: both ends know their size.
         """
         own = {message.part: message.tensor for message in sends if message.member == self._member}
         for message in receives:
             if message.member == self._member:
                 message.tensor.copy_(own[message.part])
+        messages = [
+            (operation, message)
+            for operation, batch in ((dist.irecv, receives), (dist.isend, sends))
+            for message in batch
+            if message.member != self._member and message.tensor.numel()
+        ]
         works = [
-            dist.irecv(message.tensor, self._ranks[message.member], group=self._group, tag=message.part)
-            for message in receives
-            if message.member != self._member and message.tensor.numel()
+            operation(message.tensor, self._ranks[message.member], group=self._headers, tag=message.part)
+            for operation, message in messages if not message.tensor.is_cuda
         ]
-        works += [
-            dist.isend(message.tensor, self._ranks[message.member], group=self._group, tag=message.part)
-            for message in sends
-            if message.member != self._member and message.tensor.numel()
+        # One launch for all, so that no order of sends and receives between pairs can block.
+        together = [
+            dist.P2POp(operation, message.tensor, self._ranks[message.member], self._group)
+            for operation, message in messages if message.tensor.is_cuda
         ]
+        if together:
+            works += dist.batch_isend_irecv(together)
         for work in works:
             work.wait()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping
 
+from megatron_hetermoe.runtime.streams import CudaStreams, HostStreams
 from megatron_hetermoe.schedule.orders import MemberSchedule
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
 Table = Mapping[tuple[Kind, Pass], Callable[[Task], None]]
-Observer = Callable[[Stream, Task, float, float], None]
 
 
 class _Progress:
@@ -42,8 +41,8 @@ class _Progress:
             raise self._failure
 
 
-def run(schedule: MemberSchedule, table: Table, observe: Observer | None = None) -> None:
-    """Runs all tasks of a member and returns when the last is done.
+def run(schedule: MemberSchedule, table: Table, streams: HostStreams | CudaStreams) -> None:
+    """Runs all tasks of a member and returns when the last is done, or on a GPU queued.
 
     Compute tasks run in the calling thread, each channel in a thread of its own. A channel's task may block until
     its peers take part, since all see it in the same order (``schedule.checks``); so no stream of this member ever
@@ -52,8 +51,7 @@ def run(schedule: MemberSchedule, table: Table, observe: Observer | None = None)
     Args:
         schedule: the member's streams and what its tasks wait for.
         table: what to call for each kind of task and pass.
-        observe: told of each task, on its stream's thread, with its start and end in seconds of
-            ``time.perf_counter``; time spent waiting for other tasks is not in between.
+        streams: of the device.
 
     Raises:
         Exception: what the first failing task raised, with a note that names the task. Streams that are inside a
@@ -63,17 +61,17 @@ def run(schedule: MemberSchedule, table: Table, observe: Observer | None = None)
 
     def follow(stream: Stream) -> None:
         for task in schedule.streams[stream]:
-            if not progress.wait_for(schedule.waits[task]):
+            waits = schedule.waits[task]
+            queued = schedule.issued_before.get(task, ()) if streams.may_share_a_queue else ()
+            if not progress.wait_for((*waits, *queued)):
                 return
-            start = time.perf_counter()
             try:
-                table[task.kind, task.direction](task)
+                with streams.task(stream, task, waits):
+                    table[task.kind, task.direction](task)
             except BaseException as error:
                 error.add_note(f"in task {task} on stream {stream.value}")
                 progress.fail(error)
                 return
-            if observe:
-                observe(stream, task, start, time.perf_counter())
             progress.finish(task)
 
     # Daemons, since after a failure one may stay blocked in a transfer whose peer is gone.
@@ -89,3 +87,4 @@ def run(schedule: MemberSchedule, table: Table, observe: Observer | None = None)
     progress.raise_failure()
     for thread in channels:
         thread.join()
+    streams.finish()

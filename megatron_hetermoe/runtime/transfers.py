@@ -19,6 +19,7 @@ from megatron_hetermoe.topology.placement import Placement
 # Parts of a transfer.
 _HEADER, _TOKENS, _PROBS = range(3)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Counts = Callable[[], list[list[int]]]
 _HEADER_FIELDS = 5  # layer, microbatch, hidden, dtype of tokens, dtype of probabilities; then counts
 
 
@@ -80,6 +81,11 @@ class Transfers:
     owned: dict[tuple[int, int], Routed] = field(default_factory=dict)
     held: dict[tuple[int, int], Routed] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._leaving: dict[tuple[int, int], tuple[Counts, torch.Tensor, torch.Tensor]] = {}
+        # Buffers are made on a channel's stream and freed by compute, which the allocator must know.
+        self._compute = torch.cuda.current_stream() if self._empty(0).is_cuda else None
+
     def table(self) -> dict[tuple[Kind, Pass], Callable[[Task], None]]:
         """What the executor calls for D and C tasks."""
         return {
@@ -89,10 +95,17 @@ class Transfers:
             (Kind.DISPATCH, Pass.BACKWARD): self._dispatch_backward,
         }
 
-    def clear(self) -> None:
-        """Forgets all microbatches, after a step."""
-        self.owned.clear()
-        self.held.clear()
+    def route(self, task: Task, counts: Counts, tokens: torch.Tensor, probs: torch.Tensor) -> None:
+        """Hands over what an A task routed, for the D task that follows.
+
+        Args:
+            task: the A task.
+            counts: gives ``Routed.counts``; asked by the D task, on its thread, so that compute need not wait for the
+                device to know them.
+            tokens: [rows, hidden], freed when they are sent.
+            probs: [rows].
+        """
+        self._leaving[task.layer, task.microbatch] = counts, tokens, probs
 
     @property
     def _owns(self) -> bool:
@@ -106,8 +119,10 @@ class Transfers:
         """D forward, on channel out: header, tokens and probabilities to the holders."""
         headers: list[Message] = []
         payload: list[Message] = []
-        state = self._owner(task) if self._owns else None
-        if state:
+        state = None
+        if self._owns:
+            counts, tokens, probs = self._leaving.pop((task.layer, task.microbatch))
+            state = self.owned[task.layer, task.microbatch] = Routed(counts(), tokens, probs)
             self._check(task, "tokens", state.tokens, state.rows)
             for holder, counts in zip(self.placement.holders_of(task.layer), state.counts):
                 headers.append(Message(holder, _HEADER, self._header(task, state, counts)))
@@ -168,7 +183,7 @@ class Transfers:
         if self._owns:
             state = self._owner(task)
             state.token_grads = self._empty(state.rows)
-            state.prob_grads = torch.empty(state.rows, dtype=state.probs_dtype, device=self.device)
+            state.prob_grads = self._empty(state.rows, state.probs_dtype)
             buffers = self._parts(task, state, _TOKENS, state.token_grads)
             buffers += self._parts(task, state, _PROBS, state.prob_grads)
         sends = self._returned(task, _TOKENS, "token_grads") + self._returned(task, _PROBS, "prob_grads")
@@ -180,6 +195,7 @@ class Transfers:
 
     def _parts(self, task: Task, state: Routed, part: int, tensor: torch.Tensor) -> list[Message]:
         """An owner's tensor, in the pieces that go to or come from each holder."""
+        _used_here(tensor)
         return [
             Message(holder, part, rows)
             for holder, rows in zip(self.placement.holders_of(task.layer), tensor.split(state.splits))
@@ -192,10 +208,16 @@ class Transfers:
         held = self.held[task.layer, task.microbatch]
         tensor = getattr(held, name)
         self._check(task, name, tensor, held.rows, self.dtype if part == _TOKENS else held.probs_dtype)
+        _used_here(tensor)
         return [Message(owner, part, rows) for owner, rows in enumerate(tensor.contiguous().split(held.splits))]
 
-    def _empty(self, rows: int) -> torch.Tensor:
-        return torch.empty(rows, self.hidden, dtype=self.dtype, device=self.device)
+    def _empty(self, rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A buffer, [rows, hidden] of tokens or, with the dtype of probabilities, [rows]."""
+        shape = (rows,) if dtype else (rows, self.hidden)
+        tensor = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        if tensor.is_cuda and rows:
+            tensor.record_stream(self._compute)
+        return tensor
 
     def _header(self, task: Task, state: Routed, counts: list[int]) -> torch.Tensor:
         """What a holder must know before it can receive, as int64 on the CPU."""
@@ -222,9 +244,7 @@ class Transfers:
                 )
         counts = [header[_HEADER_FIELDS:].tolist() for header in headers]
         rows = sum(map(sum, counts))
-        return Routed(
-            counts, self._empty(rows), torch.empty(rows, dtype=_DTYPES[probs_dtype], device=self.device)
-        )
+        return Routed(counts, self._empty(rows), self._empty(rows, _DTYPES[probs_dtype]))
 
     def _check(
         self, task: Task, what: str, tensor: torch.Tensor, rows: int, dtype: torch.dtype | None = None
@@ -236,3 +256,9 @@ class Transfers:
                 f"member {self.member} has {tensor.shape[0]} rows of {tensor.dtype} as {what} for {task}, "
                 f"its peers await {rows} of {dtype}"
             )
+
+
+def _used_here(tensor: torch.Tensor) -> None:
+    """Keeps a tensor's memory, when its owner lets go of it, until this thread's stream is past what it does now."""
+    if tensor.is_cuda and tensor.numel():
+        tensor.record_stream(torch.cuda.current_stream())

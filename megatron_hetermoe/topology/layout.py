@@ -96,6 +96,8 @@ class Layout:
 
 def layout_problems(attention_ranks: int, expert_ranks: int, groups: int) -> list[str]:
     """What keeps these numbers from being a layout, one sentence each."""
+    if groups < 1:
+        return [f"{groups} ZP groups: a layout needs at least one"]
     problems = []
     for name, ranks in (("attention", attention_ranks), ("expert", expert_ranks)):
         if ranks < 1:

@@ -20,6 +20,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import logging
 import os
 import sys
 import time
@@ -271,6 +272,10 @@ def _adjust_megatron() -> None:
     importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     torch_norm = importlib.import_module("megatron.core.transformer.torch_norm")
     wheel.install()
+    # A warning for each weight, that drawing from the device's generator moved the host's: here they are one.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in str(record.msg)
+    )
 
     def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
         # The original asks ``is_cuda``; all_to_all wants its split sizes as numbers, not as a tensor.

@@ -1,6 +1,7 @@
-"""What the wheel of megatron-core lacks next to a source checkout, on every device.
+"""What the wheel of megatron-core lacks next to a source checkout.
 
-Both gaps meet GPU ranks too: the first always, the second wherever transformer-engine is missing (V100).
+Part of the CPU platform. On GPUs stock Megatron is left as it is; a disaggregated run there has the first of the two
+gaps filled by a listed patch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 def rebind(original: Callable, replacement: Callable) -> None:
@@ -31,21 +33,24 @@ def install() -> None:
     _checkpoint_without_transformer_engine()
 
 
-def _keep_compiled_helpers() -> None:
-    """The wheel ships the compiled dataset helpers but no Makefile, and rank 0 exits when ``make`` fails."""
-    utils = importlib.import_module("megatron.core.datasets.utils")
-    if getattr(utils.compile_helpers, "hetermoe", False):
-        return
-    try:
-        importlib.import_module("megatron.core.datasets.helpers_cpp")
-    except ImportError:
-        return  # a source checkout that has not been built: let Megatron build it
+def without_makefile(original: Callable[[], None]) -> Callable[[], None]:
+    """``compile_helpers`` for the wheel, which ships the compiled dataset helpers but no Makefile: the original has rank
+    0 exit when ``make`` fails."""
 
     def compile_helpers() -> None:
-        """Nothing to do: the wheel's helpers are compiled."""
+        """Makes the dataset helpers where there is something to make them from."""
+        utils = importlib.import_module("megatron.core.datasets.utils")
+        if (Path(utils.__file__).parent / "Makefile").exists():
+            original()
 
     compile_helpers.hetermoe = True
-    rebind(utils.compile_helpers, compile_helpers)
+    return compile_helpers
+
+
+def _keep_compiled_helpers() -> None:
+    utils = importlib.import_module("megatron.core.datasets.utils")
+    if not getattr(utils.compile_helpers, "hetermoe", False):
+        rebind(utils.compile_helpers, without_makefile(utils.compile_helpers))
 
 
 def _checkpoint_without_transformer_engine() -> None:

@@ -1,0 +1,109 @@
+"""``hetermoe train``: one recipe, all of its ranks on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from megatron_hetermoe.config.errors import EXIT_CODE, Problems, UsageError
+from megatron_hetermoe.config.flags import PREFIX, Flags, parse_flags
+from megatron_hetermoe.config.plan import plan_from_json
+from megatron_hetermoe.config.recipe import load_recipe, override
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "train", help="train a recipe with all ranks on this machine", usage="hetermoe train RECIPE.yaml [options] "
+        "[-- Megatron's flags]", description="Starts the attention and expert ranks of a recipe on this machine and "
+        "shows how training goes. Flags after -- replace those of the recipe, as in `-- --num-layers 4`.")
+    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks, for a recipe without HETERMOE (stock Megatron)")
+    parser.add_argument("--drop", action="append", default=[], metavar="FLAG",
+                        help="leave out a flag of the recipe, as `--drop bf16`; may be given again")
+    parser.add_argument("--keep-logs", metavar="DIR",
+                        help="folder for the ranks' output (default: runs/RECIPE/logs, written over by each run)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    recipe = load_recipe(args.recipe, os.environ)
+    argv = override(recipe.argv, args.overrides, args.drop)
+    problems = Problems()
+    flags, _ = parse_flags(argv, problems)
+    problems.raise_if_any()
+    world = world_size(flags, args.nproc)
+    logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(args.recipe).stem, "logs")
+    command = [_own_name(), "train", args.recipe, *(["--nproc", str(args.nproc)] if args.nproc else []),
+               *(word for flag in args.drop for word in ("--drop", flag))]
+    return _train(command, args.overrides, world, argv, recipe.env, logs)
+
+
+def _own_name() -> str:
+    """How the user can start this command again: by its path, where the name alone is not found."""
+    return "hetermoe" if shutil.which("hetermoe") else os.path.relpath(sys.argv[0])
+
+
+def world_size(flags: Flags, nproc: int | None) -> int:
+    """The number of ranks that flags ask for, or for stock Megatron ``--nproc``.
+
+    Raises:
+        UsageError: if neither says it, or both do and differ.
+    """
+    problems = Problems()
+    if nproc is not None and nproc < 1:
+        problems.add(f"--nproc is {nproc}; it must be 1 or more")
+    world = nproc
+    if flags.enabled:
+        attention, expert = flags.attention_ranks, flags.expert_ranks
+        if flags.plan is not None and None in (attention, expert):
+            try:
+                plan = plan_from_json(Path(flags.plan).read_text(encoding="utf-8"), flags.plan)
+            except OSError as error:
+                raise UsageError([f"cannot read the plan {flags.plan}: {error.strerror}"]) from None
+            attention, expert = plan.attention_ranks, plan.expert_ranks
+        for name, count in (("attention", attention), ("expert", expert)):
+            if count is None:
+                problems.add(f"how many {name} ranks? Give {name}-ranks in HETERMOE, or {PREFIX}-{name}-ranks after --")
+        world = (attention or 0) + (expert or 0)
+        if nproc not in (None, world) and not problems:
+            problems.add(f"--nproc is {nproc}, but there are {attention} attention and {expert} expert ranks; "
+                         "leave --nproc out")
+    elif nproc is None:
+        problems.add("the recipe has no section HETERMOE; add one, or give --nproc N to train it with stock Megatron")
+    problems.raise_if_any()
+    return world
+
+
+def _train(command: list[str], overrides: list[str], world: int, argv: list[str], env: dict[str, str],
+           logs: Path) -> int:
+    # imported here because rich takes a while and `hetermoe --help` needs none of it
+    from rich.console import Console
+
+    from megatron_hetermoe.cli.launch import Ranks, interruptible
+    from megatron_hetermoe.cli.progress import Display, Watch
+    from megatron_hetermoe.cli.summary import failure, print_summary
+
+    console = Console()
+    console.print(f"starting {world} ranks, logs in {logs}", highlight=False, markup=False)
+    with interruptible(), Display(console) as display, Ranks(world, argv, env, logs) as ranks:
+        watch = Watch([ranks.log(rank) for rank in range(world)])
+        while ranks.wait(0.25):
+            watch.read()
+            display.update(watch)
+        watch.read()
+        display.update(watch)
+    code = ranks.exit_code()
+    if ranks.failed is None:
+        print_summary(console, watch, command, overrides, logs)
+        return 0
+    log = ranks.log(ranks.failed)
+    errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    errors.print(failure(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "", code))
+    if code != EXIT_CODE:
+        errors.print(f"rank {ranks.failed} ended with exit code {code}; all of its output is in {log}")
+    return code

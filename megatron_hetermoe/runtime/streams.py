@@ -1,0 +1,108 @@
+"""What a stream is on the device: its thread alone on the CPU, a CUDA stream that the thread feeds on a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron_hetermoe.schedule.tasks import Stream, Task
+
+Observer = Callable[[Stream, Task, float, float], None]
+
+
+class HostStreams:
+    """Streams of a rank that computes on the CPU: what is done on the host is done.
+
+    Args:
+        observe: told of each task, from its stream's thread, with its start and end in seconds of
+            ``time.perf_counter``. Time spent waiting for other tasks of the rank is not in between.
+    """
+
+    may_share_a_queue = False
+
+    def __init__(self, observe: Observer | None = None):
+        self._observe = observe
+
+    @contextmanager
+    def task(self, stream: Stream, task: Task, waits: tuple[Task, ...]) -> Iterator[None]:
+        """The context in which a task runs, when the host has run all that it waits for."""
+        start = time.perf_counter()
+        yield
+        if self._observe:
+            self._observe(stream, task, start, time.perf_counter())
+
+    def finish(self) -> None:
+        """After the last task of a run."""
+
+
+class CudaStreams:
+    """Streams of a rank with a GPU: compute on the current stream, a stream of its own for each channel.
+
+    A task is *run* by the host when its kernels are queued. What it waits for on other streams is waited for by its
+    stream, so the host goes on.
+
+    Args:
+        device: the rank's.
+        observe: as for HostStreams, with the times of the GPU; told after each run. Costs a synchronisation of the
+            device before and after.
+    """
+
+    may_share_a_queue = True  # CUDA_DEVICE_MAX_CONNECTIONS, which recipes set to 1, and the Multi-Process Service
+
+    def __init__(self, device: torch.device, observe: Observer | None = None):
+        self._device = device
+        self._observe = observe
+        self._channels = {stream: torch.cuda.Stream(device) for stream in (Stream.OUT, Stream.BACK)}
+        self._done: dict[Task, torch.cuda.Event] = {}
+        self._timed: list[tuple[Stream, Task, torch.cuda.Event, torch.cuda.Event]] = []
+        self._origin: tuple[float, torch.cuda.Event] | None = None
+
+    @contextmanager
+    def task(self, stream: Stream, task: Task, waits: tuple[Task, ...]) -> Iterator[None]:
+        """The context in which a task is queued: on its stream, behind the events of what it waits for."""
+        with torch.cuda.device(self._device):
+            queue = self._channels.get(stream) or torch.cuda.current_stream()
+            with torch.cuda.stream(queue):
+                if self._observe and self._origin is None:
+                    self._set_origin()
+                for before in waits:
+                    queue.wait_event(self._done[before])
+                start = self._record(queue) if self._observe else None
+                yield
+                self._done[task] = end = self._record(queue)
+                if start is not None:
+                    self._timed.append((stream, task, start, end))
+
+    def finish(self) -> None:
+        """Lets what follows on the compute stream wait for the channels, and reports times."""
+        for queue in self._channels.values():
+            torch.cuda.current_stream().wait_stream(queue)
+        self._done.clear()
+        if self._observe and self._origin:
+            torch.cuda.synchronize(self._device)
+            seconds, origin = self._origin
+            for stream, task, start, end in self._timed:
+                times = (seconds + origin.elapsed_time(event) / 1e3 for event in (start, end))
+                self._observe(stream, task, *times)
+            self._timed.clear()
+            self._origin = None
+
+    def _record(self, queue: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=self._observe is not None)
+        event.record(queue)
+        return event
+
+    def _set_origin(self) -> None:
+        """Ties the GPU's clock to the host's, which ranks of a machine share."""
+        torch.cuda.synchronize(self._device)
+        event = self._record(torch.cuda.current_stream())
+        self._origin = time.perf_counter(), event
+
+
+def streams_for(device: torch.device, observe: Observer | None = None) -> HostStreams | CudaStreams:
+    """The streams of a device. A tensor is asked, since on the CPU platform devices are called CUDA's."""
+    is_gpu = torch.empty(0, device=device).is_cuda
+    return CudaStreams(device, observe) if is_gpu else HostStreams(observe)

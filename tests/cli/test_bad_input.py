@@ -1,0 +1,108 @@
+"""Bad input gives one message that names every problem, exit code 2, on every rank, before anything is set up."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from models import tiny
+from ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+OURS = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2"]
+
+
+def refused(argv: list[str], tmp_path: Path, world: int = 4) -> str:
+    """Runs ranks that must all refuse; returns the message."""
+    run = run_ranks(argv, world, cwd=tmp_path, timeout=60)
+    assert run.exit_codes == [2] * world, run.output
+    assert not any("Traceback" in output for output in run.output)
+    messages = [output for output in run.output if "hetermoe: " in output]
+    assert messages == run.output[:1], "the message comes once, from the first rank"
+    return messages[0]
+
+
+@pytest.fixture
+def placement(tmp_path):
+    def write(**document) -> list[str]:
+        path = tmp_path / "placement.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return ["--hetermoe-placement", str(path)]
+
+    return write
+
+
+def test_every_problem_is_named_at_once(tmp_path):
+    said = refused(
+        ["--hetermoe", "--hetermoe-attention-ranks", "3", "--hetermoe-expert-ranks", "2", "--hetermoe-colour", "red",
+         "--hetermoe-wave", "none", *tiny(recompute_granularity="full", recompute_method="uniform")], tmp_path,
+    )
+    for problem in (
+        "unknown flag --hetermoe-colour", "--hetermoe-wave is 'none'",
+        "3 attention and 2 expert ranks need 5 ranks, but 4 were started",
+        "--recompute-granularity full is not supported",
+        "--global-batch-size 8 does not divide by micro batch size 1 x 3 attention ranks = 3: take 6 or 9",
+    ):
+        assert problem in said, problem
+    assert said.startswith("hetermoe: 5 problems:")
+
+
+@pytest.mark.parametrize(
+    "document, said",
+    [
+        ({"experts": 8, "layers": {"all": {"e0": ["0-3"], "e1": ["5-7"]}}}, "expert 4 has no holder"),
+        ({"experts": 8, "layers": {"all": {"e0": ["0-4"], "e1": ["4-7"]}}}, "expert 4 has 2 holders, e0 and e1"),
+        ({"experts": 16, "layers": {"all": {"e0": ["0-15"]}}}, "16 experts a layer, this one has 8"),
+        ({"experts": 8, "layers": {"all": {"e0": ["0-7"]}, 7: {"e0": ["0-7"]}}}, "layer 7 does not exist"),
+    ],
+)
+def test_placements(tmp_path, placement, document, said):
+    assert said in refused([*OURS, *placement(**document), *tiny()], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ([*OURS, *tiny(no_such_flag=True)], "Megatron does not accept these flags: unrecognized arguments: "
+                                            "--no-such-flag"),
+        ([*OURS, *tiny(num_experts=None)], "the model has no experts"),
+        ([*OURS, *tiny(moe_router_topk=1)], "Please use --moe-router-pre-softmax when topk is 1"),
+        ([*OURS, *tiny(lr_decay_style="zigzag")], "zigzag"),
+        ([*OURS, *tiny(tensor_model_parallel_size=2)], "--tensor-model-parallel-size above 1 is not supported"),
+        ([*OURS[1:], *tiny()], "without --hetermoe: add --hetermoe"),
+        ([*OURS, "--hetermoe-schedule", "sequential", "--hetermoe-wave", "2", *tiny()], "contradicts"),
+    ],
+)
+def test_flags(tmp_path, argv, said):
+    assert said in refused(argv, tmp_path)
+
+
+def test_superseded_flags_are_accepted_with_a_line_each(tmp_path):
+    run = run_ranks([*OURS, *tiny(expert_model_parallel_size=4, train_iters=1)], 4, cwd=tmp_path).check()
+    lines = [line for line in run.output[0].splitlines() if "is superseded" in line]
+    assert [line.split()[1] for line in lines] == ["--expert-model-parallel-size", "--moe-token-dispatcher-type"]
+    assert not any("is superseded" in output for output in run.output[1:])
+
+
+def test_a_megatron_whose_source_is_another(tmp_path):
+    """Its training loop no longer asks for a schedule by the name that is patched."""
+    installed = importlib.util.find_spec("megatron.training").submodule_search_locations[0]
+    shadow = tmp_path / "megatron" / "training"
+    shutil.copytree(installed, shadow, ignore=shutil.ignore_patterns("__pycache__"))
+    loop = shadow / "training.py"
+    loop.write_text(loop.read_text().replace("get_forward_backward_func(\n", "get_schedule(\n"))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "RANK": "0", "WORLD_SIZE": "4"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "megatron_hetermoe.pretrain_gpt", *OURS, *tiny()], env=environment, cwd=tmp_path,
+        capture_output=True, text=True, timeout=120,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "megatron.training.training.get_forward_backward_func cannot be patched" in ended.stderr
+    assert str(loop) in ended.stderr and "Megatron-Core 0.19" in ended.stderr

@@ -1,0 +1,77 @@
+"""Commands that show: patches and timelines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import tiny
+from ranks import run_ranks
+
+from megatron_hetermoe.cli.main import main
+from megatron_hetermoe.runtime.recorder import FIRST
+from megatron_hetermoe.schedule.trace import read_jsonl
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_patches_are_listed_and_fit():
+    ended = subprocess.run(
+        [sys.executable, "-m", "megatron_hetermoe", "patches", "--json"], cwd=ROOT, capture_output=True, text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    listed = json.loads(ended.stdout)
+    assert 0 < len(listed["patches"]) <= listed["most"] == 12
+    documented = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    for patch in listed["patches"]:
+        assert not patch["problems"]
+        assert patch["reason"] and patch["removable_when"] and patch["relies_on"]
+        assert (ROOT / patch["test"]).exists()
+        assert patch["symbol"] in documented, "docs/design.md lists every patch"
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trace")
+    flags = ["--hetermoe", "--hetermoe-attention-ranks", "1", "--hetermoe-expert-ranks", "1"]
+    run_ranks([*flags, "--hetermoe-trace", "spans", *tiny(train_iters=3, global_batch_size=2)], 2, cwd=folder).check()
+    return folder / "spans"
+
+
+def test_a_recorded_step_has_every_task(trace):
+    """Two layers, two microbatches: on each rank its tasks, on each stream one after the other."""
+    for rank, computes in ((0, 2 * 3 * 2), (1, 2 * 2 * 2)):
+        spans = read_jsonl(trace / f"step{FIRST:05d}.rank{rank:05d}.jsonl")
+        assert len([span for span in spans if span.stream == "compute"]) == computes
+        for stream in ("compute", "out", "back"):
+            times = [(span.start, span.end) for span in spans if span.stream == stream]
+            assert times == sorted(times)
+            assert all(end <= start for (_, end), (start, _) in zip(times, times[1:]))
+
+
+@pytest.mark.parametrize("name", ["timeline.svg", "timeline.json"])
+def test_a_timeline_is_drawn(trace, tmp_path, name):
+    assert main(["trace", str(trace), "--out", str(tmp_path / name)]) == 0
+    drawn = (tmp_path / name).read_text()
+    if name.endswith(".json"):
+        events = json.loads(drawn)["traceEvents"]
+        assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {
+            "rank 0 (attention)", "rank 1 (expert)"}
+        assert sum(event["ph"] == "X" for event in events) == 12 + 8 + 2 * 16  # A, E, and transfers on both ranks
+    else:
+        assert "<svg" in drawn
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [(["{trace}", "--out", "x.txt"], "must end in one of"), (["{trace}", "--step", "99", "--out", "x.json"], "no step 99"),
+     (["{tmp}", "--out", "x.json"], "has no plan.json")],
+)
+def test_what_cannot_be_drawn(trace, tmp_path, capsys, argv, said):
+    argv = [word.format(trace=trace, tmp=tmp_path) for word in argv]
+    assert main(["trace", *argv]) == 2
+    assert said in capsys.readouterr().err

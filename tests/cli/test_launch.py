@@ -1,0 +1,112 @@
+"""Ranks are started with what they need, and end together, whatever happens."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+# In a process of its own: `multiprocessing` has one fork server a process, and this one must not load Megatron.
+SCRIPT = """
+import sys
+from pathlib import Path
+from megatron_hetermoe.cli import launch
+launch.PRELOAD = "json"
+fork, logs, *argv = sys.argv[1:]
+if __name__ == "__main__":
+    with launch.interruptible(), launch.Ranks(3, argv, {"EXTRA": "x"}, Path(logs), entry="fake_rank",
+                                              fork=fork == "fork", grace=1.0) as ranks:
+        while ranks.wait(0.2):
+            pass
+    print(ranks.failed)
+    sys.exit(ranks.exit_code())
+"""
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def start(request, tmp_path):
+    """Starts three fake ranks; their logs are in tmp_path / logs."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE)])
+
+    def started(*argv):
+        command = [sys.executable, str(script), request.param, str(tmp_path / "logs"), *argv]
+        return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    started.forked = request.param == "fork"
+    return started
+
+
+def logs(tmp_path, pattern, count):
+    """All matches of a pattern in the ranks' logs, awaited until there are so many."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        texts = [log.read_text() for log in sorted(tmp_path.glob("logs/rank*.log"))]
+        found = [match for text in texts for match in re.findall(pattern, text)]
+        if len(found) == count:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{pattern} is {len(found)} times in the logs, not {count}")
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def assert_gone(pids):
+    deadline = time.monotonic() + 5
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if alive(pid)]
+
+
+def test_each_rank_knows_its_place(start, tmp_path):
+    assert start("env").communicate(timeout=30)[0] == "None\n"
+    places = [eval(text) for text in logs(tmp_path, r"\{.*\}", 3)]
+    assert [place["LOCAL_RANK"] for place in places] == ["0", "1", "2"]
+    assert len({place["MASTER_PORT"] for place in places}) == 1 and all(place["EXTRA"] == "x" for place in places)
+    assert {place["OMP_NUM_THREADS"] for place in places} == ({"1"} if start.forked else {None})
+
+
+@pytest.mark.parametrize("code", [2, 7])
+def test_a_rank_that_fails_ends_the_others(start, tmp_path, code):
+    began = time.monotonic()
+    process = start("fail", "1", str(code))
+    assert process.communicate(timeout=30)[0] == "1\n" and process.returncode == code
+    assert time.monotonic() - began < 15
+    assert_gone(map(int, logs(tmp_path, r"pid (\d+)", 3)))
+    assert "this is the reason" in (tmp_path / "logs" / "rank1.log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_the_launcher(start, tmp_path, number):
+    process = start("child")
+    pids = [int(pid) for pid in logs(tmp_path, r"pid (\d+)", 3)]
+    children = [int(pid) for pid in logs(tmp_path, r"child (\d+)", 3)]
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    if number != signal.SIGKILL or start.forked:  # the kernel ends a killed launcher's ranks, not what they started
+        pids += children
+    else:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+    assert_gone(pids)
+
+
+def test_a_rank_ended_by_a_signal(start, tmp_path):
+    process = start("sleep")
+    os.kill(int(logs(tmp_path, r"pid (\d+)", 3)[2]), signal.SIGKILL)
+    assert process.communicate(timeout=30)[0] == "2\n" and process.returncode == 128 + signal.SIGKILL

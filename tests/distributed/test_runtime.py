@@ -1,0 +1,186 @@
+"""The executor and the transfers, driven by callables without a model."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RanksFailed, run_function
+
+from megatron_hetermoe.runtime import executor
+from megatron_hetermoe.runtime.channels import Channel
+from megatron_hetermoe.runtime.streams import HostStreams
+from megatron_hetermoe.runtime.transfers import Routed, Transfers
+from megatron_hetermoe.schedule.orders import zebra
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream
+from megatron_hetermoe.topology.placement import Placement
+
+HIDDEN = 4
+# Two attention members and two expert members; member 1 holds an expert too, and member 3 none in layer 2.
+PLACEMENT = Placement(((2, 3, 3, 1), (2, 2, 2, 2)), 4)
+ATTENTION, LAYERS, MICROBATCHES = 2, 2, 5
+
+
+def transfers_of(rank: int, world: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN) -> Transfers:
+    groups = [dist.new_group(list(range(world))) for _ in range(2)]
+    out, back = (Channel(group, group, range(world), rank) for group in groups)
+    return Transfers(PLACEMENT, ATTENTION, rank, out, back, hidden, dtype, torch.device("cpu"))
+
+
+class FakeModel:
+    """Attention makes up tokens; experts double them and add the probability; gradients come back tripled."""
+
+    def __init__(self, transfers: Transfers, delay: random.Random | None):
+        self.transfers, self.delay, self.checked = transfers, delay, 0
+
+    def routed(self, task) -> Routed:
+        """Ragged, and nothing at all for some holders: a function of rank, layer and microbatch."""
+        draw = random.Random(hash((self.transfers.member, task.layer, task.microbatch)))
+        counts = [
+            [draw.choice([0, 0, 1, 3]) for _ in PLACEMENT.held(task.layer, holder)]
+            for holder in PLACEMENT.holders_of(task.layer)
+        ]
+        rows = sum(map(sum, counts))
+        start = 1000 * self.transfers.member + 100 * task.layer + 10 * task.microbatch
+        tokens = (start + torch.arange(rows * HIDDEN, dtype=torch.float32)).view(rows, HIDDEN)
+        return Routed(counts, tokens, torch.arange(rows, dtype=torch.float64))
+
+    def attention(self, task) -> None:
+        if self.delay:
+            time.sleep(self.delay.random() * 0.003)
+        owned = self.transfers.owned
+        if task.direction is Pass.FORWARD:
+            if task.layer > 1:
+                made, before = self.routed_before(task), owned[task.layer - 1, task.microbatch]
+                assert torch.equal(before.outputs, 2 * made.tokens + made.probs.float()[:, None])
+                self.checked += 1
+            if task.layer <= LAYERS:
+                made = self.routed(task)
+                self.transfers.route(task, lambda: made.counts, made.tokens, made.probs)
+            return
+        if task.layer <= LAYERS:
+            routed = owned.pop((task.layer, task.microbatch))
+            made = self.routed(task)
+            assert torch.equal(routed.token_grads, 3 * made.tokens)
+            assert torch.equal(routed.prob_grads, made.tokens.sum(dim=1).double())
+            self.checked += 1
+        if task.layer > 1:
+            made = self.routed_before(task)
+            owned[task.layer - 1, task.microbatch].output_grads = made.tokens.clone()
+
+    def routed_before(self, task) -> Routed:
+        return self.routed(type(task)(task.kind, task.direction, task.layer - 1, task.microbatch))
+
+    def experts(self, task) -> None:
+        if self.delay:
+            time.sleep(self.delay.random() * 0.003)
+        held = self.transfers.held[task.layer, task.microbatch]
+        if task.direction is Pass.FORWARD:
+            held.outputs = 2 * held.tokens + held.probs.float()[:, None]
+        else:
+            held.token_grads, held.prob_grads = 3 * held.output_grads, held.output_grads.sum(dim=1).double()
+
+    def table(self):
+        return {
+            **self.transfers.table(),
+            **{(Kind.ATTENTION, direction): self.attention for direction in Pass},
+            **{(Kind.EXPERT, direction): self.experts for direction in Pass},
+        }
+
+
+def run_schedule(rank: int, world: int, wave: int | None, seed: int | None):
+    """Runs the fake model; returns what was checked and each stream's observed order."""
+    schedule = zebra(LAYERS, PLACEMENT, ATTENTION, MICROBATCHES, wave)
+    member = schedule.member(rank)
+    model = FakeModel(transfers_of(rank, world), None if seed is None else random.Random(seed * world + rank))
+    seen: dict[Stream, list] = {stream: [] for stream in Stream}
+    executor.run(member, model.table(), HostStreams(lambda stream, task, start, end: seen[stream].append(task)))
+    assert {stream: tuple(tasks) for stream, tasks in seen.items()} == member.streams
+    assert not model.transfers.held
+    return model.checked
+
+
+@pytest.mark.parametrize("wave, seed", [(None, None), (2, None), (None, 1), (3, 2), (1, 3)])
+def test_everything_arrives_whatever_the_delays(wave, seed):
+    """Every row goes out, is computed on and comes back to its place, forward and backward, in the given order."""
+    checked = run_function(run_schedule, 4, wave, seed)
+    per_attention_rank = LAYERS * MICROBATCHES * 2
+    assert checked == [per_attention_rank] * ATTENTION + [0, 0]
+
+
+def disagree(rank: int, world: int, what: str):
+    """One owner sends something else than the holders expect."""
+    transfers = transfers_of(
+        rank, world, dtype=torch.float64 if what == "dtype" and rank == 0 else torch.float32,
+        hidden=HIDDEN + 1 if what == "width" and rank == 0 else HIDDEN,
+    )
+    task = zebra(LAYERS, PLACEMENT, ATTENTION, 1, None).member(0).streams[Stream.OUT][0]
+    if rank < ATTENTION:
+        rows = 3 if what == "rows" and rank == 0 else 4
+        tokens = torch.ones(rows, transfers.hidden, dtype=transfers.dtype)
+        transfers.route(task, lambda: [[1], [1], [1, 1]], tokens, torch.ones(4))
+    transfers.table()[task.kind, task.direction](task)
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [("dtype", "member 0 sends layer 1, microbatch 1, 4 wide torch.float64"),
+     ("width", "member 0 sends layer 1, microbatch 1, 5 wide"),
+     ("rows", "member 0 has 3 rows of torch.float32 as tokens for DF_1,1, its peers await 4")],
+)
+def test_both_ends_check_size_and_type(what, said):
+    with pytest.raises(RanksFailed) as caught:
+        run_function(disagree, 4, what)
+    assert said in str(caught.value)
+
+
+def test_a_failing_task_stops_the_run_and_is_named():
+    """The other streams start nothing more; what was raised comes out, with the task."""
+    schedule = zebra(1, Placement(((1,),), 2), 1, 3, None).member(0)
+    ran = []
+
+    def attention(task):
+        ran.append(task)
+        if task.microbatch == 1:
+            raise ValueError("no such token")
+
+    table = dict.fromkeys([(kind, direction) for kind in Kind for direction in Pass], ran.append)
+    table[Kind.ATTENTION, Pass.FORWARD] = attention
+    with pytest.raises(ValueError, match="no such token") as caught:
+        executor.run(schedule, table, HostStreams())
+    assert caught.value.__notes__ == ["in task AF_1,2 on stream compute"]
+    assert not any(task.microbatch == 2 for task in ran)
+
+
+def test_a_failing_transfer_stops_compute():
+    schedule = zebra(1, Placement(((1,),), 2), 1, 1, None).member(0)
+
+    def lost(task):
+        raise ConnectionError("peer is gone")
+
+    table = dict.fromkeys([(kind, direction) for kind in Kind for direction in Pass], lambda task: None)
+    table[Kind.DISPATCH, Pass.FORWARD] = lost
+    with pytest.raises(ConnectionError) as caught:
+        executor.run(schedule, table, HostStreams())
+    assert caught.value.__notes__ == ["in task DF_1,1 on stream out"]
+
+
+def test_streams_run_beside_each_other():
+    """A transfer of one microbatch is under way while the next one computes."""
+    schedule = zebra(1, Placement(((1,),), 2), 1, 2, None, forward_only=True).member(0)
+    second_attention = threading.Event()
+
+    def attention(task):
+        if (task.layer, task.microbatch) == (1, 1):
+            second_attention.set()
+
+    def dispatch(task):
+        assert second_attention.wait(10), "the first dispatch kept the second microbatch from computing"
+
+    table = dict.fromkeys([(kind, direction) for kind in Kind for direction in Pass], lambda task: None)
+    table[Kind.ATTENTION, Pass.FORWARD], table[Kind.DISPATCH, Pass.FORWARD] = attention, dispatch
+    executor.run(schedule, table, HostStreams())

@@ -1,0 +1,79 @@
+"""What parity tests share: start weights by model, and stock runs to compare with, each made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from models import tiny
+from ranks import Run, assert_same_steps, run_ranks
+
+# Flags that shape the weights; what else a case changes starts from the same checkpoint.
+SHAPE = (
+    "num_layers", "hidden_size", "num_experts", "moe_layer_freq", "untie_embeddings_and_output_weights",
+    "moe_shared_expert_intermediate_size", "disable_bias_linear", "moe_router_enable_expert_bias",
+    "moe_router_score_function", "qk_layernorm", "num_query_groups", "ffn_hidden_size",
+)
+REL = 1e-5
+
+
+class Parity:
+    """Runs a model disaggregated and stock, from one checkpoint on the same data, and compares every step."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._weights: dict[tuple, Path] = {}
+        self._references: dict[tuple, Run] = {}
+
+    def weights(self, **model: object) -> Path:
+        """A stock checkpoint of a model: after one step, since a fresh router is nearly uniform."""
+        shape = {name: model[name] for name in SHAPE if name in model}
+        key = tuple(sorted((name, str(value)) for name, value in shape.items()))
+        if key not in self._weights:
+            path = self.folder / f"weights{len(self._weights)}"
+            run_ranks(
+                tiny(train_iters=1, save=path, save_interval=1, no_save_optim=True, no_save_rng=True, **shape), 1,
+                cwd=self.folder,
+            ).check()
+            self._weights[key] = path
+        return self._weights[key]
+
+    def flags(self, **model: object) -> list[str]:
+        """Megatron's flags of a run that starts from the model's weights."""
+        return tiny(load=self.weights(**model), finetune=True, no_load_optim=True, no_load_rng=True, **model)
+
+    def stock(self, world: int, **model: object) -> Run:
+        """Stock Megatron on so many ranks, as expert-parallel as the number of experts allows."""
+        expert_parallel = world if int(model.get("num_experts", 8)) % world == 0 else 1
+        flags = self.flags(**{"expert_model_parallel_size": expert_parallel, **model})
+        key = (world, *flags)
+        if key not in self._references:
+            self._references[key] = run_ranks(flags, world, cwd=self.folder).check()
+        return self._references[key]
+
+    def disaggregated(self, m: int, n: int, g: int = 1, hetermoe: Sequence[str] = (), **model: object) -> Run:
+        """The same, with G ZP groups of M attention and N expert ranks."""
+        layout = ["--hetermoe", "--hetermoe-attention-ranks", str(m * g), "--hetermoe-expert-ranks", str(n * g)]
+        groups = ["--hetermoe-groups", str(g)] if g > 1 else []
+        return run_ranks(
+            [*layout, *groups, *hetermoe, *self.flags(**model)], (m + n) * g, cwd=self.folder
+        ).check()
+
+    def check(
+        self, m: int, n: int, g: int = 1, hetermoe: Sequence[str] = (), rel: float = REL, **model: object
+    ) -> Run:
+        """Loss and gradient norm of every step on every rank against stock Megatron on the attention ranks."""
+        reference = self.stock(m * g, **model)
+        run = self.disaggregated(m, n, g, hetermoe, **model)
+        for rank, steps in enumerate(run.steps):
+            assert_same_steps(steps, reference.steps[0], rel=rel)
+            for ours, theirs in zip(run.evals[rank], reference.evals[0], strict=True):
+                assert ours.loss == pytest.approx(theirs.loss, rel=rel)
+        assert len(run.steps[0]) == int(model.get("train_iters", 20))
+        return run
+
+
+@pytest.fixture(scope="session")
+def parity(tmp_path_factory) -> Parity:
+    return Parity(tmp_path_factory.mktemp("parity"))

@@ -1,0 +1,79 @@
+"""Checkpoints are Megatron's: weights cross between layouts and to stock, and a resume is exact."""
+
+from __future__ import annotations
+
+import pytest
+from models import tiny
+from parity_cases import placement_file
+from ranks import assert_same_steps, run_ranks
+
+LAYOUT = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2"]
+
+
+def weights_only(path, **flags) -> list[str]:
+    return tiny(load=path, finetune=True, no_load_optim=True, no_load_rng=True, train_iters=2, **flags)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Weights after ten steps of a disaggregated run with an uneven placement, and the next losses from them."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_ranks([*LAYOUT, *tiny(train_iters=10, save=folder / "ours", save_interval=10)], 4, cwd=folder).check()
+    next_steps = run_ranks([*LAYOUT, *weights_only(folder / "ours")], 4, cwd=folder).check()
+    return folder / "ours", next_steps.steps[0]
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 2, 4])
+def test_stock_continues_from_ours(tmp_path, saved, expert_parallel):
+    path, expected = saved
+    flags = weights_only(path, expert_model_parallel_size=expert_parallel)
+    run = run_ranks(flags, max(2, expert_parallel), cwd=tmp_path).check()
+    assert_same_steps(run.steps[0], expected, rel=1e-5)
+
+
+def test_another_layout_continues_from_ours(tmp_path, saved, parity):
+    """Three holders, one of them an attention rank, and another number of attention ranks."""
+    path, expected = saved
+    placement = placement_file(parity, experts=8, layers={"all": {"a0": [3, 0], "e0": [1, 2], "e1": ["4-7"]}})
+    layout = ["--hetermoe", "--hetermoe-attention-ranks", "1", "--hetermoe-expert-ranks", "2",
+              "--hetermoe-placement", placement]
+    run = run_ranks([*layout, *weights_only(path)], 3, cwd=tmp_path).check()
+    assert_same_steps(run.steps[0], expected, rel=1e-5)
+
+
+def test_ours_continues_from_stock(tmp_path):
+    stock = tiny(train_iters=10, save=tmp_path / "stock", save_interval=10, expert_model_parallel_size=2)
+    run_ranks(stock, 2, cwd=tmp_path).check()
+    expected = run_ranks(weights_only(tmp_path / "stock", expert_model_parallel_size=2), 2, cwd=tmp_path).check()
+    run = run_ranks([*LAYOUT, *weights_only(tmp_path / "stock")], 4, cwd=tmp_path).check()
+    assert_same_steps(run.steps[0], expected.steps[0], rel=1e-5)
+
+
+VARIANTS = {
+    "fp32": {},
+    "distributed-optimizer": {"use_distributed_optimizer": True},
+    "fp16": {"fp16": True, "initial_loss_scale": 2.0**16},
+    "fp16-distributed-optimizer": {
+        "fp16": True, "loss_scale": 1024, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+    },
+}
+
+
+@pytest.mark.parametrize("variant, groups", [*((variant, 1) for variant in VARIANTS), ("distributed-optimizer", 2)])
+def test_a_resume_in_the_same_layout_is_bit_equal(tmp_path, parity, variant, groups):
+    """Optimizer, random state and data position: the steps after a restart are those of an unbroken run."""
+    placement = placement_file(parity, experts=8, layers={1: {"e0": ["0-7"]}, 2: {"a0": [0], "e0": ["1-7"]}})
+    layout = ["--hetermoe", "--hetermoe-attention-ranks", str(groups), "--hetermoe-expert-ranks", str(groups),
+              "--hetermoe-groups", str(groups), "--hetermoe-placement", placement]
+    flags = {"train_iters": 8, "save_interval": 4, "global_batch_size": 4, **VARIANTS[variant]}
+
+    def run(**others):
+        return run_ranks([*layout, *tiny(**flags, **others)], 2 * groups, cwd=tmp_path).check()
+
+    unbroken = run(save=tmp_path / "unbroken")
+    first = run(save=tmp_path / "broken", exit_interval=4)
+    rest = run(load=tmp_path / "broken", save=tmp_path / "rest")
+    for rank in range(2 * groups):
+        assert_same_steps(first.steps[rank], unbroken.steps[rank][:4])
+        assert_same_steps(rest.steps[rank], unbroken.steps[rank][4:])

@@ -1,0 +1,61 @@
+"""Writes down what Megatron's training loop returns, inside a rank."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import megatron.training.training as training
+
+
+def record_steps(path: Path) -> None:
+    """Writes down what Megatron's ``train_step`` and ``evaluate`` return, a line of JSON each.
+
+    The log will not do: it rounds, and its first losses after a start are averages of two steps.
+    """
+    file = path.open("w", buffering=1, encoding="utf-8")
+
+    def floats(losses):
+        return {name: float(value) for name, value in (losses or {}).items()}
+
+    def wrapped(original: Callable, note: Callable):
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def recorded(*args, **kwargs):
+            start = time.perf_counter()
+            result = original(*args, **kwargs)
+            seconds = time.perf_counter() - start
+            given = signature.bind(*args, **kwargs).arguments
+            file.write(json.dumps({**note(given, result), "seconds": seconds}) + "\n")
+            return result
+
+        return recorded
+
+    def step(given, result):
+        losses, skipped, _, _, _, grad_norm, num_zeros, *_ = result
+        return {
+            "kind": "step",
+            "loss": floats(losses),
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "skipped": int(skipped),
+            "num_zeros": None if num_zeros is None else int(num_zeros),
+            "loss_scale": float(given["optimizer"].get_loss_scale()),
+        }
+
+    def model(given, result):
+        return {
+            "kind": "model",
+            "parameters": {name: parameter.numel() for name, parameter in result[0][0].named_parameters()},
+        }
+
+    def evaluation(given, result):
+        return {"kind": "eval", "loss": floats(result[0])}
+
+    training.setup_model_and_optimizer = wrapped(training.setup_model_and_optimizer, model)
+    training.train_step = wrapped(training.train_step, step)
+    training.evaluate = wrapped(training.evaluate, evaluation)

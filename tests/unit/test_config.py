@@ -1,0 +1,139 @@
+"""Flags, plan files, and how they resolve to one plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shapes import shape
+
+from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.config.flags import Flags, parse_flags
+from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.planner.resolve import resolve
+
+BASE = Flags(enabled=True, attention_ranks=2, expert_ranks=2)
+
+
+def parsed(line: str) -> tuple[Flags, list[str], str]:
+    problems = Problems()
+    flags, rest = parse_flags(line.split(), problems)
+    try:
+        problems.raise_if_any()
+    except UsageError as error:
+        return flags, rest, error.message()
+    return flags, rest, ""
+
+
+def resolved(flags: Flags = BASE, world: int = 4, **model) -> Plan:
+    problems = Problems()
+    plan = resolve(flags, shape(**model), "fp32", world, problems)
+    problems.raise_if_any()
+    return plan
+
+
+def test_flags_are_taken_out_of_megatrons():
+    flags, rest, said = parsed("--lr 1 --hetermoe --hetermoe-attention-ranks 2 --hetermoe-wave=3 --seed -5")
+    assert not said and rest == ["--lr", "1", "--seed", "-5"]
+    assert flags == Flags(enabled=True, attention_ranks=2, wave=3)
+
+
+def test_without_ours_nothing_changes():
+    assert parsed("--lr 1 --het x") == (Flags(), ["--lr", "1", "--het", "x"], "")
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("--hetermoe --hetermoe-attention-rank 2", "did you mean --hetermoe-attention-ranks?"),
+        ("--hetermoe --hetermoe-wave 0", "--hetermoe-wave is '0'; it must be a whole number from 1 on"),
+        ("--hetermoe --hetermoe-groups two", "--hetermoe-groups is 'two'"),
+        ("--hetermoe --hetermoe-plan --lr 1", "--hetermoe-plan needs a value (FILE)"),
+        ("--hetermoe=1", "--hetermoe takes no value"),
+        ("--hetermoe --hetermoe-schedule zebras", "must be one of zebra, sequential"),
+        ("--hetermoe-groups 2 --hetermoe-wave 1", "--hetermoe-groups, --hetermoe-wave without --hetermoe"),
+    ],
+)
+def test_bad_flags(line, said):
+    assert said in parsed(line)[2]
+
+
+def test_all_bad_flags_are_named_at_once():
+    said = parsed("--hetermoe-x 1 --hetermoe-wave a --hetermoe-groups")[2]
+    assert said.startswith("hetermoe: 3 problems:")
+
+
+def test_the_default_plan():
+    plan = resolved()
+    assert plan.placement == ((2, 2, 2, 2, 3, 3, 3, 3),) * 2 and plan.groups == 1
+    assert (plan.schedule, plan.wave) == ("zebra", None)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.none() | st.integers(1, 9), st.booleans())
+def test_plan_files_round_trip(m, n, g, wave, sequential):
+    flags = Flags(True, m * g, n * g, g, None, "sequential" if sequential else None, None if sequential else wave)
+    plan = resolved(flags, (m + n) * g, experts=5)
+    assert plan_from_json(plan.to_json(), "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    "flags, world, said",
+    [
+        (Flags(True, 2), 4, "--hetermoe-expert-ranks is missing"),
+        (BASE, 5, "2 attention and 2 expert ranks need 4 ranks, but 5 were started"),
+        (Flags(True, 2, 3, 2), 5, "3 expert ranks do not divide into 2 ZP groups; take 2 or 4"),
+        (Flags(True, 2, 2, schedule="sequential", wave=2), 4, "--hetermoe-wave 2 contradicts"),
+        (Flags(True, 2, 2, placement="/nowhere.yaml"), 4, "cannot read /nowhere.yaml: No such file"),
+        (Flags(True, 2, 2, plan="/nowhere.json"), 4, "cannot read /nowhere.json: No such file"),
+    ],
+)
+def test_what_cannot_be_resolved(flags, world, said):
+    with pytest.raises(UsageError) as caught:
+        resolved(flags, world)
+    assert said in caught.value.message()
+
+
+def test_a_plan_file_decides_and_flags_may_only_agree(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(resolved().to_json())
+    assert resolved(Flags(True, plan=str(path))) == resolved()
+    assert resolved(dataclasses.replace(BASE, plan=str(path))) == resolved()
+    with pytest.raises(UsageError) as caught:
+        resolved(Flags(True, expert_ranks=3, wave=2, placement="p", plan=str(path)), experts=9)
+    said = caught.value.message()
+    for problem in (
+        "--hetermoe-expert-ranks 3 disagrees with 2", "--hetermoe-wave 2 disagrees with None", "leave one out",
+        "is for another model (experts 8 there, 9 here)",
+    ):
+        assert problem in said
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"format": 99}, "not a plan of format"),
+        ({"wave": "all"}, "'wave' is 'all', which is not of type int | None"),
+        ({"colour": 1}, "unknown key 'colour'"),
+        ({"placement": [[0, 1], "x"]}, "'placement'"),
+        ({"model": {}}, "'layers' is missing"),
+        ({"placement": [[9] * 8] * 2}, "names holders beyond the 4 members"),
+        ({"placement": [[2] * 8]}, "placement has [8] experts by layer, the model [8, 8]"),
+        ({"groups": 0}, "0 ZP groups"),
+    ],
+)
+def test_plan_files_that_are_not_as_they_should_be(tmp_path, change, said):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**json.loads(resolved().to_json()), **change}))
+    with pytest.raises(UsageError) as caught:
+        resolved(Flags(True, plan=str(path)))
+    assert said in caught.value.message()
+
+
+def test_a_plan_file_that_is_no_json(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text("placement: yes")
+    with pytest.raises(UsageError, match="is not JSON"):
+        resolved(Flags(True, plan=str(path)))
