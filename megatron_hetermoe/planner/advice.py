@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megatron_hetermoe.config.step import Step
+from megatron_hetermoe.config.step import RECOMPUTE, Step
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
 from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds
@@ -48,11 +48,15 @@ def alone(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> li
             step = Step(question.micro_batch, microbatches, question.vocabulary, distributed_optimizer=True)
             group = GroupCosts(question.shape, step, seats, size, pool.gpus // size, question.precision)
             held = spread(group, range(size)).experts_held(0)
-            if member_memory(group, 0, held, 1).total > usable(group, 0):
-                continue
-            speed = expert_parallel_tokens_per_second(group, seats * (pool.gpus // size), size)
-            if best is None or speed > best:
-                best, size_of_best = speed, size
+            for recompute in RECOMPUTE:  # stock Megatron has all of them; the least that fits is the fastest
+                group = replace(group, step=replace(step, recompute=recompute))
+                if not kinds[name].has_recompute(recompute) \
+                        or member_memory(group, 0, held, 1).total > usable(group, 0):
+                    continue
+                speed = expert_parallel_tokens_per_second(group, seats * (pool.gpus // size), size)
+                if best is None or speed > best:
+                    best, size_of_best = speed, size
+                break
         result.append(Alone(name, best, size_of_best))
     return result
 
