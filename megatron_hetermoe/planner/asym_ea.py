@@ -129,7 +129,7 @@ def balance(group: GroupCosts, limits: Limits, wave: int | None, thorough: bool 
         group: the ZP group's costs.
         limits: memory bounds.
         wave: R of the plan; None for all microbatches.
-        thorough: whether neighbours of the best are searched.
+        thorough: whether neighbours of the best are searched, and the event simulator judges.
 
     Returns:
         None when no assignment fits.
@@ -156,7 +156,7 @@ def balance(group: GroupCosts, limits: Limits, wave: int | None, thorough: bool 
     fitting = [(name, experts) for name, experts in named if feasible(experts, limits)]
     if not fitting:
         return None
-    times = _judge(group, [experts for _, experts in fitting], wave)
+    times = _judge(group, [experts for _, experts in fitting], wave, thorough)
     judged = [(seconds, name, experts) for seconds, (name, experts) in zip(times, fitting)]
     by_name = {name: seconds for seconds, name, _ in reversed(judged)}
     best = min(judged, key=lambda entry: entry[0])
@@ -179,11 +179,12 @@ def counts_of(placement: Placement) -> np.ndarray:
                     float)
 
 
-def _judge(group: GroupCosts, candidates: list[np.ndarray], wave: int | None) -> list[float]:
-    """Seconds of a step under each candidate: by the event simulator, or where a step is long by ``long_step_seconds``."""
+def _judge(group: GroupCosts, candidates: list[np.ndarray], wave: int | None, by_events: bool) -> list[float]:
+    """Seconds of a step under each candidate: by the event simulator if asked to and unless a step is long, else by
+    ``long_step_seconds``."""
     import numpy as np
 
-    if group.shape.layers * group.step.microbatches > _LONG:
+    if not by_events or group.shape.layers * group.step.microbatches > _LONG:
         return [float(value) for value in long_step_seconds(group, np.array(candidates, float), wave)]
     result = []
     for experts in candidates:

@@ -45,6 +45,16 @@ class Priced:
                 work += sum(map(sum, group.attention[member]))
         return work * group.step.microbatches / len(members) / self.assignment.seconds
 
+    def without_work(self) -> dict[str, int]:
+        """Expert ranks of each pool that hold no expert."""
+        group, held = self.option.group, self.assignment.experts.sum(axis=0)
+        idle: dict[str, int] = {}
+        for member in _members(group, EXPERT):
+            if not held[member]:
+                name = group.seats[member].pool.name
+                idle[name] = idle.get(name, 0) + self.option.groups
+        return idle
+
     def bytes_of(self, role: str) -> float:
         """Of a role's fullest rank."""
         group, experts = self.option.group, self.assignment.experts
@@ -117,14 +127,19 @@ def search(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thor
             if found:
                 priced.append(found)
                 reached = max(reached, found.tokens_per_second)
-    priced.sort(key=lambda one: -one.tokens_per_second)
+    priced.sort(key=_fastest)
     if thorough:
         full = [_price(one.option, one.wave, thorough=True) for one in priced[:_THOROUGH]]
-        priced = sorted((*filter(None, full), *priced[_THOROUGH:]), key=lambda one: -one.tokens_per_second)
+        priced = sorted((*filter(None, full), *priced[_THOROUGH:]), key=_fastest)
     by_layout: dict[tuple, Priced] = {}
     for one in priced:
         by_layout.setdefault((one.option.attention, one.option.expert, one.option.groups), one)
     return Found(tuple(by_layout.values()), len(considered), len(fitting), simulated)
+
+
+def _fastest(one: Priced) -> tuple[float, int]:
+    """Sorts the fastest first, and of equals the one that needs fewer GPUs."""
+    return -one.tokens_per_second, sum(one.option.used().values())
 
 
 def _waves(option: Option) -> list[int]:
@@ -164,6 +179,10 @@ def left_out(found: Found, cluster: Cluster) -> list[LeftOut]:
     used = best.option.used()
     result = []
     for name, pool in cluster.pools.items():
+        waiting = best.without_work().get(name, 0)
+        if waiting:
+            result.append(LeftOut(name, waiting, "they hold no expert in the fastest placement: each is done sooner on "
+                                                 "an attention rank, so the others could train without them"))
         idle = pool.gpus - used.get(name, 0)
         if not idle:
             continue
