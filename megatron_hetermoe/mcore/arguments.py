@@ -100,6 +100,25 @@ def disaggregated_arguments(
     return args, plan
 
 
+def arguments_to_plan_for(
+    rest: Sequence[str], problems: Problems
+) -> tuple[argparse.Namespace, ModelShape | None]:
+    """Megatron's arguments, parsed but validated against no world, and the model's shape: all that a planner asks.
+
+    Args:
+        rest: a recipe's command line without the ``--hetermoe`` flags.
+        problems: gets what keeps it from being a model to plan for.
+    """
+    args = _parse(rest, problems)
+    for name, asked, way_out in _UNSUPPORTED:
+        if asked(args):
+            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
+        if not value:
+            problems.add(f"{flag} is missing: what fits and how long a step takes depends on it")
+    return args, model_shape(args, problems)
+
+
 def _parse(rest: Sequence[str], problems: Problems) -> argparse.Namespace:
     """Megatron's parser on our words. It exits at its first fault; that becomes the last problem of the list."""
     sys.argv = [sys.argv[0], *rest]
