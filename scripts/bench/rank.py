@@ -6,6 +6,7 @@ the same kernel, so that no kernel of ours is measured against none.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
 import os
@@ -53,9 +54,13 @@ def run_stock(flags: list[str], kernel: str) -> None:
     sys.argv = [sys.argv[0], *flags]
     args = parse_and_validate_args()
     model = gpt_config_from_args(args)
-    spec = default_layer_spec(model, None)
-    spec.layer_specs = with_kernel(spec.layer_specs, kernel)
-    model.transformer_layer_spec = spec
+
+    def layers(config, vp_stage=None):
+        spec = default_layer_spec(config, vp_stage)
+        spec.layer_specs = with_kernel(spec.layer_specs, kernel)
+        return spec
+
+    model.transformer_layer_spec = layers
     torch.cuda.set_device(args.local_rank)
     pretrain(pretrain_cfg_container_from_args(args, model), gpt.datasets_provider, ModelType.encoder_or_decoder,
              gpt.forward_step)
@@ -63,6 +68,8 @@ def run_stock(flags: list[str], kernel: str) -> None:
 
 def main() -> int:
     record, kernel, *flags = sys.argv[1:]
+    # A hang ends with the stacks of all threads in the log.
+    faulthandler.dump_traceback_later(float(os.environ["BENCH_RANK_SECONDS"]), exit=True)
     record_steps(Path(f"{record}.{os.environ['RANK']}"))
     if "--hetermoe" in flags:
         return pretrain_gpt.main([*flags, "--hetermoe-attention", kernel])
