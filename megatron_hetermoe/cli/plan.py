@@ -15,8 +15,8 @@ from megatron_hetermoe.config.recipe import load_recipe, override
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
-NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism, CPU offload of the optimizer and precision by role were " \
-               "not searched; routing is taken to be balanced"
+NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism, CPU offload of the optimizer and precision by role " \
+               "were not searched; routing is taken to be balanced"
 _RUNNERS_UP = 5
 
 
@@ -24,8 +24,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "plan", help="find the fastest layout of a recipe on a cluster", usage="hetermoe plan RECIPE.yaml --cluster "
-        "CLUSTER.yaml [options] [-- Megatron's flags]", description="Searches roles, ZP groups, waves and placements, and "
-        "says what to expect, why, and what the runners-up would do.")
+        "CLUSTER.yaml [options] [-- Megatron's flags]", description="Searches roles, ZP groups, waves and placements, "
+        "and says what to expect, why, and what the runners-up would do.")
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("--cluster", required=True, metavar="CLUSTER.yaml", help="pools: kind, nodes, GPUs, links")
     parser.add_argument("--out", metavar="plan.json", help="write the plan there, for `hetermoe train` and `simulate`")
@@ -79,7 +79,8 @@ def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
     vocabulary = args.vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
     if vocabulary is None:
         vocabulary = DEFAULT_VOCABULARY
-        notes.add(f"the recipe's vocabulary is known to its tokenizer only: {vocabulary:,} taken; --vocabulary N says it")
+        notes.add(f"the recipe's vocabulary is known to its tokenizer only: {vocabulary:,} taken; "
+                  f"--vocabulary N says it")
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
     recompute = ("none", "core_attn") if parsed.recompute_granularity is None else ("core_attn",)
     distributed = bool(parsed.use_distributed_optimizer)
@@ -130,7 +131,8 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     plan, predicted = answer["plan"], answer["plan"]["predicted"]
     word = "estimated" if predicted["estimated"] else "predicted"
     table = Table(title=f"plan: {plan['layout']}", title_justify="left", show_header=False)
-    table.add_row(f"step ({word})", f"{predicted['step_seconds']:.3f} s, {predicted['tokens_per_second']:,.0f} tokens/s")
+    table.add_row(f"step ({word})",
+                  f"{predicted['step_seconds']:.3f} s, {predicted['tokens_per_second']:,.0f} tokens/s")
     table.add_row("microbatches", f"{plan['step']['microbatches']} a rank, {plan['wave']} on the way together; "
                                   f"recompute {plan['step']['recompute']}, distributed optimizer "
                                   f"{'on' if plan['step']['distributed_optimizer'] else 'off'}")
@@ -146,7 +148,8 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
         table.add_row("against the paper's placement", f"{gain:.3f} times as fast")
     console.print(table)
     table = Table("what else", "tokens/s", f"of the plan ({word})", title_justify="left")
-    rows = [(f"runner-up: {one['layout']}, wave {one['wave']}", one["tokens_per_second"]) for one in answer["runners_up"]]
+    rows = [(f"runner-up: {one['layout']}, wave {one['wave']}", one["tokens_per_second"])
+            for one in answer["runners_up"]]
     rows += [(f"{name}, if it fits", value) for name, value in answer["other_ways"].items()]
     rows += [(f"{one['pool']} alone, expert parallel", one["tokens_per_second"]) for one in answer["alone"]]
     rows += [(f"a node of {name} lost: {one['layout'] if one else 'nothing fits'}", one and one["tokens_per_second"])
@@ -158,7 +161,8 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     for one in answer["left_out"]:
         console.print(f"left out: {one['gpus']} GPUs of {one['pool']}: {one['reason']}")
     search = answer["search"]
-    console.print(f"{search['considered']} layouts considered, {search['fitting']} fit, {search['simulated']} simulated")
+    console.print(f"{search['considered']} layouts considered, {search['fitting']} fit, "
+                  f"{search['simulated']} simulated")
     for note in answer["notes"]:
         console.print(f"note: {note}", highlight=False)
     if out:

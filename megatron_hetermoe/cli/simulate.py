@@ -14,8 +14,8 @@ from megatron_hetermoe.config.plan import Plan, plan_from_json
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
-        "simulate", help="simulate the step of a plan", description="Runs a plan's schedule on predicted times: how busy "
-        "each pool is, where time is lost and why. One ZP group is simulated; the others do the same.")
+        "simulate", help="simulate the step of a plan", description="Runs a plan's schedule on predicted times: how "
+        "busy each pool is, where time is lost and why. One ZP group is simulated; the others do the same.")
     parser.add_argument("plan", metavar="plan.json")
     parser.add_argument("--cluster", required=True, metavar="CLUSTER.yaml")
     parser.add_argument("--timeline", metavar="out.json", help="write a trace for ui.perfetto.dev or chrome://tracing; "
@@ -68,17 +68,19 @@ def _check(plan: Plan, cluster, origin: str) -> None:
 
     problems = Problems()
     if plan.step is None or not plan.pools:
-        problems.add(f"{origin} says no step and no pools: make it with `hetermoe plan --cluster`, or there is nothing to "
-                     f"price")
+        problems.add(f"{origin} says no step and no pools: make it with `hetermoe plan --cluster`, or there is nothing "
+                     f"to price")
     for name in sorted(set(plan.pools) - cluster.pools.keys()):
-        problems.add(f"{origin} uses the pool {name}, {cluster.origin} has {', '.join(cluster.pools)}: give the cluster "
-                     f"file that it was made for")
+        problems.add(f"{origin} uses the pool {name}, {cluster.origin} has {', '.join(cluster.pools)}: give the "
+                     f"cluster file that it was made for")
     for problem in layout_problems(plan.attention_ranks, plan.expert_ranks, max(1, plan.groups)):
         problems.add(f"{origin}: {problem}")
     members = (plan.attention_ranks + plan.expert_ranks) // max(1, plan.groups)
     if plan.pools and len(plan.pools) != members:
-        problems.add(f"{origin} names pools for {len(plan.pools)} members, a ZP group of it has {members}: make it anew")
-    experts = [plan.model.experts if layer in plan.model.moe_layers else 0 for layer in range(1, plan.model.layers + 1)]
+        problems.add(f"{origin} names pools for {len(plan.pools)} members, a ZP group of it has {members}: make it "
+                     f"anew")
+    experts = [plan.model.experts if layer in plan.model.moe_layers else 0
+               for layer in range(1, plan.model.layers + 1)]
     if [len(layer) for layer in plan.placement] != experts \
             or any(not 0 <= holder < members for layer in plan.placement for holder in layer):
         problems.add(f"{origin}: the placement does not fit the model or the layout: make it anew")

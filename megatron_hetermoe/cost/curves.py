@@ -28,8 +28,8 @@ class Curve:
 
     Between points it is PCHIP on logarithms: monotone where the points are, and exact for a power law, which attention
     (linear to quadratic in the sequence) and matrix products (linear in tokens) are close to. Measured points that fall
-    are noise: they are raised to the one before. Below the first point the value stays, since kernels have a least time;
-    above the last the last slope goes on, at least in proportion. Both are noted.
+    are noise: they are raised to the one before. Below the first point the value stays, since kernels have a least
+    time; above the last the last slope goes on, at least in proportion. Both are noted.
 
     Args:
         name: what is measured, for notes.
@@ -63,7 +63,8 @@ class Curve:
     def _at(self, size: float) -> float:
         first, last = self._sizes[0], self._sizes[-1]
         if size < first:
-            self._notes.add(f"{self._name}: {size:,.0f} {self._unit} is below the measured {first:,.0f}; taken as there")
+            self._notes.add(f"{self._name}: {size:,.0f} {self._unit} is below the measured {first:,.0f}; "
+                            f"taken as there")
             return self._values[0]
         if size > last:
             self._notes.add(f"{self._name}: {size:,.0f} {self._unit} is above the measured {last:,.0f}; "

@@ -70,7 +70,8 @@ def read_profile(path: str | Path) -> Profile:
     except ValueError as error:
         raise UsageError([f"the profile {path} is not JSON ({error}); write it with `hetermoe profile`"]) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise UsageError([f"{path} is not a profile of format {FORMAT}; write it with this version's `hetermoe profile`"])
+        raise UsageError([f"{path} is not a profile of format {FORMAT}; write it with this version's "
+                          f"`hetermoe profile`"])
     problems = Problems()
     known = {"format", "kind", "taken_for", "parts", "optimizer", "alltoallv", "memory"}
     for key in sorted(document.keys() - known):
@@ -152,7 +153,8 @@ class Profiled:
         self._shape, self._notes, self._profile = shape, notes, profile
         self._curves = {
             name: tuple(
-                Curve(f"{profile.kind}, {name} {way}", "tokens", {size: pair[index] for size, pair in points.items()}, notes)
+                Curve(f"{profile.kind}, {name} {way}", "tokens",
+                      {size: pair[index] for size, pair in points.items()}, notes)
                 for index, way in enumerate(("forward", "backward"))
             )
             for name, points in profile.parts.items()

@@ -79,13 +79,13 @@ def nothing_fits(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]
     found = list(options(question, cluster, kinds))
     if not found:
         sequences = question.global_batch // question.micro_batch
-        return [f"no layout of {cluster.gpus} GPUs fits a global batch of {sequences} microbatches: it must divide by the "
-                f"number of attention ranks, and at least one GPU must be left for experts"]
+        return [f"no layout of {cluster.gpus} GPUs fits a global batch of {sequences} microbatches: it must divide by "
+                f"the number of attention ranks, and at least one GPU must be left for experts"]
     best = min(found, key=lambda option: option.shortfall() * option.groups)
     lacking = best.shortfall()
     problems = [
-        f"the model fits no layout of {cluster.origin} (a margin of {MARGIN:.0%} of each GPU is left free): the nearest, "
-        f"{best.describe()}, lacks " + (f"{lacking / 1e9:.1f} GB over the {best.m + best.n} GPUs of a ZP group"
+        f"the model fits no layout of {cluster.origin} (a margin of {MARGIN:.0%} of each GPU is left free): the "
+        f"nearest, {best.describe()}, lacks " + (f"{lacking / 1e9:.1f} GB over the {best.m + best.n} GPUs of a ZP group"
                                          if lacking > 0 else "room on single ranks")
     ]
     ways = []

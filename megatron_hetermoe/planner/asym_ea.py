@@ -1,11 +1,11 @@
 """Asymmetric expert assignment: which share of each layer's experts moves to attention ranks.
 
 Two ways. ``gather_and_squeeze`` is the paper's (section 4), which moves whole chunks and looks at one pass.
-``balance`` starts from it among others, has no chunks and no rule for M and N, and asks the simulator: it counts the ramps of
-the first and last layers, both passes, channels and what remains when experts do not divide.
+``balance`` starts from it among others, has no chunks and no rule for M and N, and asks the simulator: it counts the
+ramps of the first and last layers, both passes, channels and what remains when experts do not divide.
 
-Both say how many experts each member holds in each layer, as an array [K, members]; routing is taken to be balanced, so which ones
-does not matter.
+Both say how many experts each member holds in each layer, as an array [K, members]; routing is taken to be balanced, so
+which ones does not matter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_hetermoe.topology.placement import Placement
 if TYPE_CHECKING:
     import numpy as np
 
-_SEARCH_MICROBATCHES = 8  # that the local search simulates; more change the ramps' share, not what is best of neighbours
+_SEARCH_MICROBATCHES = 8  # that the local search simulates; more change the ramps' share, not which neighbour is best
 _LONG = 300  # layers x microbatches of a step from which on the event simulator takes more than a moment
 _ROUNDS = 40  # of local search, each with all neighbours
 _FAMILY = 96  # totals that are tried before it

@@ -140,7 +140,7 @@ class Option:
         return min(limits.pairs) >= 0 and limits.total(range(self.group.members)) >= pairs
 
     def shortfall(self) -> float:
-        """Bytes that the option lacks, over all ranks of a group, with one microbatch on its way; negative if it fits."""
+        """Bytes that all ranks of a group together lack, with one microbatch on its way; negative if it fits."""
         group = self.group
         lacking = sum(member_memory(group, member, 0, 1).total - usable(group, member)
                       for member in range(group.members))

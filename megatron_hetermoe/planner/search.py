@@ -99,9 +99,9 @@ class Found:
 def search(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thorough: bool = True) -> Found:
     """Finds the fastest plan that fits.
 
-    Every option has a bound on its throughput that no placement can beat; options are simulated from the highest on, with
-    placements that differ by layer only in what does not divide, until no bound is above the best that was found. The
-    best few get the full search of ``asym_ea.balance``.
+    Every option has a bound on its throughput that no placement can beat; options are simulated from the highest on,
+    with placements that differ by layer only in what does not divide, until no bound is above the best that was
+    found. The best few get the full search of ``asym_ea.balance``.
 
     Args:
         question: what is to be trained.

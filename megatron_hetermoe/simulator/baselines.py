@@ -33,7 +33,9 @@ def zebra_seconds(group: GroupCosts, placement: Placement, schedule: str = "zebr
     return simulate(orders, TaskCosts(group, placement)).seconds
 
 
-def expert_parallel_tokens_per_second(group: GroupCosts, seats: Sequence[Seat], experts_group: int | None = None) -> float:
+def expert_parallel_tokens_per_second(
+    group: GroupCosts, seats: Sequence[Seat], experts_group: int | None = None
+) -> float:
     """Stock expert parallelism over ranks that all do attention and hold experts: the slowest sets the pace.
 
     Args:
@@ -153,7 +155,8 @@ def _stage_layer(group: GroupCosts, seat: Seat, ranks: int, width: int) -> float
     seconds = 0.0
     for way in (Pass.FORWARD, Pass.BACKWARD):
         middle = min(layer + 1, group.shape.layers)
-        seconds += costs.seconds(0, Task(Kind.ATTENTION, way, middle, 0)) + costs.seconds(0, Task(Kind.EXPERT, way, layer, 0))
+        seconds += costs.seconds(0, Task(Kind.ATTENTION, way, middle, 0))
+        seconds += costs.seconds(0, Task(Kind.EXPERT, way, layer, 0))
         for kind in (Kind.DISPATCH, Kind.COMBINE):
             price = costs.transfer(Task(kind, way, layer, 0))
             seconds += price.latency + price.seconds if ranks > 1 else 0.0
@@ -166,8 +169,8 @@ def _best_split(
 ) -> tuple[float, tuple[int, ...]]:
     """The split of layers, at least one a stage, for which 1F1B ends first.
 
-    For each possible slowest stage the others may be as long as it is: with that limit on every stage, the sum of all is
-    least when layers go where they are cheapest.
+    For each possible slowest stage the others may be as long as it is: with that limit on every stage, the sum of all
+    is least when layers go where they are cheapest.
     """
     extra = [0.0] * len(times)
     extra[0] += first

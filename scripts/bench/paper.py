@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The paper's experiments (arXiv 2504.03871) beside what the simulator says of them.
 
-Reads the paper's facts (``--facts``, hetermoe.yaml). The microbenchmark and the utilisation table calibrate what share of a data
-sheet each GPU reaches and the assumed microbatches; everything else is predicted. What the paper does not say is
+Reads the paper's facts (``--facts``, hetermoe.yaml). The microbenchmark and the utilisation table calibrate what share of
+a data sheet each GPU reaches and the assumed microbatches; everything else is predicted. What the paper does not say is
 assumed, printed, and varied one by one, with how far the predictions move.
 """
 
@@ -77,8 +77,8 @@ class Paper:
         ffn = int(self.assumed.ffn * row["hidden"])
         heads = row["hidden"] // self.assumed.head_dim
         return ModelShape(
-            row["layers"], tuple(range(1, row["layers"] + 1)), row["experts"], 2, row["hidden"], ffn, ffn, 0, True, heads,
-            min(heads, self.assumed.query_groups), self.assumed.head_dim, False, length)
+            row["layers"], tuple(range(1, row["layers"] + 1)), row["experts"], 2, row["hidden"], ffn, ffn, 0, True,
+            heads, min(heads, self.assumed.query_groups), self.assumed.head_dim, False, length)
 
     def case(self, model: str, setup: str, length: int) -> Case:
         row = self.facts["setups"][setup]
@@ -220,12 +220,14 @@ def predictions(paper: Paper) -> list[tuple[str, float, float, bool]]:
     for length, theirs in facts["HeterMoE_over_EP"]["average"].items():
         rows.append((f"over EP, average at {length}", theirs, average(over_ep, (length,)), False))
     for length, theirs in facts["HeterMoE_over_EP"]["EP_over_HeterMoE_average"].items():
-        rows.append((f"EP over HeterMoE, average at {length}", theirs, average(lambda one: 1 / over_ep(one), (length,)), False))
+        ours = average(lambda one: 1 / over_ep(one), (length,))
+        rows.append((f"EP over HeterMoE, average at {length}", theirs, ours, False))
     for model in ("Mixtral-D1", "Mixtral-D2"):
         for length, theirs in facts["HeterMoE_over_EP"][model].items():
             rows.append((f"over EP, {model} at {length}", theirs, average(over_ep, (length,), (model,)), False))
     naive = facts["DistEP_over_HeterMoE"]
-    rows.append(("DistEP over HeterMoE, average", naive["average"], average(lambda one: one.hetermoe / one.naive), False))
+    rows.append(("DistEP over HeterMoE, average", naive["average"],
+                 average(lambda one: one.hetermoe / one.naive), False))
     for length, theirs in naive["by_length"].items():
         rows.append((f"DistEP over HeterMoE at {length}", theirs,
                      average(lambda one: one.hetermoe / one.naive, (length,)), False))
@@ -256,7 +258,8 @@ def predictions(paper: Paper) -> list[tuple[str, float, float, bool]]:
             / paper.of(model, length, [("A40", 2), ("A40", 2)], 100).expert_parallel
             for model in paper.facts["models"] for length in LENGTHS]
     # The same tokens in each: two attention ranks' in the first, four ranks' in the second, which has two by name.
-    rows.append(("2 A40 + 2 V100 over EP on 4 A40, average", facts["homogeneous"]["HeterMoE_2xA40_2xV100_over_EP_4xA40_average"],
+    rows.append(("2 A40 + 2 V100 over EP on 4 A40, average",
+                 facts["homogeneous"]["HeterMoE_2xA40_2xV100_over_EP_4xA40_average"],
                  statistics.mean(1 / ratio for ratio in same), False))
     # The paper names no model here. D1 as it is has 24 experts, which divide by chunks of 12; with as many a GPU as on
     # O1 it has 14, which do not.
@@ -284,8 +287,8 @@ def main() -> None:
     paper = Paper(facts, assumed, shares)
     print("Calibrated on microbenchmark and utilisation table; shares of the data sheet:")
     for name, share in shares.items():
-        print(f"  {name:10} matrix products {share.matmul:.2f}, flash {share.flash:.2f}, other attention {share.plain:.3f}, "
-              f"bandwidth {share.bandwidth:.2f}")
+        print(f"  {name:10} matrix products {share.matmul:.2f}, flash {share.flash:.2f}, other attention "
+              f"{share.plain:.3f}, bandwidth {share.bandwidth:.2f}")
     print(f"Assumed: {assumed}; averages are over all models, set-ups and {LENGTHS}")
     print("\nfit (not a prediction)                                       paper   ours   error")
     for what, theirs, ours in utilisation_errors(paper):

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """How long planning takes as GPUs grow: two kinds up to 4096 GPUs, three kinds up to 128.
 
-The model is Mixtral 8x7B's shape with 4096 tokens, on A100s and V100s (and A40s), priced from the device table. Prints wall
-and processor seconds of the search, the growth from row to row, and the targets: 512 GPUs of two kinds in 10 s, 4096 in 60 s,
-128 of three kinds in 60 s, on two cores.
+The model is Mixtral 8x7B's shape with 4096 tokens, on A100s and V100s (and A40s), priced from the device table. Prints
+wall and processor seconds of the search, the growth from row to row, and the targets: 512 GPUs of two kinds in 10 s,
+4096 in 60 s, 128 of three kinds in 60 s, on two cores.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ def test_a_cluster_file_is_refused_with_all_problems():
     with pytest.raises(UsageError) as error:
         cluster_from_document(document, "c.yaml")
     text = error.value.message()
-    for part in ("A41", "did you mean A40", "nodes is 0", "'gpu'", "gb_per_s is -1", "pool d is not", "memory_gb", "'pool'"):
+    for part in ("A41", "did you mean A40", "nodes is 0", "'gpu'", "gb_per_s is -1", "pool d is not", "memory_gb",
+                 "'pool'"):
         assert part in text, part
     assert cluster_from_document({"pools": {"a": POOL}}, "c.yaml").pools["a"].memory == 48e9
 

@@ -122,7 +122,8 @@ def test_the_bound_counts_no_more_than_there_is():
     on = cluster(2, 2, bandwidth=1e12, latency=0)
     slow = next(option for option in options(question(), on, kinds(on)) if option.m == 2)
     fast_profile = profile(OF, (2.5e-3, 5e-3), (0.75e-4, 1.5e-4))
-    doubled = kinds_of(on, OF, PRECISION, Notes(), {"new": profile(OF, (5e-4, 1e-3), (5e-5, 1e-4)), "old": fast_profile})
+    doubled = kinds_of(on, OF, PRECISION, Notes(), {
+        "new": profile(OF, (5e-4, 1e-3), (5e-5, 1e-4)), "old": fast_profile})
     fast = next(option for option in options(question(), on, doubled)
                 if (option.attention, option.expert, option.groups) == (slow.attention, slow.expert, slow.groups))
     assert fast.bound == pytest.approx(2 * slow.bound, rel=1e-3)

@@ -53,7 +53,8 @@ def test_bubbles_and_work_fill_the_step():
     for role in summary.roles.values():
         assert set(role.bubbles) == set(CAUSES)
         assert all(seconds >= -1e-12 for seconds in role.bubbles.values())
-        assert role.busy * summary.seconds + sum(role.bubbles.values()) + summary.after == pytest.approx(summary.seconds)
+        filled = role.busy * summary.seconds + sum(role.bubbles.values()) + summary.after
+        assert filled == pytest.approx(summary.seconds)
     assert summary.bound <= summary.seconds
 
 
@@ -68,7 +69,8 @@ def test_every_task_waits_for_its_dependencies():
             ends[task] = max(end, ends.get(task, 0))
     for member in result.members:
         for task, (start, _) in member.times.items():
-            mine = {wait: member.times[wait][1] if task.stream is Stream.COMPUTE and wait in member.times else ends[wait]
+            own = member.times if task.stream is Stream.COMPUTE else {}
+            mine = {wait: own[wait][1] if wait in own else ends[wait]
                     for wait in schedule.dependencies(task)}
             assert all(end <= start + 1e-12 for end in mine.values()), (task, mine)
 
@@ -127,7 +129,8 @@ def test_fast_path_is_the_event_simulator(case):
     fast = step_seconds(priced, np.array(counts, float), "zebra", wave)
     for index, candidate in enumerate(counts):
         placement = placement_of(candidate, priced.members)
-        orders = build("zebra", priced.shape.layers, placement, priced.attention_members, priced.step.microbatches, wave)
+        orders = build("zebra", priced.shape.layers, placement, priced.attention_members,
+                       priced.step.microbatches, wave)
         assert fast[index] == pytest.approx(simulate(orders, TaskCosts(priced, placement)).seconds, rel=1e-9)
 
 

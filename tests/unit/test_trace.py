@@ -7,7 +7,8 @@ import pytest
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.schedule.trace import Span, read_jsonl, write_chrome, write_jsonl
 
-SPANS = [Span(0, "compute", "AF_1,1", 0.0, 0.5), Span(0, "out", "DF_1,1", 0.5, 0.6), Span(1, "step", "optimizer", 1.0, 1.5)]
+SPANS = [Span(0, "compute", "AF_1,1", 0.0, 0.5), Span(0, "out", "DF_1,1", 0.5, 0.6),
+         Span(1, "step", "optimizer", 1.0, 1.5)]
 
 
 def test_spans_are_read_back(tmp_path):
