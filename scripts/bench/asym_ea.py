@@ -32,7 +32,8 @@ def random_group(draw: random.Random) -> GroupCosts:
     """A ZP group whose expert ranks take between half and four times as long for a layer as attention ranks."""
     m, n = draw.randint(1, 6), draw.randint(1, 6)
     layers, experts = draw.randint(2, 12), draw.choice((8, 12, 14, 16, 24, 40))
-    shape = ModelShape(layers, tuple(range(1, layers + 1)), experts, 2, 1024, 3584, 3584, 0, True, 16, 8, 64, False, 4096)
+    shape = ModelShape(layers, tuple(range(1, layers + 1)), experts, 2, 1024, 3584, 3584, 0, True, 16, 8, 64, False,
+                       4096)
     attention = draw.uniform(1e-3, 1e-2)
     tokens = m * 4096 * 2 / experts
     unit = attention * draw.uniform(0.5, 4) * n / experts
@@ -49,8 +50,8 @@ def random_group(draw: random.Random) -> GroupCosts:
 
 
 def channel_bound(group: GroupCosts) -> bool:
-    """Whether, with all experts on expert ranks, a channel has more to do than any rank: the paper's assignment looks at
-    ranks only, so what it loses there is another matter."""
+    """Whether, with all experts on expert ranks, a channel has more to do than any rank: the paper's assignment looks
+    at ranks only, so what it loses there is another matter."""
     held = counts_of(spread(group, range(group.attention_members, group.members)))[0][0]
     channel = sum(float(group.link_seconds(kind, Stream.OUT, held).max()) for kind in (Kind.DISPATCH, Kind.COMBINE))
     ranks = [sum(passes[1] for passes in group.attention[0])]
@@ -90,8 +91,8 @@ def main() -> None:
     start = time.process_time()
     step_seconds(group, counts)
     fast = 6000 / (time.process_time() - start)
-    print(f"{group.shape.layers} layers, {group.step.microbatches} microbatches: {events:,.0f} steps a CPU minute by events, "
-          f"{fast:,.0f} by the fast path")
+    print(f"{group.shape.layers} layers, {group.step.microbatches} microbatches: {events:,.0f} steps a CPU minute by "
+          f"events, {fast:,.0f} by the fast path")
 
 
 if __name__ == "__main__":
