@@ -308,7 +308,7 @@ class _Search:
 
     def _neighbours(self, moved: tuple[int, ...]) -> list[tuple[int, ...]]:
         """One expert, and as many as go round a pool, more or less in one layer, in all layers from or up to one;
-        and one expert from a layer to one of the next two or to the first or last."""
+        and the same from a layer to one of the next two or to the first or last."""
         layers = self._group.shape.moe_layers
         sizes = {1, len(self._roles[0]), max(1, len(self._roles[1]))}
         steps = sorted({sign * size for size in sizes for sign in (1, -1)})
@@ -319,8 +319,8 @@ class _Search:
                 result.append(self._changed(moved, dict.fromkeys(layers[position:], step)))
                 result.append(self._changed(moved, dict.fromkeys(layers[:position + 1], step)))
             for other in {*layers[position + 1:position + 3], layers[0], layers[-1]} - {layer}:
-                result.append(self._changed(moved, {layer: 1, other: -1}))
-                result.append(self._changed(moved, {layer: -1, other: 1}))
+                for step in steps:
+                    result.append(self._changed(moved, {layer: step, other: -step}))
         return [candidate for candidate in dict.fromkeys(result) if candidate is not None]
 
     def _changed(self, moved: tuple[int, ...], by: dict[int, int]) -> tuple[int, ...] | None:

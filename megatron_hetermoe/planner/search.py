@@ -122,11 +122,9 @@ def search(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thor
         if option.bound <= reached:
             continue
         simulated += 1
-        for wave in _waves(option):
-            found = _price(option, wave, thorough=False)
-            if found:
-                priced.append(found)
-                reached = max(reached, found.tokens_per_second)
+        found = _best_wave(option)
+        priced += found
+        reached = max([reached, *(one.tokens_per_second for one in found)])
     priced.sort(key=_fastest)
     if thorough:
         full = [_price(one.option, one.wave, thorough=True) for one in priced[:_THOROUGH]]
@@ -142,13 +140,22 @@ def _fastest(one: Priced) -> tuple[float, int]:
     return -one.tokens_per_second, sum(one.option.used().values())
 
 
-def _waves(option: Option) -> list[int]:
-    """The largest wave that fits, and where it is not the whole step one in the next larger number of waves: that leaves
-    more room for experts on attention ranks."""
-    total, most = option.group.step.microbatches, option.wave
-    count = -(-total // most)
-    even = -(-total // count)
-    return list(dict.fromkeys([even, -(-total // (count + 1))])) if count > 1 else [total]
+def _best_wave(option: Option) -> list[Priced]:
+    """The option with the largest wave that fits and with smaller ones, while these are faster: a smaller wave has more
+    ramps, but leaves more room for experts where they are done sooner."""
+    total = option.group.step.microbatches
+    priced: list[Priced] = []
+    for count in range(-(-total // option.wave), total + 1):
+        wave = -(-total // count)
+        if priced and wave == priced[-1].wave:
+            continue
+        found = _price(option, wave, thorough=False)
+        if found is None:
+            continue
+        priced.append(found)
+        if len(priced) > 1 and found.tokens_per_second < priced[-2].tokens_per_second:
+            break
+    return priced
 
 
 def _price(option: Option, wave: int, thorough: bool) -> Priced | None:
