@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import megatron.training.training as training
 
 
 def record_steps(path: Path) -> None:
-    """Writes down what Megatron's ``train_step`` and ``evaluate`` return, a line of JSON each.
+    """Writes down what Megatron's ``train_step`` and ``evaluate`` return and what goes to the logs, a line of JSON each.
 
     The log will not do: it rounds, and its first losses after a start are averages of two steps.
     """
@@ -56,6 +58,23 @@ def record_steps(path: Path) -> None:
     def evaluation(given, result):
         return {"kind": "eval", "loss": floats(result[0])}
 
+    def log(given, result):
+        return {"kind": "log", "params_norm": given["params_norm"]}
+
+    class Writer:
+        """TensorBoard's, which is not installed here: writes scalars down beside the steps."""
+
+        def __init__(self, log_dir, max_queue):
+            pass
+
+        def add_scalar(self, name, value, step):
+            file.write(json.dumps({"kind": "scalar", "name": name, "step": int(step), "value": float(value)}) + "\n")
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=Writer)
+    training.training_log = wrapped(training.training_log, log)
     training.setup_model_and_optimizer = wrapped(training.setup_model_and_optimizer, model)
     training.train_step = wrapped(training.train_step, step)
     training.evaluate = wrapped(training.evaluate, evaluation)

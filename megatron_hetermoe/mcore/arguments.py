@@ -16,7 +16,14 @@ from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.planner.resolve import resolve
+
+
+
+def _not_recomputed(args: argparse.Namespace) -> bool:
+    return args.recompute_granularity == "selective" and not SELECTIVE.issuperset(args.recompute_modules or ())
+
 
 # What a disaggregated run does not do: the flag, whether the arguments ask for it, and the way out.
 _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] = (
@@ -26,12 +33,7 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     ("--expert-tensor-parallel-size above 1", lambda args: (args.expert_tensor_parallel_size or 1) > 1, "set it to 1"),
     ("--moe-grouped-gemm", lambda args: args.moe_grouped_gemm, "leave it out: experts run one after the other"),
     ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
-    ("--recompute-granularity full", lambda args: args.recompute_granularity == "full",
-     "use --recompute-granularity selective --recompute-modules core_attn"),
-    ("--recompute-modules other than core_attn",
-     lambda args: args.recompute_granularity == "selective" and set(args.recompute_modules or ()) - {"core_attn"},
-     "keep core_attn only"),
-    ("--moe-pad-expert-input-to-capacity", lambda args: args.moe_pad_expert_input_to_capacity, "leave it out"),
+    ("--recompute-modules of what is not there", _not_recomputed, f"choose from {', '.join(sorted(SELECTIVE))}"),
     ("--moe-shared-expert-overlap", lambda args: args.moe_shared_expert_overlap,
      "leave it out: a shared expert runs on the attention ranks"),
     ("--moe-latent-size", lambda args: getattr(args, "moe_latent_size", None), "leave it out"),
@@ -46,10 +48,9 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     ("--num-distributed-optimizer-instances above 1", lambda args: args.num_distributed_optimizer_instances > 1,
      "set it to 1"),
     ("--ckpt-format other than torch_dist", lambda args: args.ckpt_format != "torch_dist", "use torch_dist"),
-    ("--dist-ckpt-optim-fully-reshardable", lambda args: getattr(args, "dist_ckpt_optim_fully_reshardable", False),
-     "leave it out"),
+    ("--distrib-optim-fully-reshardable-mem-efficient",
+     lambda args: getattr(args, "distrib_optim_fully_reshardable_mem_efficient", False), "leave it out"),
     ("--moe-use-upcycling", lambda args: args.moe_use_upcycling, "convert the checkpoint with stock Megatron first"),
-    ("--log-params-norm", lambda args: args.log_params_norm, "leave it out"),
     ("--optimizer other than adam and sgd", lambda args: args.optimizer not in ("adam", "sgd"), "use adam or sgd"),
 )
 

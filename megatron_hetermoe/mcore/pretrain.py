@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -44,6 +45,9 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
     set_global_variables(args)
     _join_world(args)
     session = join_pools(plan)
+    if not session.is_attention:
+        # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
+        args.no_save_rng = args.no_load_rng = True
     announce(session)
     recorder = None
     if flags.trace:
@@ -135,5 +139,11 @@ def _replacements(session: Session, recorder: Recorder | None) -> dict[str, Call
 
         return _set_main_param_and_optimizer_states
 
-    makers = (schedule, optimizer, restored_step, without_makefile)
+    def params_norm(original: Any) -> Any:
+        def calc_params_l2_norm(*args: Any, **kwargs: Any) -> float:
+            return math.sqrt(session.over_pools(original(*args, **kwargs) ** 2))
+
+        return calc_params_l2_norm
+
+    makers = (schedule, optimizer, restored_step, params_norm, without_makefile)
     return {patch.symbol: make for patch, make in zip(patches.INVENTORY, makers, strict=True)}

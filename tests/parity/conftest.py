@@ -13,7 +13,9 @@ from ranks import Run, assert_same_steps, run_ranks
 SHAPE = (
     "num_layers", "hidden_size", "num_experts", "moe_layer_freq", "untie_embeddings_and_output_weights",
     "moe_shared_expert_intermediate_size", "disable_bias_linear", "moe_router_enable_expert_bias",
-    "moe_router_score_function", "qk_layernorm", "num_query_groups", "ffn_hidden_size",
+    "moe_router_score_function", "qk_layernorm", "num_query_groups", "ffn_hidden_size", "moe_shared_expert_gate",
+    "position_embedding_type", "normalization", "add_qkv_bias", "swiglu", "squared_relu", "quick_geglu",
+    "no_bias_gelu_fusion",
 )
 REL = 1e-5
 
@@ -29,6 +31,8 @@ class Parity:
     def weights(self, **model: object) -> Path:
         """A stock checkpoint of a model: after one step, since a fresh router is nearly uniform."""
         shape = {name: model[name] for name in SHAPE if name in model}
+        if model.get("moe_router_load_balancing_type") == "quantile_balancing":  # its router has a buffer of its own
+            shape["moe_router_load_balancing_type"] = "quantile_balancing"
         key = tuple(sorted((name, str(value)) for name, value in shape.items()))
         if key not in self._weights:
             path = self.folder / f"weights{len(self._weights)}"
