@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
+import signal
 import sys
 import time
 import types
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import megatron.training.training as training
+from ranks import TERMINATE
 
 
 def record_steps(path: Path) -> None:
@@ -20,6 +23,8 @@ def record_steps(path: Path) -> None:
     The log will not do: it rounds, and its first losses after a start are averages of two steps.
     """
     file = path.open("w", buffering=1, encoding="utf-8")
+
+    steps: list[int] = []
 
     def floats(losses):
         return {name: float(value) for name, value in (losses or {}).items()}
@@ -39,6 +44,9 @@ def record_steps(path: Path) -> None:
         return recorded
 
     def step(given, result):
+        steps.append(len(steps))
+        if os.environ.get(TERMINATE) == f"{os.environ['RANK']}:{len(steps)}":
+            os.kill(os.getpid(), signal.SIGTERM)
         losses, skipped, _, _, _, grad_norm, num_zeros, *_ = result
         return {
             "kind": "step",

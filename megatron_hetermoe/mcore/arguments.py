@@ -155,15 +155,20 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
 
 
 def _check_batch(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:
-    """The global batch must divide by the sequences that the attention ranks take at once."""
-    if not flags.attention_ranks or not args.micro_batch_size or not args.global_batch_size:
+    """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
+    if not flags.attention_ranks or not args.micro_batch_size:
         return
     together = args.micro_batch_size * flags.attention_ranks
-    lower = args.global_batch_size // together * together
-    if lower != args.global_batch_size:
-        near = f"{lower} or {lower + together}" if lower else str(together)
-        problems.add(f"--global-batch-size {args.global_batch_size} does not divide by micro batch size "
-                     f"{args.micro_batch_size} x {flags.attention_ranks} attention ranks = {together}: take {near}")
+    start, increment, _ = args.rampup_batch_size or (None, None, None)
+    for name, batch in (
+        ("--global-batch-size", args.global_batch_size), ("the start of --rampup-batch-size", start),
+        ("the increment of --rampup-batch-size", increment),
+    ):
+        lower = int(batch or 0) // together * together
+        if lower != int(batch or 0):
+            near = f"{lower} or {lower + together}" if lower else str(together)
+            problems.add(f"{name} {batch} does not divide by micro batch size {args.micro_batch_size} x "
+                         f"{flags.attention_ranks} attention ranks = {together}: take {near}")
 
 
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
