@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -26,7 +27,7 @@ from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
-from megatron_hetermoe.mcore.platform.wheel import without_makefile
+from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
 from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
@@ -45,6 +46,9 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
     set_global_variables(args)
     _join_world(args)
     session = join_pools(plan)
+    if not session.is_attention:
+        # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
+        args.no_save_rng = args.no_load_rng = True
     announce(session)
     recorder = None
     if flags.trace:
@@ -125,18 +129,11 @@ def _replacements(session: Session, recorder: Recorder | None) -> dict[str, Call
 
         return get_megatron_optimizer
 
-    def restored_step(original: Any) -> Any:
-        def _set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-            group, order = self.model_param_group_index_map[model_param]
-            state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-            if "step" in state:
-                # The loaded state has one tensor for all parameters, and Adam counts each parameter's steps in place.
-                state["step"] = state["step"].clone()
-                tensors = {**tensors, "step": state["step"].clone()}
-            with torch.no_grad():  # an fp32 shard is a view of its parameter
-                original(self, model_param, tensors)
+    def params_norm(original: Any) -> Any:
+        def calc_params_l2_norm(*args: Any, **kwargs: Any) -> float:
+            return math.sqrt(session.over_pools(original(*args, **kwargs) ** 2))
 
-        return _set_main_param_and_optimizer_states
+        return calc_params_l2_norm
 
-    makers = (schedule, optimizer, restored_step, without_makefile)
+    makers = (schedule, optimizer, with_step, params_norm, without_makefile)
     return {patch.symbol: make for patch, make in zip(patches.INVENTORY, makers, strict=True)}
