@@ -11,6 +11,7 @@ from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.plan import SCHEDULES
 
 PREFIX = "--hetermoe"
+STALL_TIMEOUT = 30  # seconds
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Flags:
         wave: the most microbatches on the way together.
         plan: plan file, in place of the flags above or beside ones that agree with it.
         trace: folder to record task times into.
+        stall_timeout: seconds within which all ranks end after one has died or stopped.
     """
 
     enabled: bool = False
@@ -37,6 +39,7 @@ class Flags:
     wave: int | None = None
     plan: str | None = None
     trace: str | None = None
+    stall_timeout: int | None = None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +57,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        help="the most microbatches on the way together (default: all of a step)")
     group.add_argument("--hetermoe-plan", metavar="FILE", help="plan.json of an earlier run or of `hetermoe plan`")
     group.add_argument("--hetermoe-trace", metavar="DIR", help="record every task's start and end there")
+    group.add_argument("--hetermoe-stall-timeout", metavar="SECONDS", help="all ranks end within so many seconds after "
+                       f"one has died or stopped (default {STALL_TIMEOUT})")
 
 
 def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]:
