@@ -103,6 +103,7 @@ class Watch:
             isinstance(error, (RuntimeError, ConnectionError)) and any(word in text.lower() for word in _LOST))
         if is_peers and self._heard.wait(self._timeout):
             self._end()
+        self._ending.acquire()  # for good: the verdict on this rank is not for its own guard to read
         traceback.print_exception(error)
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         self._publish(self._me, f"failed: {type(error).__name__}: {text[:500]}{notes}")
@@ -164,7 +165,7 @@ class Watch:
             now = time.monotonic()
             blocked = 0.0 if seen != self._round else blocked + min(now - last, 2 * self._period)
             seen, last = self._round, now
-            if self._heard.is_set():
+            if self._heard.is_set() and not self._closing.is_set():
                 self._end()
             if blocked > self._limit and self._store_is_gone():
                 self._lost_store(f"is stopped: the run's store in it has not answered for {blocked:.1f} s")
