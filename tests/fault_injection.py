@@ -1,7 +1,8 @@
 """Faults of a rank, at a named moment. Installed inside a rank by rank_process.py, by wrapping what runs then.
 
-``HETERMOE_TEST_FAULT`` is ``kind:rank:moment``. A rank that is hit writes the time, in seconds of ``time.time``, to the file
-``fired`` in its folder, which every test of a fault reads: a fault that did not happen proves nothing.
+``HETERMOE_TEST_FAULT`` is ``kind:rank:moment``, or ``kind:rank:moment:n`` for the n-th time that the moment comes. A
+rank that is hit writes the time, in seconds of ``time.time``, to the file ``fired`` in its folder, which every test of a
+fault reads: a fault that did not happen proves nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any
 
 import megatron.core.dist_checkpointing.serialization as serialization
 import megatron.training.checkpointing as checkpointing
+import megatron.training.training as training
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_hetermoe.mcore import optimizer, pretrain
+from megatron_hetermoe.mcore import checkpoints, optimizer, pretrain
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.schedule.tasks import Pass, Stream
@@ -58,14 +60,16 @@ HARMLESS = ("slow", "busy")
 
 def install(fault: str, rank: int, folder: Path) -> None:
     """Makes this rank fail as ``fault`` says, if it is the one that is named."""
-    kind, victim, moment = fault.split(":")
+    kind, victim, moment, *nth = fault.split(":")
     if rank != int(victim):
         return
     lock = threading.Lock()
+    left = [int(nth[0]) if nth else 1]
 
     def fire() -> None:
         with lock:
-            if (folder / "fired").exists():
+            left[0] -= 1
+            if left[0]:
                 return
             (folder / "fired").write_text(str(time.time()))
         KINDS[kind]()
@@ -74,7 +78,7 @@ def install(fault: str, rank: int, folder: Path) -> None:
 
 
 def before(owner: Any, name: str) -> Callable[[Callable[[], None]], None]:
-    """A moment: as a function is called for the first time."""
+    """A moment: as a function is called."""
 
     def arm(fire: Callable[[], None]) -> None:
         original = getattr(owner, name)
@@ -89,7 +93,7 @@ def before(owner: Any, name: str) -> Callable[[Callable[[], None]], None]:
 
 
 def after(owner: Any, name: str) -> Callable[[Callable[[], None]], None]:
-    """A moment: as a function has returned for the first time."""
+    """A moment: as a function has returned."""
 
     def arm(fire: Callable[[], None]) -> None:
         original = getattr(owner, name)
@@ -141,6 +145,19 @@ def at_the_end(fire: Callable[[], None]) -> None:
     Marks.enter = enter
 
 
+def emptied_tracker(fire: Callable[[], None]) -> None:
+    """Between the two system calls with which Megatron writes which checkpoint is the last."""
+    original = checkpointing.maybe_msc.open
+
+    def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        file = original(path, mode, *args, **kwargs)
+        if str(path).endswith("latest_checkpointed_iteration.txt") and mode == "w":
+            fire()
+        return file
+
+    checkpointing.maybe_msc.open = opened
+
+
 def _turn(order: tuple) -> Any:
     return next(task for task in order if task.direction is Pass.BACKWARD)
 
@@ -158,7 +175,9 @@ MOMENTS: dict[str, Callable[[Callable[[], None]], None]] = {
     "save": before(checkpointing.dist_checkpointing, "save"),
     "save-files": before(filesystem_async.FileSystemWriterAsync, "retrieve_write_results"),
     "save-written": before(serialization, "save_config"),
-    "save-done": after(checkpointing, "save_checkpoint"),
+    "save-sealing": before(checkpoints, "_replace"),
+    "save-tracker": emptied_tracker,
+    "save-done": after(training, "save_checkpoint"),
     "load": before(checkpointing.dist_checkpointing, "load"),
     "evaluation": in_tasks(Stream.COMPUTE, lambda order: order[len(order) // 2], training=False),
     "end": at_the_end,

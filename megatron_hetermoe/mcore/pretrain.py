@@ -24,6 +24,7 @@ from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore import gpt, patches
 from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
+from megatron_hetermoe.mcore.checkpoints import check_load, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
@@ -65,6 +66,9 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
     patches.apply(_replacements(session, recorder, watch.marks))
+    watch.marks.enter("the check of the checkpoint")
+    check_load(args.load, args.ckpt_step, session)
+    watch.marks.enter("start-up")
     config = pretrain_cfg_container_from_args(args, None)
     provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
     provider.is_distributed = True
@@ -166,5 +170,8 @@ def _replacements(
 
         return _set_main_param_and_optimizer_states
 
-    makers = (schedule, optimizer, restored_step, without_makefile)
+    def save(original: Any) -> Any:
+        return sealing(original, session)
+
+    makers = (schedule, optimizer, restored_step, without_makefile, save)
     return {patch.symbol: make for patch, make in zip(patches.INVENTORY, makers, strict=True)}
