@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -12,6 +13,7 @@ from megatron_hetermoe.config.plan import SCHEDULES
 
 PREFIX = "--hetermoe"
 STALL_TIMEOUT = 30  # seconds
+MOST = 10**6  # of anything that is counted here
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def _positive(text: str, name: str, problems: Problems) -> int | None:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        problems.add(f"{PREFIX}-{name.replace('_', '-')} is {text!r}; it must be a whole number from 1 on")
+    if not 1 <= value <= MOST:
+        problems.add(f"{PREFIX}-{name.replace('_', '-')} is {reprlib.repr(text)}; it must be a whole number from 1 on"
+                     + (f", and at most {MOST}" if value > MOST else ""))
         return None
     return value
