@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -11,6 +12,8 @@ from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.plan import ATTENTION_KERNELS, SCHEDULES
 
 PREFIX = "--hetermoe"
+STALL_TIMEOUT = 30  # seconds
+MOST = 10**6  # of anything that is counted here
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Flags:
         attention: one of ``config.plan.ATTENTION_KERNELS``.
         plan: plan file, in place of the flags above or beside ones that agree with it.
         trace: folder to record task times into.
+        stall_timeout: seconds within which all ranks end after one has died or stopped.
     """
 
     enabled: bool = False
@@ -39,6 +43,7 @@ class Flags:
     attention: str | None = None
     plan: str | None = None
     trace: str | None = None
+    stall_timeout: int | None = None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +63,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        help="attention where there is no transformer-engine: torch's kernels, or Megatron's own")
     group.add_argument("--hetermoe-plan", metavar="FILE", help="plan.json of an earlier run or of `hetermoe plan`")
     group.add_argument("--hetermoe-trace", metavar="DIR", help="record every task's start and end there")
+    group.add_argument("--hetermoe-stall-timeout", metavar="SECONDS", help="all ranks end within so many seconds after "
+                       f"one has died or stopped (default {STALL_TIMEOUT})")
 
 
 def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]:
@@ -126,7 +133,8 @@ def _positive(text: str, name: str, problems: Problems) -> int | None:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        problems.add(f"{PREFIX}-{name.replace('_', '-')} is {text!r}; it must be a whole number from 1 on")
+    if not 1 <= value <= MOST:
+        problems.add(f"{PREFIX}-{name.replace('_', '-')} is {reprlib.repr(text)}; it must be a whole number from 1 on"
+                     + (f", and at most {MOST}" if value > MOST else ""))
         return None
     return value

@@ -71,7 +71,7 @@ def plan_from_json(text: str, origin: str) -> Plan:
     """
     try:
         document = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the former for a number of thousands of digits too
         raise UsageError([f"{origin} is not JSON ({error}); write it with `hetermoe plan`"]) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UsageError([f"{origin} is not a plan of format {FORMAT}; write it with this version's `hetermoe plan`"])

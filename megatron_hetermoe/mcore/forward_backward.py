@@ -15,6 +15,7 @@ from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
 from megatron_hetermoe.runtime import executor
+from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.streams import streams_for
 from megatron_hetermoe.runtime.transfers import Transfers
@@ -28,11 +29,13 @@ class ForwardBackward:
 
     Args:
         session: this rank's.
+        marks: told what runs.
         recorder: told of each task of a training step with its times.
     """
 
-    def __init__(self, session: Session, recorder: Recorder | None = None):
+    def __init__(self, session: Session, marks: Marks, recorder: Recorder | None = None):
         self._session = session
+        self._marks = marks
         self._recorder = recorder
         self._streams = streams_for(session.device)
         self._recorded = streams_for(session.device, recorder.observe) if recorder else self._streams
@@ -61,7 +64,9 @@ class ForwardBackward:
             data_iterator[0] if isinstance(data_iterator, list) else data_iterator,
             forward_only, collect_non_loss_data,
         )
+        self._marks.enter("evaluation" if forward_only else "a training step")
         losses, tokens = self._run(inputs, member)
+        self._marks.enter("evaluation" if forward_only else "the reduction of gradients")
         if not forward_only:
             if self._recorder:
                 self._recorder.end_step()
@@ -74,7 +79,9 @@ class ForwardBackward:
         if config.timers is not None:
             config.timers("forward-backward").stop()
         share_aux_losses(self._session)
-        return share_losses(losses, self._session)
+        shared = share_losses(losses, self._session)
+        self._marks.enter("what follows an evaluation step" if forward_only else "what follows a step's gradients")
+        return shared
 
     def _schedule(self, microbatches: int, forward_only: bool) -> tuple[Schedule, MemberSchedule]:
         """Made once for each number of microbatches: a step repeats the last one's."""
@@ -93,10 +100,10 @@ class ForwardBackward:
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:
-            executor.run(member, table, streams)
+            executor.run(member, table, streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
         attention = AttentionTasks(inputs, transfers)
-        executor.run(member, {**table, **attention.table()}, streams)
+        executor.run(member, {**table, **attention.table()}, streams, self._marks)
         return attention.losses, attention.tokens
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:

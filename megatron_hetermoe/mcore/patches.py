@@ -87,11 +87,39 @@ INVENTORY: tuple[Patch, ...] = (
         test="tests/parity/test_checkpoint.py",
     ),
     Patch(
+        symbol="megatron.training.training.calc_params_l2_norm",
+        reason="--log-params-norm sums over one pool, and the last rank, which prints it, has experts only",
+        relies_on={
+            "megatron.training.training.train": ("params_norm = calc_params_l2_norm(model)",),
+            "megatron.training.utils.common_utils.calc_params_l2_norm": (
+                "_sum_reduce(norm_2, dense_reduce_group)", "_sum_reduce(moe_total_norm_2, expert_reduce_group)",
+                "return norm_2.item() ** 0.5",
+            ),
+        },
+        removable_when="Megatron asks the optimizer for the norm, as it does for the gradients'",
+        test="tests/parity/test_router_options.py",
+    ),
+    Patch(
         symbol="megatron.core.datasets.utils.compile_helpers",
         reason="the wheel has the compiled helpers and no Makefile, and rank 0 exits when make fails",
         relies_on={"megatron.training.initialize._compile_dependencies": ("compile_helpers()",)},
         removable_when="the wheel's compile_helpers finds that there is nothing to compile",
         test="tests/parity/test_layouts.py",
+    ),
+    Patch(
+        symbol="megatron.core.dist_checkpointing.save",
+        reason="a checkpoint's files need a manifest, so that a load finds damage; Megatron's own has rank 0 read them all",
+        relies_on={
+            "megatron.training.checkpointing.save_checkpoint": ("dist_checkpointing.save(",),
+            "megatron.core.dist_checkpointing.validation.verify_integrity_manifest": (
+                "_verify_integrity_manifest_impl(checkpoint_dir)",
+            ),
+            "megatron.core.dist_checkpointing.validation._verify_integrity_manifest_impl": (
+                "manifest_data['files']", "_HASH_ALGORITHM",
+            ),
+        },
+        removable_when="--verify-integrity shares its reading between ranks, and can be on for saves alone",
+        test="tests/faults/test_checkpoints.py",
     ),
 )
 
