@@ -174,7 +174,7 @@ def _kind(kind: Any, where: str, folder: Path, problems: Problems) -> str:
         if path.is_file():
             return str(path)
     problems.add(f"{where}: kind {kind!r} has no row in the device table and is no profile file"
-                 f"{_near(kind, device_table())}: run `hetermoe profile` on one, or take a row: "
+                 f"{_near(kind, device_table())}: give the path of a profile, or take a row: "
                  f"{', '.join(device_table())}")
     return ""
 

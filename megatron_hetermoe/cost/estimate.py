@@ -56,8 +56,8 @@ class Estimate:
         self.memory_figures: dict[str, float] = {}
         self._shape, self._efficiency = shape, efficiency
         source = "two sources agree on its row" if device.checked else "one source only"
-        notes.add(f"{device.name}: estimated from the device table ({source}); nobody has profiled it: run "
-                  f"`hetermoe profile` on one")
+        notes.add(f"{device.name}: estimated from the device table ({source}); data sheets mislead by up to "
+                  f"69% (Sailor, SOSP'25), so measure before you rely on it")
 
     def attention(self, tokens: int, recompute: str) -> Seconds:
         """The attention part on one sequence."""

@@ -68,10 +68,10 @@ def read_profile(path: str | Path) -> Profile:
     except OSError as error:
         raise UsageError([f"cannot read the profile {path}: {error.strerror}"]) from None
     except ValueError as error:
-        raise UsageError([f"the profile {path} is not JSON ({error}); write it with `hetermoe profile`"]) from None
+        raise UsageError([f"the profile {path} is not JSON ({error})"]) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise UsageError([f"{path} is not a profile of format {FORMAT}; write it with this version's "
-                          f"`hetermoe profile`"])
+        raise UsageError([f"{path} is not a profile of format {FORMAT} (megatron_hetermoe/cost/profile.py says what one "
+                          f"holds)"])
     problems = Problems()
     known = {"format", "kind", "taken_for", "parts", "optimizer", "alltoallv", "memory"}
     for key in sorted(document.keys() - known):
@@ -147,7 +147,7 @@ class Profiled:
                      for name, value in wanted.items() if profile.taken_for.get(name) != value]
         if differing:
             raise UsageError([f"the profile of {profile.kind} was taken for other shapes ({'; '.join(differing)}): "
-                              f"run `hetermoe profile` with this recipe"])
+                              f"take one for this model"])
         self.name = profile.kind
         self.memory_figures = profile.memory or {}
         self._shape, self._notes, self._profile = shape, notes, profile

@@ -85,6 +85,8 @@ def disaggregated_arguments(
     if shape is not None and flags.enabled:
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
         plan = resolve(flags, shape, precision, args.world_size, problems)
+        if plan is not None and plan.step is not None:
+            _check_step(args, plan, problems)
     _check_batch(args, flags, problems)
     try:
         check_args(args)
@@ -175,6 +177,22 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
         tied_embeddings=not args.untie_embeddings_and_output_weights,
         sequence=args.seq_length,
     )
+
+
+def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
+    """What a plan's memory and times were reckoned with must be what Megatron's flags ask for."""
+    modules = set(args.recompute_modules or ()) if args.recompute_granularity == "selective" else set()
+    recompute = "full" if args.recompute_granularity == "full" else "core_attn" if "core_attn" in modules else "none"
+    flags = {
+        "micro_batch": ("--micro-batch-size", args.micro_batch_size),
+        "recompute": ("recomputation (--recompute-granularity, --recompute-modules)", recompute),
+        "distributed_optimizer": ("--use-distributed-optimizer", args.use_distributed_optimizer),
+    }
+    for field, (flag, here) in flags.items():
+        planned = getattr(plan.step, field)
+        if planned != here:
+            problems.add(f"the plan was made with {flag} {planned}, the flags say {here}: change the flag, or make a plan "
+                         "for it")
 
 
 def _check_batch(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:

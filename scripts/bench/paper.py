@@ -2,8 +2,8 @@
 """The paper's experiments (arXiv 2504.03871) beside what the simulator says of them.
 
 Reads the paper's facts (``--facts``, hetermoe.yaml). The microbenchmark and the utilisation table calibrate what share
-of a data sheet each GPU reaches and the assumed microbatches; everything else is predicted. What the paper does not say is
-assumed, printed, and varied one by one, with how far the predictions move.
+of a data sheet each GPU reaches and the assumed microbatches; everything else is predicted. What the paper does not say
+is assumed, printed, and varied one by one, with how far the predictions move.
 """
 
 from __future__ import annotations
