@@ -87,7 +87,7 @@ def disaggregated_arguments(
         plan = resolve(flags, shape, precision, args.world_size, problems)
         if plan is not None and plan.step is not None:
             _check_step(args, plan, problems)
-    _check_batch(args, flags, problems)
+    _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
     try:
         check_args(args)
     except UsageError as error:
@@ -195,11 +195,11 @@ def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> Non
                          "for it")
 
 
-def _check_batch(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:
+def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems: Problems) -> None:
     """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
-    if not flags.attention_ranks or not args.micro_batch_size:
+    if not attention_ranks or not args.micro_batch_size:
         return
-    together = args.micro_batch_size * flags.attention_ranks
+    together = args.micro_batch_size * attention_ranks
     start, increment, _ = args.rampup_batch_size or (None, None, None)
     for name, batch in (
         ("--global-batch-size", args.global_batch_size), ("the start of --rampup-batch-size", start),

@@ -14,6 +14,13 @@ import yaml
 from models import tiny
 from ranks import run_ranks
 
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.step import Step
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from shapes import shape  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 OURS = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2"]
 
@@ -81,6 +88,20 @@ def test_placements(tmp_path, placement, document, said):
 )
 def test_flags(tmp_path, argv, said):
     assert said in refused(argv, tmp_path)
+
+
+def test_a_plan_that_was_reckoned_with_other_flags(tmp_path):
+    plan = Plan(
+        shape(), 2, 2, 1, ((2, 2, 2, 2, 3, 3, 3, 3),) * 2,
+        step=Step(micro_batch=2, microbatches=4, vocabulary=255, recompute="core_attn", distributed_optimizer=True),
+    )
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    said = refused(["--hetermoe", "--hetermoe-plan", str(tmp_path / "plan.json"), *tiny(global_batch_size=7)], tmp_path)
+    for problem in (
+        "the plan was made with --micro-batch-size 2, the flags say 1", "--use-distributed-optimizer True, the flags",
+        "core_attn, the flags say none", "--global-batch-size 7 does not divide",
+    ):
+        assert problem in said, problem
 
 
 def test_superseded_flags_are_accepted_with_a_line_each(tmp_path):
