@@ -51,7 +51,7 @@ def test_every_problem_is_named_at_once(tmp_path):
         "--global-batch-size 8 does not divide by micro batch size 1 x 3 attention ranks = 3: take 6 or 9",
     ):
         assert problem in said, problem
-    assert said.startswith("hetermoe: 5 problems:")
+    assert said.startswith("hetermoe: 6 problems:")
 
 
 @pytest.mark.parametrize(
