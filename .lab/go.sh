@@ -8,7 +8,7 @@ export PYTHONPATH=/tmp/lab/site:$PWD PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps-log
 mkdir -p /tmp/mps /tmp/mps-log
 pgrep -f nvidia-cuda-mps-control >/dev/null || nvidia-cuda-mps-control -d
-export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=4 NCCL_NVLS_ENABLE=0
+export CUDA_DEVICE_MAX_CONNECTIONS=${CDMC:-16} NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=4 NCCL_NVLS_ENABLE=0
 export LAB_PRELOAD=/tmp/lab/libnccl.so.2
 LD_PRELOAD=$LAB_PRELOAD "$@"
 rc=$?

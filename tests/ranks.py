@@ -219,11 +219,22 @@ def _wait(ranks: Sequence, deadline: float) -> list[int]:
             for process in alive:
                 _kill(process)
             return []
-        connection.wait([process.sentinel for process in alive], left)
+        connection.wait([process.sentinel for process in alive], min(left, 0.5))
         if not failed and any(process.exitcode for process in ranks):
             failed = True
             deadline = min(deadline, time.monotonic() + GRACE)
+        if failed and all(process.exitcode is not None or _is_stopped(process.pid) for process in ranks):
+            for process in alive:
+                _kill(process)
     return []
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process was stopped, and so will not end by itself."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
+    except FileNotFoundError:
+        return False
 
 
 def _dump_stacks(processes: Sequence) -> None:

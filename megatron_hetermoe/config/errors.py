@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 EXIT_CODE = 2  # of every command and every rank that refuses its input
+PEER_LOST_CODE = 3  # of a rank that ends because another one died, failed or stopped
 
 
 class UsageError(ValueError):

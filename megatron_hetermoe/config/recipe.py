@@ -64,6 +64,8 @@ def parse_recipe(text: str, origin: str, environ: Mapping[str, str]) -> Recipe:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise UsageError([_syntax_problem(error, text, origin)]) from None
+    except RecursionError:
+        raise UsageError([f"{origin} is not a recipe: it is nested too deeply"]) from None
     return _Reader(origin, environ).recipe(root)
 
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
-from megatron_hetermoe.config.errors import Problems
+from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.mcore.gpt import check_args
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.planner.resolve import resolve
-
 
 
 def _not_recomputed(args: argparse.Namespace) -> bool:
@@ -95,6 +95,10 @@ def disaggregated_arguments(
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
         plan = resolve(flags, shape, precision, args.world_size, problems)
     _check_batch(args, flags, problems)
+    try:
+        check_args(args)
+    except UsageError as error:
+        problems.extend(error)
     problems.raise_if_any()
     superseded = [f"hetermoe: {flag} is superseded: {reason}" for flag, reason in _SUPERSEDED.items()
                   if any(word == flag or word.startswith(f"{flag}=") for word in rest)]
@@ -103,6 +107,25 @@ def disaggregated_arguments(
         for line in superseded:
             print(line, flush=True)
     return args, plan
+
+
+def arguments_to_plan_for(
+    rest: Sequence[str], problems: Problems
+) -> tuple[argparse.Namespace, ModelShape | None]:
+    """Megatron's arguments, parsed but validated against no world, and the model's shape: all that a planner asks.
+
+    Args:
+        rest: a recipe's command line without the ``--hetermoe`` flags.
+        problems: gets what keeps it from being a model to plan for.
+    """
+    args = _parse(rest, problems)
+    for name, asked, way_out in _UNSUPPORTED:
+        if asked(args):
+            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
+        if not value:
+            problems.add(f"{flag} is missing: what fits and how long a step takes depends on it")
+    return args, model_shape(args, problems)
 
 
 def _parse(rest: Sequence[str], problems: Problems) -> argparse.Namespace:

@@ -15,9 +15,11 @@ from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
 from megatron_hetermoe.runtime import executor
+from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.streams import streams_for
 from megatron_hetermoe.runtime.transfers import Transfers
+from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
 
 
 class ForwardBackward:
@@ -27,15 +29,17 @@ class ForwardBackward:
 
     Args:
         session: this rank's.
+        marks: told what runs.
         recorder: told of each task of a training step with its times.
     """
 
-    def __init__(self, session: Session, recorder: Recorder | None = None):
+    def __init__(self, session: Session, marks: Marks, recorder: Recorder | None = None):
         self._session = session
+        self._marks = marks
         self._recorder = recorder
         self._streams = streams_for(session.device)
         self._recorded = streams_for(session.device, recorder.observe) if recorder else self._streams
-        self._schedules: dict[tuple[int, bool], Any] = {}
+        self._schedules: dict[tuple[int, bool], tuple[Schedule, MemberSchedule]] = {}
 
     def __call__(
         self, *, forward_step_func: Callable[..., Any], data_iterator: Any, model: Any, num_microbatches: int,
@@ -60,7 +64,9 @@ class ForwardBackward:
             data_iterator[0] if isinstance(data_iterator, list) else data_iterator,
             forward_only, collect_non_loss_data,
         )
+        self._marks.enter("evaluation" if forward_only else "a training step")
         losses, tokens = self._run(inputs, member)
+        self._marks.enter("evaluation" if forward_only else "the reduction of gradients")
         if not forward_only:
             if self._recorder:
                 self._recorder.end_step()
@@ -73,16 +79,19 @@ class ForwardBackward:
         if config.timers is not None:
             config.timers("forward-backward").stop()
         share_aux_losses(self._session)
-        return share_losses(losses, self._session)
+        shared = share_losses(losses, self._session)
+        self._marks.enter("what follows an evaluation step" if forward_only else "what follows a step's gradients")
+        return shared
 
-    def _schedule(self, microbatches: int, forward_only: bool) -> Any:
+    def _schedule(self, microbatches: int, forward_only: bool) -> tuple[Schedule, MemberSchedule]:
+        """Made once for each number of microbatches: a step repeats the last one's."""
         key = (microbatches, forward_only)
         if key not in self._schedules:
             schedule = self._session.schedule(microbatches, forward_only)
             self._schedules[key] = schedule, schedule.member(self._session.member)
         return self._schedules[key]
 
-    def _run(self, inputs: StepInputs, member: Any) -> tuple[list[Any], torch.Tensor]:
+    def _run(self, inputs: StepInputs, member: MemberSchedule) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
         transfers = Transfers(
             session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
@@ -91,10 +100,10 @@ class ForwardBackward:
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:
-            executor.run(member, table, streams)
+            executor.run(member, table, streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
         attention = AttentionTasks(inputs, transfers)
-        executor.run(member, {**table, **attention.table()}, streams)
+        executor.run(member, {**table, **attention.table()}, streams, self._marks)
         return attention.losses, attention.tokens
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -102,12 +111,12 @@ class ForwardBackward:
 
         Megatron divides gradients by the tokens of all ranks of a pool, and expert ranks have none of their own.
         """
-        total = tokens.clone()
+        total = tokens.cpu().clone()
         dist.all_reduce(total, group=self._session.control)
-        if self._session.is_attention:
-            return tokens
         first = self._session.layout.pool(self._session.role)[0]
-        return total if self._session.rank == first else torch.zeros_like(total)
+        if self._session.is_attention or self._session.rank != first:
+            return tokens
+        return total.to(tokens.device)
 
 
 def _experts_of(model: Any) -> Callable[[int], HeldExperts]:

@@ -15,6 +15,7 @@ from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 
 from megatron_hetermoe.mcore.platform.wheel import initialise_adam
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.runtime.marks import Marks
 
 
 class PooledOptimizer(ChainedOptimizer):
@@ -29,10 +30,12 @@ class PooledOptimizer(ChainedOptimizer):
     Args:
         chained: what Megatron built for this rank's pool.
         session: this rank's.
+        marks: told what runs.
     """
 
-    def __init__(self, chained: ChainedOptimizer, session: Session):
+    def __init__(self, chained: ChainedOptimizer, session: Session, marks: Marks):
         super().__init__(chained.chained_optimizers)
+        self._marks = marks
         self._session = session
         self._scaler = self._share_scaler()
         for optimizer in self.chained_optimizers:
@@ -51,6 +54,11 @@ class PooledOptimizer(ChainedOptimizer):
         for optimizer in self.chained_optimizers:
             optimizer.grad_scaler = agreed
         return agreed
+
+    def step(self) -> tuple[bool, float | None, int | None]:
+        """As ChainedOptimizer's."""
+        with self._marks.phase("the optimizer step"):
+            return super().step()
 
     def prepare_grads(self) -> bool:
         """As ChainedOptimizer's; an overflow on any rank of either pool counts everywhere."""
@@ -78,6 +86,7 @@ class PooledOptimizer(ChainedOptimizer):
         What is not sharded is written by rank 0 alone, for all. It is an attention rank, so where it has no experts
         it must still write what their holders will read: the number of steps, which is the same everywhere.
         """
+        self._marks.enter("a load" if is_loading else "a save")
         sharding = (kwargs.get("metadata") or {}).get("distrib_optim_sharding_type")
         reshardable = sharding in DistributedOptimizer.checkpoint_fully_reshardable_formats
         state = {}

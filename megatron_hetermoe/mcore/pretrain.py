@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -20,17 +21,23 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelBuilder, default_layer_spec
 
-from megatron_hetermoe.config.flags import Flags
+from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore import gpt, patches
 from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
+from megatron_hetermoe.mcore.checkpoints import check_load, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
+from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
+from megatron_hetermoe.runtime.watch import Watch
+from megatron_hetermoe.runtime.watched import watched
+from megatron_hetermoe.topology.layout import Layout
 
 
 def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
@@ -43,7 +50,16 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
     """
     patches.check()
     set_global_variables(args)
-    _join_world(args)
+    store = _meet(args)
+    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    with watched(
+        args.rank, [layout.role(rank) for rank in range(layout.world_size)], flags.stall_timeout or STALL_TIMEOUT
+    ) as watch:
+        _train(args, plan, flags, store, watch)
+
+
+def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store, watch: Watch) -> None:
+    _join_world(args, store)
     session = join_pools(plan)
     if not session.is_attention:
         # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
@@ -54,22 +70,40 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
         recorder = Recorder(Path(flags.trace), session.rank)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    patches.apply(_replacements(session, recorder))
+    patches.apply(_replacements(session, recorder, watch.marks))
+    watch.marks.enter("the check of the checkpoint")
+    check_load(args.load, args.ckpt_step, session)
+    watch.marks.enter("start-up")
     config = pretrain_cfg_container_from_args(args, None)
     provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
     provider.is_distributed = True
     pretrain(
         config, provider, ModelType.encoder_or_decoder, gpt.forward_step, model_provider=_model_provider(args, session)
     )
+    # A rank that leaves early takes down those that still talk to it.
+    watch.marks.enter("the end of all ranks")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def _join_world(args: argparse.Namespace) -> None:
+def _meet(args: argparse.Namespace) -> dist.Store:
+    """The run's store, in a launcher or in rank 0. It comes before all else: ranks learn through it of each other's end,
+    so it does not wait for all of them to be there."""
+    in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), args.world_size,
+        is_master=not in_launcher and args.rank == 0, wait_for_workers=False, multi_tenant=True,
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+    )
+
+
+def _join_world(args: argparse.Namespace, store: dist.Store) -> None:
     """The world's group. Megatron finds it made, and skips its own set-up of it and of the groups inside."""
     # Ranks may share a GPU where NCCL lets them; without that NCCL names the GPU that is there twice.
     torch.cuda.set_device(args.local_rank % torch.cuda.device_count())
     dist.init_process_group(
-        args.distributed_backend, rank=args.rank, world_size=args.world_size,
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+        args.distributed_backend, store=dist.PrefixStore("default_pg", store), rank=args.rank,
+        world_size=args.world_size, timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
 
 
@@ -99,7 +133,9 @@ def _model_provider(args: argparse.Namespace, session: Session) -> Callable[...,
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         spec = default_layer_spec(model_config, vp_stage)
         if session.is_attention:
-            spec.layer_specs = route_to_holders(spec.layer_specs, session, args.seed)
+            is_gpu = torch.empty(0, device=session.device).is_cuda
+            kernel = choose_kernel(session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu)
+            spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, args.seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
         builders = {
@@ -112,9 +148,11 @@ def _model_provider(args: argparse.Namespace, session: Session) -> Callable[...,
     return provide
 
 
-def _replacements(session: Session, recorder: Recorder | None) -> dict[str, Callable[[Any], Any]]:
+def _replacements(
+    session: Session, recorder: Recorder | None, marks: Marks
+) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
-    forward_backward = ForwardBackward(session, recorder)
+    forward_backward = ForwardBackward(session, marks, recorder)
 
     def schedule(original: Any) -> Any:
         return lambda *args, **kwargs: forward_backward
@@ -122,7 +160,7 @@ def _replacements(session: Session, recorder: Recorder | None) -> dict[str, Call
     def optimizer(original: Any) -> Any:
         def get_megatron_optimizer(config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any) -> Any:
             scale_expert_gradients(model_chunks, session)
-            return PooledOptimizer(original(config, model_chunks, *args, **kwargs), session)
+            return PooledOptimizer(original(config, model_chunks, *args, **kwargs), session, marks)
 
         return get_megatron_optimizer
 
@@ -132,5 +170,16 @@ def _replacements(session: Session, recorder: Recorder | None) -> dict[str, Call
 
         return calc_params_l2_norm
 
-    makers = (schedule, optimizer, with_step, params_norm, without_makefile)
-    return {patch.symbol: make for patch, make in zip(patches.INVENTORY, makers, strict=True)}
+    def save(original: Any) -> Any:
+        return sealing(original, session)
+
+    training = "megatron.training.training"
+    distributed = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    return {
+        f"{training}.get_forward_backward_func": schedule,
+        f"{training}.get_megatron_optimizer": optimizer,
+        f"{training}.calc_params_l2_norm": params_norm,
+        f"{distributed}._set_main_param_and_optimizer_states": with_step,
+        "megatron.core.datasets.utils.compile_helpers": without_makefile,
+        "megatron.core.dist_checkpointing.save": save,
+    }

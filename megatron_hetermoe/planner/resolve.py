@@ -9,13 +9,16 @@ import yaml
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
-from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.config.plan import SCHEDULES, Plan, plan_from_json
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.layout import Layout, layout_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document
 
-# Flags that a plan file decides; each is shorthand for the plan's field of the same name.
-_PLANNED = ("attention_ranks", "expert_ranks", "groups", "schedule", "wave")
+# Flags that a plan file decides, and the plan's field that each is shorthand for.
+_PLANNED = {
+    "attention_ranks": "attention_ranks", "expert_ranks": "expert_ranks", "groups": "groups", "schedule": "schedule",
+    "wave": "wave", "attention": "attention_kernel",
+}
 
 
 def resolve(
@@ -35,7 +38,10 @@ def resolve(
     """
     found = Problems()
     try:
-        plan = _from_file(flags, shape, precision, found) if flags.plan else _from_flags(flags, shape, precision, found)
+        if flags.plan:
+            plan = _from_file(flags, shape, precision, found)
+        else:
+            plan = _from_flags(flags, shape, precision, world_size, found)
         if plan is not None:
             _check(plan, world_size, found)
         found.raise_if_any()
@@ -45,7 +51,9 @@ def resolve(
         return None
 
 
-def _from_flags(flags: Flags, shape: ModelShape, precision: str, problems: Problems) -> Plan | None:
+def _from_flags(
+    flags: Flags, shape: ModelShape, precision: str, world_size: int, problems: Problems
+) -> Plan | None:
     for name in ("attention_ranks", "expert_ranks"):
         if getattr(flags, name) is None:
             problems.add(f"{_flag(name)} is missing: give it, or {PREFIX}-plan")
@@ -57,21 +65,22 @@ def _from_flags(flags: Flags, shape: ModelShape, precision: str, problems: Probl
     groups = flags.groups or 1
     for problem in layout_problems(flags.attention_ranks, flags.expert_ranks, groups):
         problems.add(problem)
-    problems.raise_if_any()
+    _check_world(flags.attention_ranks, flags.expert_ranks, world_size, problems)
+    problems.raise_if_any()  # before a placement is made for as many ranks as a slip of a digit asks for
     layout = Layout(flags.attention_ranks, flags.expert_ranks, groups)
     placement = even_placement(shape, layout)
     if flags.placement:
         placement = placement_from_document(_read_yaml(flags.placement), shape, layout, flags.placement)
     return Plan(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
-        flags.wave, precision, precision,
+        flags.wave, precision, precision, flags.attention or "auto",
     )
 
 
 def _from_file(flags: Flags, shape: ModelShape, precision: str, problems: Problems) -> Plan:
     plan = plan_from_json(_read(flags.plan), flags.plan)
-    for name in _PLANNED:
-        said, planned = getattr(flags, name), getattr(plan, name)
+    for name, field in _PLANNED.items():
+        said, planned = getattr(flags, name), getattr(plan, field)
         if said is not None and said != planned:
             problems.add(f"{_flag(name)} {said} disagrees with {planned} in {flags.plan}: leave one out")
     if flags.placement:
@@ -93,13 +102,14 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
     """What must hold of a plan whichever way it came."""
     for problem in layout_problems(plan.attention_ranks, plan.expert_ranks, plan.groups):
         problems.add(problem)
-    needed = plan.attention_ranks + plan.expert_ranks
-    if needed != world_size:
-        problems.add(f"{plan.attention_ranks} attention and {plan.expert_ranks} expert ranks need {needed} ranks, but "
-                     f"{world_size} were started (WORLD_SIZE): start {needed}, or change the ranks of a role")
+    _check_world(plan.attention_ranks, plan.expert_ranks, world_size, problems)
+    if plan.schedule not in SCHEDULES:
+        problems.add(f"the plan's schedule is {plan.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+    if plan.wave is not None and plan.wave < 1:
+        problems.add(f"the plan's wave is {plan.wave}; it must be from 1 on, or null for all of a step")
     if problems:
         return
-    members = needed // plan.groups
+    members = world_size // plan.groups
     lengths = [len(layer) for layer in plan.placement]
     expected = [plan.model.experts if layer in plan.model.moe_layers else 0
                 for layer in range(1, plan.model.layers + 1)]
@@ -109,6 +119,13 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
         problems.add(f"the plan's placement names holders beyond the {members} members of a ZP group")
 
 
+def _check_world(attention_ranks: int, expert_ranks: int, world_size: int, problems: Problems) -> None:
+    needed = attention_ranks + expert_ranks
+    if needed != world_size:
+        problems.add(f"{attention_ranks} attention and {expert_ranks} expert ranks need {needed} ranks, but "
+                     f"{world_size} were started (WORLD_SIZE): start {needed}, or change the ranks of a role")
+
+
 def _flag(name: str) -> str:
     return f"{PREFIX}-{name.replace('_', '-')}"
 
@@ -116,13 +133,13 @@ def _flag(name: str) -> str:
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text, or its name is none"
         raise UsageError([f"cannot read {path}: {reason}"]) from None
 
 
 def _read_yaml(path: str) -> object:
     try:
         return yaml.safe_load(_read(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets through what int() and dates raise
         raise UsageError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from None

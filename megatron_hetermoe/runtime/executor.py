@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
+from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.streams import CudaStreams, HostStreams
 from megatron_hetermoe.schedule.orders import MemberSchedule
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
@@ -41,7 +42,9 @@ class _Progress:
             raise self._failure
 
 
-def run(schedule: MemberSchedule, table: Table, streams: HostStreams | CudaStreams) -> None:
+def run(
+    schedule: MemberSchedule, table: Table, streams: HostStreams | CudaStreams, marks: Marks | None = None
+) -> None:
     """Runs all tasks of a member and returns when the last is done, or on a GPU queued.
 
     Compute tasks run in the calling thread, each channel in a thread of its own. A channel's task may block until
@@ -52,17 +55,21 @@ def run(schedule: MemberSchedule, table: Table, streams: HostStreams | CudaStrea
         schedule: the member's streams and what its tasks wait for.
         table: what to call for each kind of task and pass.
         streams: of the device.
+        marks: told of each task that a stream turns to.
 
     Raises:
         Exception: what the first failing task raised, with a note that names the task. Streams that are inside a
             transfer then are left behind: the process is expected to end.
     """
     progress = _Progress()
+    marks = marks or Marks()
 
     def follow(stream: Stream) -> None:
         for task in schedule.streams[stream]:
+            marks.begin(stream, task)
             waits = schedule.waits[task]
-            if not progress.wait_for(waits):
+            queued = schedule.issued_before.get(task, ()) if streams.may_share_a_queue else ()
+            if not progress.wait_for((*waits, *queued)):
                 return
             try:
                 with streams.task(stream, task, waits):
@@ -72,6 +79,7 @@ def run(schedule: MemberSchedule, table: Table, streams: HostStreams | CudaStrea
                 progress.fail(error)
                 return
             progress.finish(task)
+        marks.end(stream)
 
     # Daemons, since after a failure one may stay blocked in a transfer whose peer is gone.
     channels = [

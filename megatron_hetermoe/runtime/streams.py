@@ -21,6 +21,8 @@ class HostStreams:
             ``time.perf_counter``. Time spent waiting for other tasks of the rank is not in between.
     """
 
+    may_share_a_queue = False
+
     def __init__(self, observe: Observer | None = None):
         self._observe = observe
 
@@ -47,6 +49,8 @@ class CudaStreams:
         observe: as for HostStreams, with the times of the GPU; told after each run. Costs a synchronisation of the
             device before and after.
     """
+
+    may_share_a_queue = True  # CUDA_DEVICE_MAX_CONNECTIONS, which recipes set to 1, and the Multi-Process Service
 
     def __init__(self, device: torch.device, observe: Observer | None = None):
         self._device = device

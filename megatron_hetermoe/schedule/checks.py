@@ -36,7 +36,14 @@ def violations(schedule: Schedule) -> list[str]:
         f"{task} waits for {dependency}, which no member has"
         for task in parts for dependency in schedule.dependencies(task) if dependency not in parts
     ]
-    return problems or _stuck(schedule, parts)
+    done: set[Task] = set()
+    for task in schedule.issue_order():
+        problems += [f"{task} is issued before {dependency}" for dependency in schedule.dependencies(task)
+                     if dependency not in done]
+        done.add(task)
+    if done != parts.keys():
+        problems.append(f"{len(done ^ parts.keys())} tasks are issued that no member has, or the other way round")
+    return problems or _stuck(schedule, parts) + _unissued(schedule)
 
 
 def _stuck(schedule: Schedule, parts: dict[Task, set[int]]) -> list[str]:
@@ -69,3 +76,20 @@ def _stuck(schedule: Schedule, parts: dict[Task, set[int]]) -> list[str]:
         f"member {member} is stuck on stream {stream.value} before {queue[-1]}"
         for (member, stream), queue in queues.items() if queue
     ]
+
+
+def _unissued(schedule: Schedule) -> list[str]:
+    """Tasks that a member's host never gets to queue, if each stream's thread waits for what it must queue before."""
+    problems = []
+    for member in range(schedule.placement.members):
+        orders = schedule.member(member)
+        queues = [list(reversed(order)) for order in orders.streams.values()]
+        issued: set[Task] = set()
+        while any(
+            queue and issued.issuperset((*orders.waits[queue[-1]], *orders.issued_before.get(queue[-1], ())))
+            and not issued.add(queue.pop())
+            for queue in queues
+        ):
+            pass
+        problems += [f"member {member} never gets to queue {queue[-1]}" for queue in queues if queue]
+    return problems

@@ -24,10 +24,13 @@ class MemberSchedule:
         streams: for each stream, its tasks in order.
         waits: for each task, the tasks of this member, on whatever stream, that must be done before it starts.
             What it needs from other members arrives through its transfers.
+        issued_before: for each transfer, the tasks of this member that the host must have queued before it, on a
+            device whose streams may share a hardware queue (``Schedule.issue_order``).
     """
 
     streams: dict[Stream, Order]
     waits: dict[Task, Order]
+    issued_before: dict[Task, Order]
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,41 @@ class Schedule:
             Stream.OUT: tuple(task for task in transfers if task.stream is Stream.OUT),
             Stream.BACK: tuple(task for task in transfers if task.stream is Stream.BACK),
         }
-        return MemberSchedule(streams, self._waits(streams))
+        return MemberSchedule(streams, self._waits(streams), self._issued_before(streams))
 
     def dependencies(self, task: Task) -> Order:
         """The tasks of the ZP group whose results a task reads."""
         return dependencies(task, self.layers, self.moe_layers)
+
+    def issue_order(self) -> Iterator[Task]:
+        """All tasks of the ZP group in an order in which one after the other could run.
+
+        Streams that share a hardware queue run in the order in which the host queued their kernels, and a transfer's
+        kernel holds the queue until its peers take part. If every member queues its transfers in this one order, and
+        none before the compute that precedes it here, then the first transfer that is not done is never behind
+        one that is not: what else is ahead of it waits for earlier transfers only. So no number of queues deadlocks.
+        Compute may be queued earlier than it stands here.
+        """
+        head = self.layers + 1
+
+        def through_experts(direction: Pass, layer: int, microbatch: int) -> Iterator[Task]:
+            kinds = (Kind.DISPATCH, Kind.EXPERT, Kind.COMBINE)
+            if layer in self.moe_layers:
+                for kind in kinds if direction is Pass.FORWARD else reversed(kinds):
+                    yield Task(kind, direction, layer, microbatch)
+
+        for wave in self.waves:
+            for layer in range(1, head):
+                for microbatch in wave:
+                    yield Task(Kind.ATTENTION, Pass.FORWARD, layer, microbatch)
+                    yield from through_experts(Pass.FORWARD, layer, microbatch)
+            for layer in range(head, 0, -1):
+                for microbatch in wave:
+                    if layer == head:
+                        yield Task(Kind.ATTENTION, Pass.FORWARD, head, microbatch)
+                    if not self.forward_only:
+                        yield Task(Kind.ATTENTION, Pass.BACKWARD, layer, microbatch)
+                        yield from through_experts(Pass.BACKWARD, layer - 1, microbatch)
 
     def _compute_order(self) -> Iterator[Task]:
         """All A and E tasks in the order in which a member that had all of them would run them.
@@ -122,14 +155,36 @@ class Schedule:
         """For each task of a member, the nearest tasks of the same member among what it depends on."""
         local = {task for order in streams.values() for task in order}
 
-        def nearest(task: Task) -> Iterator[Task]:
-            for dependency in self.dependencies(task):
-                if dependency in local:
-                    yield dependency
-                else:
-                    yield from nearest(dependency)
+        # A member that lacks many layers is far from what it depends on, by twice as many ways a layer: each task
+        # on the way is looked at once.
+        known: dict[Task, Order] = {}
 
-        return {task: tuple(dict.fromkeys(nearest(task))) for task in local}
+        def nearest(task: Task) -> Order:
+            if task not in known:
+                known[task] = tuple(dict.fromkeys(
+                    found for dependency in self.dependencies(task)
+                    for found in ((dependency,) if dependency in local else nearest(dependency))
+                ))
+            return known[task]
+
+        for task in self.issue_order():
+            nearest(task)  # in order, so that no recursion is deeper than a task
+        return {task: known[task] for task in local}
+
+    def _issued_before(self, streams: dict[Stream, Order]) -> dict[Task, Order]:
+        """For each transfer of a member, the transfer before it and the last compute task to be queued before it."""
+        position = {task: index for index, task in enumerate(streams[Stream.COMPUTE])}
+        transfers = {*streams[Stream.OUT], *streams[Stream.BACK]}
+        before: dict[Task, Order] = {}
+        transfer: Task | None = None
+        compute: Task | None = None
+        for task in self.issue_order():
+            if task in position:
+                compute = task if compute is None else max(compute, task, key=position.__getitem__)
+            elif task in transfers:
+                before[task] = tuple(earlier for earlier in (transfer, compute) if earlier is not None)
+                transfer = task
+        return before
 
 
 def zebra(

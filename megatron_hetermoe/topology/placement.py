@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.layout import Layout
 
 EVERY_LAYER = "all"
+_DIGITS = 12  # of an expert's or a layer's number; Python itself refuses to read thousands
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def placement_from_document(document: Any, shape: ModelShape, layout: Layout, or
 
 
 def _layer_number(key: Any) -> Any:
-    return int(key) if isinstance(key, str) and key.isdecimal() else key
+    number = _number(key) if isinstance(key, str) else None
+    return key if number is None else number
 
 
 def _layer_holders(
@@ -123,7 +126,7 @@ def _layer_holders(
         if name not in names:
             problems.add(f"{where}: no holder {name!r} in this layout; it has {', '.join(names)}")
             continue
-        for expert in _experts(listed, f"{where}, {name}", problems):
+        for expert in _experts(listed, experts, f"{where}, {name}", problems):
             if expert not in holder_names:
                 problems.add(f"{where}, {name}: no expert {expert}; they are 0 to {experts - 1}")
             else:
@@ -136,16 +139,23 @@ def _layer_holders(
     return tuple(names[held_by[0]] if held_by else 0 for held_by in holder_names.values())
 
 
-def _experts(listed: Any, where: str, problems: Problems) -> list[int]:
-    """The numbers in a list of numbers and ranges."""
-    experts: list[int] = []
+def _experts(listed: Any, experts: int, where: str, problems: Problems) -> list[int]:
+    """The numbers in a list of numbers and ranges; of those that are no expert's, the first of each item."""
+    found: list[int] = []
     for item in listed if isinstance(listed, list) else [listed]:
-        first, dash, last = str(item).partition("-")
-        if first.strip().isdecimal() and (last.strip().isdecimal() if dash else True):
-            experts.extend(range(int(first), int(last if dash else first) + 1))
+        first, dash, last = (item if isinstance(item, str) else repr(item)).partition("-")
+        start, end = _number(first), _number(last if dash else first)
+        if start is None or end is None or start > end:
+            problems.add(f"{where}: {reprlib.repr(item)} is neither an expert's number nor a range such as \"4-7\"")
         else:
-            problems.add(f"{where}: {item!r} is neither an expert's number nor a range such as \"4-7\"")
-    return experts
+            found.extend(range(start, max(start, min(end, experts)) + 1))
+    return found
+
+
+def _number(text: str) -> int | None:
+    """A number from 0 on that is not out of all reason, or None."""
+    text = text.strip()
+    return int(text) if text.isdecimal() and len(text) <= _DIGITS else None
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

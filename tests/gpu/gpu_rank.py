@@ -1,5 +1,6 @@
 """A rank on a GPU: ``gpu_rank.py RECORD FLAGS...`` trains with the flags and writes what each step returned."""
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -9,10 +10,15 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from megatron_hetermoe import pretrain_gpt  # noqa: E402
 
 
+LIMIT = int(os.environ.get("GPU_RANK_SECONDS", "240"))
+
+
 def main(argv: list[str]) -> int:
     record, *flags = argv
     from recording import record_steps
 
+    # A hang ends with the stacks of all threads in the log.
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     record_steps(Path(f"{record}.{os.environ['RANK']}"))
     sys.argv = ["pretrain_gpt", *flags]
     return pretrain_gpt.main(flags)

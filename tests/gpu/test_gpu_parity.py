@@ -39,7 +39,7 @@ def train(folder: Path, name: str, world: int, flags: list[str], port: int) -> l
             env={**environment, "RANK": str(rank), "LOCAL_RANK": "0"},
         ))
     try:
-        codes = [process.wait(timeout=300) for process in processes]
+        codes = [process.wait(timeout=300) for process in processes]  # gpu_rank.py gives up earlier
     finally:
         for process in processes:
             if process.poll() is None:

@@ -1,0 +1,44 @@
+"""The span of a run in which ranks watch each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.runtime.watch import Watch
+
+
+@contextmanager
+def watched(rank: int, roles: Sequence[str], timeout: float) -> Iterator[Watch]:
+    """A watch over all ranks, while the block runs. The run's store must be there (MASTER_ADDR, MASTER_PORT).
+
+    What the block raises ends the process here, with a message for all ranks; but not what is no failure of this rank:
+    a UsageError, which all ranks find alike, and an exit with code 0, which Megatron's training loop makes.
+
+    Args:
+        rank: this one.
+        roles: of all ranks, by rank.
+        timeout: seconds within which all ranks end when one is gone.
+    """
+    # With a launcher's store no rank's end closes it, and it outlives restarts.
+    is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    watch = Watch(
+        rank, roles, timeout, (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
+        None if is_launchers else 0, f"hetermoe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
+    )
+    watch.start()
+    try:
+        yield watch
+    except UsageError:
+        watch.close()
+        raise
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            watch.failed(end)
+        watch.close()
+        raise
+    except BaseException as error:
+        watch.failed(error)
+    watch.close()

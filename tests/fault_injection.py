@@ -1,0 +1,184 @@
+"""Faults of a rank, at a named moment. Installed inside a rank by rank_process.py, by wrapping what runs then.
+
+``HETERMOE_TEST_FAULT`` is ``kind:rank:moment``, or ``kind:rank:moment:n`` for the n-th time that the moment comes. A
+rank that is hit writes the time, in seconds of ``time.time``, to the file ``fired`` in its folder, which every test of a
+fault reads: a fault that did not happen proves nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import megatron.core.dist_checkpointing.serialization as serialization
+import megatron.training.checkpointing as checkpointing
+import megatron.training.training as training
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megatron_hetermoe.mcore import checkpoints, optimizer, pretrain
+from megatron_hetermoe.runtime import executor
+from megatron_hetermoe.runtime.marks import Marks
+from megatron_hetermoe.schedule.tasks import Pass, Stream
+
+SLOW = 5.0  # seconds; longer than the time-out of the tests
+STEP = 2  # the training step in which tasks are hit; the first one may be slow for reasons of its own
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _raise() -> None:
+    raise ValueError("injected")
+
+
+def _full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+KINDS: dict[str, Callable[[], object]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": _stop,
+    "raise": _raise,
+    "exit": lambda: os._exit(7),
+    "sys-exit": lambda: sys.exit(5),
+    "full": _full,
+    "slow": lambda: time.sleep(SLOW),
+    # Nothing else of the rank runs meanwhile, its heartbeat included: PyDLL keeps the interpreter's lock.
+    "busy": lambda: ctypes.PyDLL(None).usleep(int(SLOW * 1e6)),
+}
+HARMLESS = ("slow", "busy")
+
+
+def install(fault: str, rank: int, folder: Path) -> None:
+    """Makes this rank fail as ``fault`` says, if it is the one that is named."""
+    kind, victim, moment, *nth = fault.split(":")
+    if rank != int(victim):
+        return
+    lock = threading.Lock()
+    left = [int(nth[0]) if nth else 1]
+
+    def fire() -> None:
+        with lock:
+            left[0] -= 1
+            if left[0]:
+                return
+            (folder / "fired").write_text(str(time.time()))
+        KINDS[kind]()
+
+    MOMENTS[moment](fire)
+
+
+def before(owner: Any, name: str) -> Callable[[Callable[[], None]], None]:
+    """A moment: as a function is called."""
+
+    def arm(fire: Callable[[], None]) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            fire()
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    return arm
+
+
+def after(owner: Any, name: str) -> Callable[[Callable[[], None]], None]:
+    """A moment: as a function has returned."""
+
+    def arm(fire: Callable[[], None]) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            fire()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    return arm
+
+
+def in_tasks(stream: Stream, choose: Callable[[tuple], Any], training: bool = True):
+    """A moment: a task of a training step, or of an evaluation step."""
+
+    def arm(fire: Callable[[], None]) -> None:
+        original, steps = executor.run, [0]
+
+        def run(schedule: Any, table: Any, *args: Any) -> None:
+            order = schedule.streams[stream] or schedule.streams[Stream.COMPUTE]
+            is_training = any(task.direction is Pass.BACKWARD for task in order)
+            steps[0] += is_training
+            if is_training is training and steps[0] >= (STEP if training else 0):
+                chosen = choose(order)
+
+                def hit(task: Any, call: Callable[[Any], None]) -> None:
+                    if task == chosen:
+                        fire()
+                    call(task)
+
+                table = {key: (lambda task, call=call: hit(task, call)) for key, call in table.items()}
+            original(schedule, table, *args)
+
+        executor.run = run
+
+    return arm
+
+
+def at_the_end(fire: Callable[[], None]) -> None:
+    original = Marks.enter
+
+    def enter(self: Marks, name: str) -> None:
+        original(self, name)
+        if name == "the end of all ranks":
+            fire()
+
+    Marks.enter = enter
+
+
+def emptied_tracker(fire: Callable[[], None]) -> None:
+    """Between the two system calls with which Megatron writes which checkpoint is the last."""
+    original = checkpointing.maybe_msc.open
+
+    def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        file = original(path, mode, *args, **kwargs)
+        if str(path).endswith("latest_checkpointed_iteration.txt") and mode == "w":
+            fire()
+        return file
+
+    checkpointing.maybe_msc.open = opened
+
+
+def _turn(order: tuple) -> Any:
+    return next(task for task in order if task.direction is Pass.BACKWARD)
+
+
+MOMENTS: dict[str, Callable[[Callable[[], None]], None]] = {
+    "start": before(pretrain, "join_pools"),
+    "building": before(pretrain, "pretrain"),
+    "warm-up": in_tasks(Stream.COMPUTE, lambda order: order[0]),
+    "steady": in_tasks(Stream.COMPUTE, lambda order: order[len(order) // 3]),
+    "turn": in_tasks(Stream.COMPUTE, _turn),
+    "last-task": in_tasks(Stream.COMPUTE, lambda order: order[-1]),
+    "transfer-out": in_tasks(Stream.OUT, lambda order: order[len(order) // 2]),
+    "transfer-back": in_tasks(Stream.BACK, lambda order: order[len(order) // 2]),
+    "optimizer-step": before(optimizer.PooledOptimizer, "get_grad_norm"),
+    "save": before(checkpointing.dist_checkpointing, "save"),
+    "save-files": before(filesystem_async.FileSystemWriterAsync, "retrieve_write_results"),
+    "save-written": before(serialization, "save_config"),
+    "save-sealing": before(checkpoints, "_replace"),
+    "save-tracker": emptied_tracker,
+    "save-done": after(training, "save_checkpoint"),
+    "load": before(checkpointing.dist_checkpointing, "load"),
+    "evaluation": in_tasks(Stream.COMPUTE, lambda order: order[len(order) // 2], training=False),
+    "end": at_the_end,
+}
