@@ -18,7 +18,7 @@ from ranks import TERMINATE
 
 
 def record_steps(path: Path) -> None:
-    """Writes down what Megatron's ``train_step`` and ``evaluate`` return and what goes to the logs, a line of JSON each.
+    """Writes down what ``train_step`` and ``evaluate`` return and what goes to the logs, a line of JSON each.
 
     The log will not do: it rounds, and its first losses after a start are averages of two steps.
     """

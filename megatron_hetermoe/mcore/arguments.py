@@ -50,6 +50,15 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     ("--ckpt-format other than torch_dist", lambda args: args.ckpt_format != "torch_dist", "use torch_dist"),
     ("--distrib-optim-fully-reshardable-mem-efficient",
      lambda args: getattr(args, "distrib_optim_fully_reshardable_mem_efficient", False), "leave it out"),
+    ("--cpu-offloading-num-layers", lambda args: getattr(args, "cpu_offloading_num_layers", 0),
+     "leave it out: use --recompute-granularity full"),
+    ("--fine-grained-activation-offloading", lambda args: getattr(args, "fine_grained_activation_offloading", False),
+     "leave it out: use --recompute-granularity full"),
+    ("--optimizer-cpu-offload", lambda args: getattr(args, "optimizer_cpu_offload", False), "leave it out"),
+    ("--moe-router-padding-for-quantization",
+     lambda args: getattr(args, "moe_router_padding_for_quantization", False)
+     or getattr(args, "moe_router_padding_for_fp8", False), "leave it out"),
+    ("--log-max-attention-logit", lambda args: getattr(args, "log_max_attention_logit", False), "leave it out"),
     ("--moe-use-upcycling", lambda args: args.moe_use_upcycling, "convert the checkpoint with stock Megatron first"),
     ("--optimizer other than adam and sgd", lambda args: args.optimizer not in ("adam", "sgd"), "use adam or sgd"),
 )

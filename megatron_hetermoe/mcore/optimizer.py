@@ -184,7 +184,7 @@ def _with_common(state: dict[str, Any], common: dict[str, Any], optimizer: Any) 
         inner["state"] = {**inner.get("state", {}), **read["state"]}
     if "param_groups" in read:  # the numbers of the parameters, which no checkpoint holds
         groups = optimizer._filter_and_reorder_param_groups(optimizer.param_groups, inner["param_groups"])
-        inner["param_groups"] = [{**group, **numbers} for group, numbers in zip(groups, read["param_groups"], strict=True)]
+        inner["param_groups"] = [{**group, **own} for group, own in zip(groups, read["param_groups"], strict=True)]
     return whole | {key: value for key, value in state.items() if key not in ("optimizer", "state", "param_groups")}
 
 

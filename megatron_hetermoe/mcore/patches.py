@@ -97,7 +97,7 @@ INVENTORY: tuple[Patch, ...] = (
             ),
         },
         removable_when="Megatron asks the optimizer for the norm, as it does for the gradients'",
-        test="tests/parity/test_router_options.py",
+        test="tests/parity/test_capacity.py",
     ),
     Patch(
         symbol="megatron.core.datasets.utils.compile_helpers",

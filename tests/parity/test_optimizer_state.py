@@ -55,7 +55,7 @@ def stock(world: int, expert_parallel: int) -> tuple[list[str], int]:
 
 @pytest.fixture
 def uneven(parity) -> tuple[list[str], int]:
-    """One attention rank, which holds an expert of the second layer, and two expert ranks; one has none of the first."""
+    """One attention rank, which holds an expert of layer 2, and two expert ranks, one without experts of layer 1."""
     layers = {1: {"e0": ["0-7"]}, 2: {"a0": [0], "e0": ["1-4"], "e1": ["5-7"]}}
     return disaggregated(1, 2, 1, "--hetermoe-placement", placement_file(parity, experts=8, layers=layers))
 

@@ -82,4 +82,5 @@ def test_recipe(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", OF_RECIPE)
 def test_a_variable_that_is_not_set_is_named(name):
     with pytest.raises(UsageError, match=r"the variable WANDB_PROJECT is not set"):
-        load_recipe(RECIPES / f"{name}.yaml", {key: value for key, value in VARIABLES.items() if key != "WANDB_PROJECT"})
+        some = {key: value for key, value in VARIABLES.items() if key != "WANDB_PROJECT"}
+        load_recipe(RECIPES / f"{name}.yaml", some)
