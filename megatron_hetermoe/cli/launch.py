@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, UsageError
 
 ENTRY = "megatron_hetermoe.pretrain_gpt"
 PRELOAD = "megatron_hetermoe.mcore.platform.preload"
@@ -49,13 +49,17 @@ class Ranks:
         entry: module with ``main(argv) -> exit code``.
         fork: fork them from a process that has imported Megatron; if None, where there is no GPU.
         grace: seconds between TERM and KILL.
+        watched: the ranks watch each other, so when one has failed the others end by themselves and say why; they are
+            given ``grace`` to do so.
     """
 
     def __init__(self, world: int, argv: Sequence[str], env: Mapping[str, str], logs: Path, *, entry: str = ENTRY,
-                 fork: bool | None = None, grace: float = GRACE):
+                 fork: bool | None = None, grace: float = GRACE, watched: bool = False):
         self.logs = logs
         self.grace = grace
+        self.watched = watched
         self.failed: int | None = None  # the rank that failed first
+        self.witness: int | None = None  # a rank that ended because that one did, and has said so
         self._processes: list[multiprocessing.process.BaseProcess | _Spawned] = []
         logs.mkdir(parents=True, exist_ok=True)
         for old in logs.glob("rank*.log"):
@@ -109,15 +113,29 @@ class Ranks:
 
     def end(self) -> None:
         """Ends every rank that is still running, with the processes that it started."""
+        if self.watched and self.failed is not None and self.exit_codes()[self.failed] != EXIT_CODE:
+            self._await_witness()
         with _signals({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN, signal.SIGHUP: signal.SIG_IGN}):
             running = [process for process in self._processes if process.exitcode is None]
             _signal(running, signal.SIGTERM)
+            _signal(running, signal.SIGCONT)  # one that was stopped takes no other signal
             deadline = time.monotonic() + self.grace
             while any(process.exitcode is None for process in running) and time.monotonic() < deadline:
                 time.sleep(0.05)
             _signal(running, signal.SIGKILL)
             for process in self._processes:
                 process.join()
+
+    def _await_witness(self) -> None:
+        deadline = time.monotonic() + self.grace
+        while self.witness is None and None in self.exit_codes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            self._look_for_witness()
+        self._look_for_witness()
+
+    def _look_for_witness(self) -> None:
+        codes = self.exit_codes()
+        self.witness = codes.index(PEER_LOST_CODE) if PEER_LOST_CODE in codes else None
 
     def __enter__(self) -> Ranks:
         return self

@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hetermoe.cli.progress import Watch
-from megatron_hetermoe.config.errors import EXIT_CODE
+from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE
 from megatron_hetermoe.config.flags import PREFIX
 from megatron_hetermoe.config.recipe import override
 
 TAIL = 20  # lines of a failed rank's log
 
 _OURS = re.compile(r"^hetermoe: \d+ problems?:$", re.MULTILINE)
+_PEER = re.compile(r"hetermoe: (rank \d+|the launcher's store) ")
 _ARGPARSE = re.compile(r"^\S+: error: ", re.MULTILINE)
 
 
@@ -27,13 +28,17 @@ def failure(text: str, code: int) -> str:
     Args:
         text: the log.
         code: the rank's exit code. With that of a usage error the log has a message for the user, ours or that
-            of Megatron's argument parser after its long usage: then it is that message alone.
+            of Megatron's argument parser after its long usage: then it is that message alone. With that of a rank
+            whose peer is gone it is what the rank says of that.
     """
     if code == EXIT_CODE:
         starts = [match.start() for pattern in (_OURS, _ARGPARSE) for match in pattern.finditer(text)]
         if starts:
             return text[starts[-1]:].rstrip()
-    return "\n".join(text.rstrip().splitlines()[-TAIL:])
+    lines = text.rstrip().splitlines()
+    if code == PEER_LOST_CODE and (said := [line for line in lines if _PEER.match(line)]):
+        return "\n".join(said)
+    return "\n".join(lines[-TAIL:])
 
 
 def print_summary(console: Console, watch: Watch, command: Sequence[str], overrides: Sequence[str], logs: Path) -> None:

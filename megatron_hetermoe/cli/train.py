@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatron_hetermoe.config.errors import EXIT_CODE, Problems, UsageError
+from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags, parse_flags
 from megatron_hetermoe.config.plan import plan_from_json
 from megatron_hetermoe.config.recipe import load_recipe, override
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(args.recipe).stem, "logs")
     command = [_own_name(), "train", args.recipe, *(["--nproc", str(args.nproc)] if args.nproc else []),
                *(word for flag in args.drop for word in ("--drop", flag))]
-    return _train(command, args.overrides, world, argv, recipe.env, logs)
+    return _train(command, args.overrides, world, argv, recipe.env, logs, flags.enabled)
 
 
 def _own_name() -> str:
@@ -80,7 +80,7 @@ def world_size(flags: Flags, nproc: int | None) -> int:
 
 
 def _train(command: list[str], overrides: list[str], world: int, argv: list[str], env: dict[str, str],
-           logs: Path) -> int:
+           logs: Path, watched: bool) -> int:
     # imported here because rich takes a while and `hetermoe --help` needs none of it
     from rich.console import Console
 
@@ -90,7 +90,7 @@ def _train(command: list[str], overrides: list[str], world: int, argv: list[str]
 
     console = Console()
     console.print(f"starting {world} ranks, logs in {logs}", highlight=False, markup=False)
-    with interruptible(), Display(console) as display, Ranks(world, argv, env, logs) as ranks:
+    with interruptible(), Display(console) as display, Ranks(world, argv, env, logs, watched=watched) as ranks:
         watch = Watch([ranks.log(rank) for rank in range(world)])
         while ranks.wait(0.25):
             watch.read()
@@ -101,9 +101,10 @@ def _train(command: list[str], overrides: list[str], world: int, argv: list[str]
     if ranks.failed is None:
         print_summary(console, watch, command, overrides, logs)
         return 0
-    log = ranks.log(ranks.failed)
+    log = ranks.log(ranks.failed if ranks.witness is None else ranks.witness)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    errors.print(failure(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "", code))
+    said_with = code if ranks.witness is None else PEER_LOST_CODE
+    errors.print(failure(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "", said_with))
     if code != EXIT_CODE:
-        errors.print(f"rank {ranks.failed} ended with exit code {code}; all of its output is in {log}")
+        errors.print(f"rank {ranks.failed} ended with exit code {code}; all of its output is in {ranks.log(ranks.failed)}")
     return code

@@ -98,3 +98,8 @@ def test_failure():
         "pretrain.py: error: unrecognized arguments: --z"
     assert failure("".join(f"{number}\n" for number in range(50)), 1).splitlines() == [str(n) for n in range(30, 50)]
     assert failure("", 1) == ""
+
+
+def test_failure_of_a_peer():
+    said = "hetermoe: rank 2 (expert, host a, pid 1) has died\nhetermoe: rank 0 (attention, host a, pid 2) awaited task x"
+    assert failure(f"noise\n{said}\nmore noise", 3) == said
