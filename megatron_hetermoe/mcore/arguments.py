@@ -218,7 +218,7 @@ def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems
         if lower != int(batch or 0):
             near = f"{lower} or {lower + together}" if lower else str(together)
             problems.add(f"{name} {batch} does not divide by micro batch size {args.micro_batch_size} x "
-                         f"{flags.attention_ranks} attention ranks = {together}: take {near}")
+                         f"{attention_ranks} attention ranks = {together}: take {near}")
 
 
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
