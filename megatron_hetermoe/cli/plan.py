@@ -166,4 +166,18 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     for note in answer["notes"]:
         console.print(f"note: {note}", highlight=False)
     if out:
-        console.print(f"written to {out}: `hetermoe simulate {out} --cluster ...` shows the step task by task")
+        console.print(f"written to {out}; the step task by task: hetermoe simulate {out} --cluster ...", soft_wrap=True)
+        console.print(f"to train it, with the recipe's ranks left out: hetermoe train ... -- --hetermoe --hetermoe-plan {out}"
+                      f"{_flags_of(plan['step'])}", soft_wrap=True)
+
+
+_RECOMPUTE_FLAGS = {
+    "none": "", "core_attn": " --recompute-granularity selective --recompute-modules core_attn",
+    "full": " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+}
+
+
+def _flags_of(step: dict[str, Any]) -> str:
+    """Megatron's flags that the plan's times and memory were reckoned with."""
+    distributed = " --use-distributed-optimizer" if step["distributed_optimizer"] else ""
+    return f" --micro-batch-size {step['micro_batch']}{distributed}{_RECOMPUTE_FLAGS[step['recompute']]}"
