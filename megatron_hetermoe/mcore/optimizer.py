@@ -98,6 +98,9 @@ class PooledOptimizer(ChainedOptimizer):
                     state[index] |= _unsharded(optimizer)
                 continue
             state[index] = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+            if _is_idle(optimizer):
+                # Lists of no tensors, which rank 0 would write for all, do not merge with those of holders.
+                state[index].pop("fp32_from_fp16_params", None)
             if distributed and not reshardable:
                 add_prefix_for_sharding(state[index], f"chained_{index}.")
         if reshardable:
