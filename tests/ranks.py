@@ -223,7 +223,7 @@ def _is_stopped(pid: int) -> bool:
     """Whether a process was stopped, and so will not end by itself."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

@@ -8,7 +8,7 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ENDED = "ended"  # in place of a beat: the rank is through, and its silence means nothing
+ENDED = "ended"  # in place of a beat, before an exit code: the rank is through, and its silence means nothing
 
 
 @dataclass(frozen=True)
