@@ -1,8 +1,8 @@
 """Faults of a rank, at a named moment. Installed inside a rank by rank_process.py, by wrapping what runs then.
 
 ``HETERMOE_TEST_FAULT`` is ``kind:rank:moment``, or ``kind:rank:moment:n`` for the n-th time that the moment comes. A
-rank that is hit writes the time, in seconds of ``time.time``, to the file ``fired`` in its folder, which every test of a
-fault reads: a fault that did not happen proves nothing.
+rank that is hit writes the time, in seconds of ``time.time``, to the file ``fired`` in its folder, which every test of
+a fault reads: a fault that did not happen proves nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.utils import unwrap_model
 
 from megatron_hetermoe.mcore import checkpoints, forward_backward, optimizer, pretrain
-from megatron_hetermoe.runtime import executor
+from megatron_hetermoe.runtime import executor, peers
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.schedule.tasks import Pass, Stream
 
@@ -101,6 +101,8 @@ def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
     """What a test asks for by environment variables."""
     if fault := env.get("HETERMOE_TEST_FAULT"):
         install(fault, rank, folder)
+    if "HETERMOE_TEST_APART" in env:
+        peers._space = lambda: f"machine {rank}"
     if seed := env.get("HETERMOE_TEST_DELAYS"):
         delay_tasks(int(seed), rank)
     if what := env.get("HETERMOE_TEST_NAN"):

@@ -1,8 +1,9 @@
 """Where numbers first went wrong in a step: in which rank, layer and expert.
 
-Megatron finds a loss or a gradient that is NaN or infinite (``--check-for-nan-in-loss-and-grad``) on whichever rank it shows
-first, mostly an attention rank's loss when an expert made it. An attention rank sees what goes to the experts of a layer
-and what comes back from each, so it can tell. Flags stay on the device until they are asked for, after a finding.
+Megatron finds a loss or a gradient that is NaN or infinite (``--check-for-nan-in-loss-and-grad``) on whichever rank it
+shows first, mostly in an attention rank's loss when an expert made it. An attention rank sees what goes to the experts
+of a layer and what comes back from each, so it can tell. Flags stay on the device until they are asked for, after a
+finding.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Numbers:
 
     def _expert_of(self, layer: int, row: int, counts: list[list[int]]) -> int:
         """The expert that a row came from; rows are in ``Placement.expert_order``."""
-        for expert, rows in zip(self._session.placement.expert_order(layer), (rows for part in counts for rows in part)):
+        flat = (rows for of_holder in counts for rows in of_holder)
+        for expert, rows in zip(self._session.placement.expert_order(layer), flat):
             if row < rows:
                 return expert
             row -= rows

@@ -22,7 +22,8 @@ CASES = [
 def test_all_ranks_end_and_the_place_is_named(tmp_path, spoiled, said):
     """As Megatron ends a step whose result stays wrong when it is run again: with its own exit code, on all ranks."""
     env = {"HETERMOE_TEST_NAN": spoiled}
-    flags = tiny(train_iters=4, global_batch_size=2, save=tmp_path / "saved", save_interval=100)  # Megatron saves before it exits
+    # Megatron saves before it exits.
+    flags = tiny(train_iters=4, global_batch_size=2, save=tmp_path / "saved", save_interval=100)
     run = run_ranks([*LAYOUT, *flags], 3, cwd=tmp_path, env=env)
     assert len(set(run.exit_codes)) == 1 and run.exit_codes[0] in (16, 17), run.exit_codes
     culprit = int(spoiled[0])
@@ -46,7 +47,8 @@ def test_without_a_second_run_the_rank_is_named(tmp_path):
 def test_overflow_is_skipped_by_both_pools(tmp_path):
     """With a dynamic loss scale a gradient that is not finite skips the step everywhere, and training goes on."""
     flags = tiny(
-        train_iters=4, global_batch_size=2, fp16=True, initial_loss_scale=2.0**10, no_check_for_nan_in_loss_and_grad=True
+        train_iters=4, global_batch_size=2, fp16=True, initial_loss_scale=2.0**10,
+        no_check_for_nan_in_loss_and_grad=True,
     )
     run = run_ranks([*LAYOUT, *flags], 3, cwd=tmp_path, env={"HETERMOE_TEST_NAN": f"2:{EXPERT}:grad"}).check()
     assert [[step.skipped for step in steps] for steps in run.steps] == [[0, 1, 1, 1]] * 3
