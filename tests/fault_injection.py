@@ -1,8 +1,8 @@
 """Faults of a rank, at a named moment. Installed inside a rank by rank_process.py, by wrapping what runs then.
 
 ``HETERMOE_TEST_FAULT`` is ``kind:rank:moment``, or ``kind:rank:moment:n`` for the n-th time that the moment comes. A
-rank that is hit writes the time, in seconds of ``time.time``, to the file ``fired`` in its folder, which every test of a
-fault reads: a fault that did not happen proves nothing.
+rank that is hit writes the time, in seconds of ``time.time``, to the file ``fired`` in its folder, which every test of
+a fault reads: a fault that did not happen proves nothing.
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import random
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import megatron.core.dist_checkpointing.serialization as serialization
 import megatron.training.checkpointing as checkpointing
 import megatron.training.training as training
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.utils import unwrap_model
 
-from megatron_hetermoe.mcore import checkpoints, optimizer, pretrain
-from megatron_hetermoe.runtime import executor
+from megatron_hetermoe.mcore import checkpoints, forward_backward, optimizer, pretrain
+from megatron_hetermoe.runtime import executor, peers
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.schedule.tasks import Pass, Stream
 
@@ -55,7 +58,55 @@ KINDS: dict[str, Callable[[], object]] = {
     # Nothing else of the rank runs meanwhile, its heartbeat included: PyDLL keeps the interpreter's lock.
     "busy": lambda: ctypes.PyDLL(None).usleep(int(SLOW * 1e6)),
 }
-HARMLESS = ("slow", "busy")
+
+
+def delay_tasks(seed: int, rank: int) -> None:
+    """Lets every task of this rank, a transfer too, begin some milliseconds late: other ones in each step."""
+    original, steps = executor.run, [0]
+
+    def run(schedule: Any, table: Any, *args: Any) -> None:
+        steps[0] += 1
+        draw = random.Random(f"{seed} {rank} {steps[0]}")
+
+        def late(task: Any, call: Callable[[Any], None]) -> None:
+            time.sleep(draw.choice((0, 0, 0.001, 0.004)) * draw.random())
+            call(task)
+
+        original(schedule, {key: (lambda task, call=call: late(task, call)) for key, call in table.items()}, *args)
+
+    executor.run = run
+
+
+def spoil(what: str, rank: int) -> None:
+    """Makes a number of this rank NaN in the second step: ``rank:parameter`` or ``rank:parameter:grad``."""
+    victim, name, *grad = what.split(":")
+    if rank != int(victim):
+        return
+    original, steps = forward_backward.ForwardBackward.__call__, [0]
+
+    def call(self: Any, *, model: Any, **kwargs: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == STEP:
+            parameter = dict(unwrap_model(model)[0].named_parameters())[name]
+            if grad:
+                parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+            else:
+                parameter.data.view(-1)[0] = float("nan")
+        return original(self, model=model, **kwargs)
+
+    forward_backward.ForwardBackward.__call__ = call
+
+
+def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
+    """What a test asks for by environment variables."""
+    if fault := env.get("HETERMOE_TEST_FAULT"):
+        install(fault, rank, folder)
+    if "HETERMOE_TEST_APART" in env:
+        peers._space = lambda: f"machine {rank}"
+    if seed := env.get("HETERMOE_TEST_DELAYS"):
+        delay_tasks(int(seed), rank)
+    if what := env.get("HETERMOE_TEST_NAN"):
+        spoil(what, rank)
 
 
 def install(fault: str, rank: int, folder: Path) -> None:

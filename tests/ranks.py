@@ -85,9 +85,12 @@ class Run:
 
 
 def run_ranks(
-    argv: Sequence[str], world: int, *, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 300
+    argv: Sequence[str], world: int, *, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 300,
+    own_store: bool = False,
 ) -> Run:
     """Runs ``megatron_hetermoe.pretrain_gpt`` with the flags ``argv`` on ``world`` ranks, in the folder ``cwd``.
+
+    With ``own_store`` rank 0 holds the rendezvous store, as under most launchers; its port is then only likely to be free.
 
     Ranks that fail are the caller's to look at (``Run.exit_codes``, ``Run.check()``); a hang is an error here.
 
@@ -96,7 +99,7 @@ def run_ranks(
     """
     folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=cwd))
     start = time.perf_counter()
-    exit_codes = _run("pretrain", (list(argv),), world, folder, cwd, env or {}, timeout)
+    exit_codes = _run("pretrain", (list(argv),), world, folder, cwd, env or {}, timeout, own_store)
     seconds = time.perf_counter() - start
     records = [_records(folder, rank) for rank in range(world)]
 
@@ -164,7 +167,8 @@ def assert_same_steps(steps: Sequence[Step], reference: Sequence[Step], rel: flo
 
 
 def _run(
-    kind: str, args: tuple, world: int, folder: Path, cwd: Path, env: Mapping[str, str], timeout: float
+    kind: str, args: tuple, world: int, folder: Path, cwd: Path, env: Mapping[str, str], timeout: float,
+    own_store: bool = False,
 ) -> list[int]:
     """Starts ``rank_process.<kind>`` on every rank and waits. Returns the exit codes; raises on a hang."""
     _start_server()
@@ -173,10 +177,14 @@ def _run(
 
     limit = timedelta(seconds=timeout)
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, timeout=limit, wait_for_workers=False)
+    port = store.port
+    if own_store:
+        del store
+        store, env = None, {"TORCHELASTIC_USE_AGENT_STORE": "False", **env}
     ranks = []
     try:
         for rank in range(world):
-            arguments = (kind, rank, world, store.port, folder, Path(cwd), dict(env), *args)
+            arguments = (kind, rank, world, port, folder, Path(cwd), dict(env), *args)
             ranks.append(_context.Process(target=rank_process_entry.start, args=arguments))
             ranks[-1].start()
         if running := _wait(ranks, time.monotonic() + timeout):
@@ -233,7 +241,7 @@ def _is_stopped(pid: int) -> bool:
     """Whether a process was stopped, and so will not end by itself."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

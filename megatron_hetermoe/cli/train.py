@@ -106,5 +106,6 @@ def _train(command: list[str], overrides: list[str], world: int, argv: list[str]
     said_with = code if ranks.witness is None else PEER_LOST_CODE
     errors.print(failure(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "", said_with))
     if code != EXIT_CODE:
-        errors.print(f"rank {ranks.failed} ended with exit code {code}; all of its output is in {ranks.log(ranks.failed)}")
+        errors.print(f"rank {ranks.failed} ended with exit code {code}; all of its output is in "
+                     f"{ranks.log(ranks.failed)}")
     return code

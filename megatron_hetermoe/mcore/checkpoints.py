@@ -1,9 +1,9 @@
 """Checkpoints that were cut off or damaged are found before anything is loaded, and the one before is named.
 
-Megatron writes files of tensors, then ``metadata.json``, then the iteration into ``latest_checkpointed_iteration.txt``: a save
-counts from that last word on. What it leaves open is closed here. That last file is not replaced at once, so a kill
-may leave it empty; and nothing tells a damaged file, so every save gets Megatron's own ``integrity.json`` (its
-``--verify-integrity``, which has rank 0 read all files; here each rank reads its share), and every load reads it.
+Megatron writes files of tensors, then ``metadata.json``, then the iteration into the tracker file: a save counts from
+that last word on. What it leaves open is closed here. The tracker is not replaced at once, so a kill may leave it
+empty; and nothing tells a damaged file, so every save gets Megatron's own ``integrity.json`` (its
+``--verify-integrity``, for which rank 0 reads all files; here each rank reads its share), and every load reads it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def sealing(original: Callable[..., Any], session: Session) -> Callable[..., Any
             if not _is_full(error):
                 raise
             raise OSError(
-                errno.ENOSPC, f"no space is left for the checkpoint in {folder}; make space and start again from the one "
-                              f"before, which {folder.parent / TRACKER} names"
+                errno.ENOSPC, f"no space is left for the checkpoint in {folder}; make space and start again from the "
+                              f"one before, which {folder.parent / TRACKER} names"
             ) from error
 
     return save
@@ -89,8 +89,8 @@ def check_load(load: str | None, step: int | None, session: Session) -> None:
     if step is None and not tracker.isdecimal():
         step = _newest_whole(folder, iterations, session)
         if step is None:
-            raise UsageError([f"{folder / TRACKER} is damaged (it says {tracker[:20]!r}), and no checkpoint in {folder} is "
-                              f"whole: start without --load, or give another folder"])
+            raise UsageError([f"{folder / TRACKER} is damaged (it says {tracker[:20]!r}), and no checkpoint in "
+                              f"{folder} is whole: start without --load, or give another folder"])
         if session.rank == 0:
             print(f"hetermoe: {folder / TRACKER} was cut off; it now names iteration {step}, the newest that is whole",
                   flush=True)

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 from megatron.core.utils import get_model_config, unwrap_model
+from megatron.training import get_args
 
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
 from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
+from megatron_hetermoe.mcore.numbers import UNEXPECTED, Numbers, report
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
 from megatron_hetermoe.runtime import executor
@@ -65,23 +68,37 @@ class ForwardBackward:
             forward_only, collect_non_loss_data,
         )
         self._marks.enter("evaluation" if forward_only else "a training step")
-        losses, tokens = self._run(inputs, member)
-        self._marks.enter("evaluation" if forward_only else "the reduction of gradients")
-        if not forward_only:
-            if self._recorder:
-                self._recorder.end_step()
-            config.finalize_model_grads_func(
-                [wrapped],
-                self._tokens_of_pool(tokens) if config.calculate_per_token_loss else None,
-                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-                force_all_reduce=force_all_reduce,
-            )
+        numbers = Numbers(self._session, get_args().check_for_nan_in_loss_and_grad and not forward_only)
+        try:
+            losses, tokens = self._run(inputs, member, numbers)
+            if not forward_only:
+                self._finalize(wrapped, tokens, force_all_reduce)
+        except RuntimeError as error:
+            if UNEXPECTED in str(error):
+                report(numbers, wrapped, self._session)
+            raise
+        machine = get_rerun_state_machine()
+        if machine.rerun_requested and machine.state is RerunState.INITIAL_RUN:  # it runs a step again that went wrong
+            report(numbers, wrapped, self._session)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         share_aux_losses(self._session)
         shared = share_losses(losses, self._session)
         self._marks.enter("what follows an evaluation step" if forward_only else "what follows a step's gradients")
         return shared
+
+    def _finalize(self, wrapped: Any, tokens: torch.Tensor, force_all_reduce: bool) -> None:
+        """After a training step's last task: Megatron's reduction of gradients."""
+        self._marks.enter("the reduction of gradients")
+        if self._recorder:
+            self._recorder.end_step()
+        config = get_model_config(wrapped)
+        config.finalize_model_grads_func(
+            [wrapped],
+            self._tokens_of_pool(tokens) if config.calculate_per_token_loss else None,
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            force_all_reduce=force_all_reduce,
+        )
 
     def _schedule(self, microbatches: int, forward_only: bool) -> tuple[Schedule, MemberSchedule]:
         """Made once for each number of microbatches: a step repeats the last one's."""
@@ -91,7 +108,9 @@ class ForwardBackward:
             self._schedules[key] = schedule, schedule.member(self._session.member)
         return self._schedules[key]
 
-    def _run(self, inputs: StepInputs, member: MemberSchedule) -> tuple[list[Any], torch.Tensor]:
+    def _run(
+        self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers
+    ) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
         transfers = Transfers(
             session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
@@ -102,7 +121,7 @@ class ForwardBackward:
         if not session.is_attention:
             executor.run(member, table, streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
-        attention = AttentionTasks(inputs, transfers)
+        attention = AttentionTasks(inputs, transfers, numbers)
         executor.run(member, {**table, **attention.table()}, streams, self._marks)
         return attention.losses, attention.tokens
 

@@ -108,7 +108,7 @@ INVENTORY: tuple[Patch, ...] = (
     ),
     Patch(
         symbol="megatron.core.dist_checkpointing.save",
-        reason="a checkpoint's files need a manifest, so that a load finds damage; Megatron's own has rank 0 read them all",
+        reason="a checkpoint's files need a manifest, so that a load finds damage; for Megatron's, rank 0 reads all",
         relies_on={
             "megatron.training.checkpointing.save_checkpoint": ("dist_checkpointing.save(",),
             "megatron.core.dist_checkpointing.validation.verify_integrity_manifest": (

@@ -87,8 +87,8 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
 
 
 def _meet(args: argparse.Namespace) -> dist.Store:
-    """The run's store, in a launcher or in rank 0. It comes before all else: ranks learn through it of each other's end,
-    so it does not wait for all of them to be there."""
+    """The run's store, in a launcher or in rank 0. It comes before all else, since ranks learn through it of each
+    other's end; so it does not wait for all of them to be there."""
     in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), args.world_size,

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 
 from megatron_hetermoe.mcore.attention import ModelTasks, PlanningModel
 from megatron_hetermoe.mcore.experts import HeldExperts
+from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.recompute import experts_again, rerun
 from megatron_hetermoe.runtime.executor import Table
 from megatron_hetermoe.runtime.transfers import Routed, Transfers
@@ -82,12 +83,14 @@ class AttentionTasks:
     Attributes:
         inputs: from the training loop.
         transfers: this member's.
+        numbers: shown what goes to experts and comes back.
         losses: for each microbatch, what the loss function reports, in the order of the heads.
         tokens: those that count in the loss, int.
     """
 
     inputs: StepInputs
     transfers: Transfers
+    numbers: Numbers
     losses: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -119,6 +122,7 @@ class AttentionTasks:
             microbatch.hidden = result
             return
         tokens, probs = result
+        self.numbers.sent(task.layer, task.microbatch, tokens)
         self.transfers.route(task, layer.dispatch_state.counts, tokens.detach(), probs.detach())
 
     def _begin(self, task: Task) -> tuple[_Microbatch, torch.Tensor]:
@@ -133,6 +137,7 @@ class AttentionTasks:
         microbatch = self._microbatches[number]
         if layer in self._moe_layers:
             routed = self.transfers.owned[layer, number]
+            self.numbers.came(layer, number, routed)
             outputs, routed.outputs = routed.outputs, None
             if self.inputs.forward_only:
                 del self.transfers.owned[layer, number]

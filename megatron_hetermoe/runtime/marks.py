@@ -43,7 +43,7 @@ class Marks:
         self._tasks.pop(stream, None)
 
     def awaited(self) -> str:
-        """What this rank waits for and since when: the task of the stream that has stood still longest, if tasks run."""
+        """What this rank waits for and since when: while tasks run, that of the channel that stands still longest."""
         phase, since = self._phase
         tasks = sorted(self._tasks.copy().items(), key=lambda item: item[1][1])
         if not tasks:

@@ -8,7 +8,7 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ENDED = "ended"  # in place of a beat: the rank is through, and its silence means nothing
+ENDED = "ended"  # in place of a beat, before an exit code: the rank is through, and its silence means nothing
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def state(peer: Peer, me: Peer) -> str:
     if peer.space != me.space:
         return "unknown"
     try:
-        letter = Path(f"/proc/{peer.pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+        text = Path(f"/proc/{peer.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        letter = text.rpartition(")")[2].split()[0]  # the name before it may hold anything
     except (OSError, IndexError):
         return "dead"
     return {"Z": "dead", "X": "dead", "T": "stopped", "t": "stopped"}.get(letter, "running")

@@ -80,14 +80,19 @@ class Watch:
         for thread in self._threads:
             thread.start()
 
-    def close(self) -> None:
-        """This rank is through; its silence means nothing from now on. The store's host waits for the others."""
+    def close(self, code: int = 0) -> None:
+        """This rank is through; its silence means nothing from now on. The store's host waits for the others.
+
+        Args:
+            code: the process's exit code. With another one than 0 the others are expected to end likewise, as when
+                Megatron's training loop decides so; one that does not within the time-out takes it for a failure.
+        """
         self._closing.set()
         self._threads[0].join(self._timeout)
         try:
-            self._store.set(f"beat/{self._me.rank}", ENDED)
+            self._store.set(f"beat/{self._me.rank}", f"{ENDED} {code}")
             if self._me.rank == self._store_rank:
-                self._await_others(lambda rank: self._store.get(f"beat/{rank}") == ENDED.encode())
+                self._await_others(lambda rank: self._store.get(f"beat/{rank}").startswith(ENDED.encode()))
         except RuntimeError:
             pass  # the store's host has ended already, and with it all there is to say
         self._closed.set()
@@ -139,11 +144,15 @@ class Watch:
         beat = self._store.get(f"beat/{rank}").decode()
         silent = self._silences.note(rank, beat, passed)
         peer = self._peers[rank]
-        if beat == ENDED or silent == 0:
+        if silent == 0 or beat == f"{ENDED} 0":
+            return
+        if beat.startswith(ENDED):
+            if silent > self._limit:
+                self._accuse(peer, f"has ended with exit code {beat.removeprefix(ENDED).strip()}")
             return
         now = state(peer, self._me)
         # Read again: a rank may have ended in good order after its beat was read and before the kernel was asked.
-        if now == "dead" and self._store.get(f"beat/{rank}") != ENDED.encode():
+        if now == "dead" and not self._store.get(f"beat/{rank}").startswith(ENDED.encode()):
             self._accuse(peer, "has died: its process is gone")
         elif silent > self._limit and now == "stopped":
             self._accuse(peer, f"is stopped: no sign of life for {silent:.1f} s")

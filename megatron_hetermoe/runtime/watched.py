@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.config.errors import EXIT_CODE, UsageError
 from megatron_hetermoe.runtime.watch import Watch
 
 
@@ -15,7 +15,7 @@ def watched(rank: int, roles: Sequence[str], timeout: float) -> Iterator[Watch]:
     """A watch over all ranks, while the block runs. The run's store must be there (MASTER_ADDR, MASTER_PORT).
 
     What the block raises ends the process here, with a message for all ranks; but not what is no failure of this rank:
-    a UsageError, which all ranks find alike, and an exit with code 0, which Megatron's training loop makes.
+    a UsageError, which all ranks find alike, and an exit, which Megatron's training loop makes.
 
     Args:
         rank: this one.
@@ -32,12 +32,10 @@ def watched(rank: int, roles: Sequence[str], timeout: float) -> Iterator[Watch]:
     try:
         yield watch
     except UsageError:
-        watch.close()
+        watch.close(EXIT_CODE)
         raise
     except SystemExit as end:
-        if end.code not in (None, 0):
-            watch.failed(end)
-        watch.close()
+        watch.close(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
     except BaseException as error:
         watch.failed(error)

@@ -101,5 +101,5 @@ def test_failure():
 
 
 def test_failure_of_a_peer():
-    said = "hetermoe: rank 2 (expert, host a, pid 1) has died\nhetermoe: rank 0 (attention, host a, pid 2) awaited task x"
+    said = "hetermoe: rank 2 (expert, host a, pid 1) has died\nhetermoe: rank 0 (attention, host a, pid 2) awaited x"
     assert failure(f"noise\n{said}\nmore noise", 3) == said

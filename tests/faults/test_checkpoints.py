@@ -51,7 +51,9 @@ def test_a_save_lists_all_its_files(saved):
 
 
 def test_stock_megatron_accepts_the_manifest(saved, tmp_path):
-    flags = tiny(load=saved[0], finetune=True, no_load_optim=True, no_load_rng=True, train_iters=1, verify_integrity=True)
+    flags = tiny(
+        load=saved[0], finetune=True, no_load_optim=True, no_load_rng=True, train_iters=1, verify_integrity=True
+    )
     run_ranks(flags, 1, cwd=tmp_path).check()
 
 

@@ -46,7 +46,8 @@ def ranks(logs):
 def test_the_reason_is_shown_once(tmp_path, number, said):
     logs = tmp_path / "logs"
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_hetermoe", "train", str(recipe(tmp_path / "r.yaml")), "--keep-logs", str(logs)],
+        [sys.executable, "-m", "megatron_hetermoe", "train", str(recipe(tmp_path / "r.yaml")), "--keep-logs",
+         str(logs)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     deadline = time.monotonic() + 120

@@ -1,7 +1,7 @@
 """A rank that dies, fails or stops ends all others, with its name; one that is slow ends nobody.
 
-All faults over kind, victim and moment run with ``pytest -m slow tests/faults/test_peers.py``; a sample runs always. A table of
-what came of them is printed at the end.
+All faults over kind, victim and moment run with ``pytest -m slow tests/faults/test_peers.py``; a sample runs always. A
+table of what came of them is printed at the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ MOMENTS = (
 VICTIMS = {moment: (0, 1, 2) for moment in MOMENTS} | {"save-written": (0,)}
 FATAL = ("kill", "stop", "raise", "exit", "sys-exit")
 SAMPLE = [
-    ("kill", 2, "steady"), ("stop", 2, "turn"), ("raise", 1, "optimizer-step"), ("kill", 0, "save"), ("stop", 0, "evaluation"),
+    ("kill", 2, "steady"), ("stop", 2, "turn"), ("raise", 1, "optimizer-step"), ("kill", 0, "save"),
+    ("stop", 0, "evaluation"),
     ("exit", 1, "end"), ("kill", 1, "start"), ("sys-exit", 2, "load"), ("busy", 1, "steady"), ("slow", 0, "save-files"),
 ]
 ALL = [
@@ -36,7 +37,7 @@ ALL = [
 ]
 SAID = {
     "kill": "has died: its process is gone", "exit": "has died: its process is gone", "stop": "is stopped: ",
-    "raise": "failed: ValueError: injected", "sys-exit": "failed: SystemExit: 5",
+    "raise": "failed: ValueError: injected", "sys-exit": "has ended with exit code 5",
 }
 
 
@@ -64,21 +65,44 @@ def inject(kind, victim, moment, folder, checkpoint, summary):
         summary.append((kind, ROLES[victim], moment, seconds, "all went on"))
         return
     assert seconds < TIMEOUT + SLACK
-    culprit = rf"hetermoe: rank {victim} \({ROLES[victim]}, host {re.escape(socket.gethostname())}, pid \d+\) {SAID[kind]}"
+    host = re.escape(socket.gethostname())
+    culprit = rf"hetermoe: rank {victim} \({ROLES[victim]}, host {host}, pid \d+\) {SAID[kind]}"
     for rank in others:
         output = run.output[rank]
         assert run.exit_codes[rank] == 3, output[-2000:]
         assert len(re.findall(culprit, output)) == 1, output[-2000:]
-        assert len(re.findall(r"^hetermoe: rank .* awaited (task|the end of).*, since \d\d:\d\d:\d\d", output, re.M)) == 1
+        awaited = r"^hetermoe: rank .* awaited (task|the end of).*, since \d\d:\d\d:\d\d"
+        assert len(re.findall(awaited, output, re.M)) == 1, output[-2000:]
         assert "Traceback" not in output, output[-2000:]
-    assert run.exit_codes[victim] == {"kill": -9, "stop": -9, "raise": 1, "exit": 7, "sys-exit": 1}[kind]
-    assert run.output[victim].count("Traceback") == (kind in ("raise", "sys-exit"))
+    assert run.exit_codes[victim] == {"kill": -9, "stop": -9, "raise": 1, "exit": 7, "sys-exit": 5}[kind]
+    assert run.output[victim].count("Traceback") == (kind == "raise")
     summary.append((kind, ROLES[victim], moment, seconds, f"rank {victim} named by ranks {others}"))
 
 
 @pytest.mark.parametrize("kind, victim, moment", SAMPLE)
 def test_sample(tmp_path, checkpoint, summary, kind, victim, moment):
     inject(kind, victim, moment, tmp_path, checkpoint, summary)
+
+
+@pytest.mark.parametrize(
+    "kind, victim, said",
+    [("kill", 2, r"is gone: no sign of life for \d"), ("stop", 1, r"is gone: no sign of life for \d"),
+     ("kill", 0, "its store's connection broke"), ("stop", 0, "is stopped: the run's store in it has not answered")],
+)
+def test_on_machines_of_their_own(tmp_path, summary, kind, victim, said):
+    """Where no rank can ask the kernel about another one, silence and connections must do; rank 0 has the store."""
+    run = run_ranks(
+        [*LAYOUT, "--hetermoe-stall-timeout", str(TIMEOUT), *tiny(train_iters=3, global_batch_size=4)], 3, cwd=tmp_path,
+        env={"HETERMOE_TEST_FAULT": f"{kind}:{victim}:steady", "HETERMOE_TEST_APART": "1"}, timeout=90,
+        own_store=victim == 0,
+    )
+    seconds = time.time() - float((tmp_path / "fired").read_text())
+    assert seconds < TIMEOUT + SLACK
+    for rank in {0, 1, 2} - {victim}:
+        assert run.exit_codes[rank] == 3, run.output[rank][-2000:]
+        assert len(re.findall(rf"^hetermoe: rank {victim} \({ROLES[victim]}, host .*{said}", run.output[rank], re.M)) == 1
+        assert "Traceback" not in run.output[rank]
+    summary.append((kind, ROLES[victim], "apart", seconds, f"rank {victim} named"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,114 @@
+"""Where numbers first went wrong in a step: in which rank, layer and expert.
+
+Megatron finds a loss or a gradient that is NaN or infinite (``--check-for-nan-in-loss-and-grad``) on whichever rank it
+shows first, mostly in an attention rank's loss when an expert made it. An attention rank sees what goes to the experts
+of a layer and what comes back from each, so it can tell. Flags stay on the device until they are asked for, after a
+finding.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.utils import unwrap_model
+
+from megatron_hetermoe.mcore.experts import HeldExperts
+from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.runtime.transfers import Routed
+
+UNEXPECTED = "Unexpected result"  # in Megatron's error, where --rerun-mode disabled has it raise one
+_MOST = 4  # parameters that a message names
+
+
+class Numbers:
+    """What one rank saw of its own tokens, so an attention rank, in the forward passes of one step.
+
+    Args:
+        session: this rank's.
+        enabled: whether to look at all; it reads every token twice a layer.
+    """
+
+    def __init__(self, session: Session, enabled: bool):
+        self._session = session
+        self._enabled = enabled
+        self._sent: dict[tuple[int, int], torch.Tensor] = {}  # (layer, microbatch): whether all tokens are finite
+        self._came: dict[tuple[int, int], tuple[torch.Tensor, list[list[int]]]] = {}  # finite rows, Routed.counts
+
+    def sent(self, layer: int, microbatch: int, tokens: torch.Tensor) -> None:
+        """Tokens, [rows, hidden], on their way to the experts of a layer."""
+        if self._enabled:
+            self._sent[layer, microbatch] = tokens.isfinite().all()
+
+    def came(self, layer: int, microbatch: int, routed: Routed) -> None:
+        """What the experts made of them, before it is summed."""
+        if self._enabled:
+            self._came[layer, microbatch] = routed.outputs.isfinite().all(dim=1), routed.counts
+
+    def first(self) -> str | None:
+        """The first place in the model whose results are not finite, or None where all were."""
+        for layer, microbatch in sorted(self._sent):
+            where = f"layer {layer}, microbatch {microbatch + 1}"
+            if not self._sent[layer, microbatch]:
+                return f"{where}: in attention, or before it, on {self._name(self._session.rank)}"
+            if (layer, microbatch) in self._came:
+                rows, counts = self._came[layer, microbatch]
+                if not rows.all():
+                    expert = self._expert_of(layer, int((~rows).nonzero()[0]), counts)
+                    holder = self._session.placement.holders[layer - 1][expert]
+                    group = self._session.layout.group_of(self._session.rank)
+                    return f"{where}: in expert {expert}, on {self._name(self._session.layout.rank_of(group, holder))}"
+        return None
+
+    def _expert_of(self, layer: int, row: int, counts: list[list[int]]) -> int:
+        """The expert that a row came from; rows are in ``Placement.expert_order``."""
+        flat = (rows for of_holder in counts for rows in of_holder)
+        for expert, rows in zip(self._session.placement.expert_order(layer), flat):
+            if row < rows:
+                return expert
+            row -= rows
+        raise AssertionError("a row beyond all experts'")
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} ({self._session.layout.role(rank)})"
+
+
+def report(numbers: Numbers, model: Any, session: Session) -> None:
+    """Says on stderr where numbers went wrong. For a rank on which Megatron has found that they did.
+
+    Args:
+        numbers: of the step.
+        model: this rank's, for its weights and gradients.
+        session: this rank's.
+    """
+    first = numbers.first()
+    parts = [f"first {first}"] if first else []
+    for what, names in (("weights", _not_finite(model, "data")), ("gradients", _not_finite(model, "main_grad"))):
+        found = list(names)
+        if found:
+            more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
+            parts.append(f"{what} of {', '.join(found[:_MOST])}{more}")
+    said = "; ".join(parts) or "in the loss itself: all before it is finite"
+    print(f"hetermoe: rank {session.rank} ({session.role}) has numbers that are not finite: {said}", file=sys.stderr,
+          flush=True)
+
+
+def _not_finite(model: Any, attribute: str) -> Iterator[str]:
+    """The parameters of which a tensor is not finite, experts' as layer and expert."""
+    for path, module in unwrap_model(model).named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            tensor = getattr(parameter, attribute, None)
+            if tensor is not None and tensor.numel() and not tensor.isfinite().all():
+                yield _described(unwrap_model(model), path, name)
+
+
+def _described(model: torch.nn.Module, path: str, name: str) -> str:
+    parts = path.split(".")
+    for end in range(len(parts) - 1):
+        module = model.get_submodule(".".join(parts[: end + 1]))
+        if isinstance(module, HeldExperts):  # decoder.layers.L.mlp.experts.local_experts.J.linear_fc1
+            layer = int(parts[parts.index("layers") + 1]) + 1
+            return f"expert {module.held[int(parts[end + 2])]} of layer {layer} ({'.'.join(parts[end + 3:])}.{name})"
+    return f"{path}.{name}"

@@ -1,0 +1,54 @@
+"""A number that is NaN is found in both pools alike, and said to be where it came from."""
+
+from __future__ import annotations
+
+import pytest
+from models import tiny
+from ranks import run_ranks
+
+LAYOUT = ["--hetermoe", "--hetermoe-attention-ranks", "1", "--hetermoe-expert-ranks", "2",
+          "--hetermoe-stall-timeout", "5"]
+EXPERT = "decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight"  # the second expert rank's: expert 7
+ATTENTION = "decoder.layers.1.self_attention.linear_proj.weight"
+CASES = [
+    (f"2:{EXPERT}", "layer 2, microbatch 1: in expert 7, on rank 2 (expert)"),
+    (f"2:{EXPERT}:grad", "gradients of expert 7 of layer 2 (linear_fc1.weight)"),
+    (f"0:{ATTENTION}", "layer 2, microbatch 1: in attention, or before it, on rank 0 (attention)"),
+    (f"0:{ATTENTION}:grad", f"gradients of {ATTENTION}"),
+]
+
+
+@pytest.mark.parametrize("spoiled, said", CASES, ids=["expert", "expert-grad", "attention", "attention-grad"])
+def test_all_ranks_end_and_the_place_is_named(tmp_path, spoiled, said):
+    """As Megatron ends a step whose result stays wrong when it is run again: with its own exit code, on all ranks."""
+    env = {"HETERMOE_TEST_NAN": spoiled}
+    # Megatron saves before it exits.
+    flags = tiny(train_iters=4, global_batch_size=2, save=tmp_path / "saved", save_interval=100)
+    run = run_ranks([*LAYOUT, *flags], 3, cwd=tmp_path, env=env)
+    assert len(set(run.exit_codes)) == 1 and run.exit_codes[0] in (16, 17), run.exit_codes
+    culprit = int(spoiled[0])
+    output = "".join(run.output)
+    assert said in output, output[-3000:]
+    assert "Traceback" not in output
+    assert all(len(steps) == 2 for steps in run.steps)
+    if spoiled.endswith("grad"):
+        assert said in run.output[culprit]
+
+
+def test_without_a_second_run_the_rank_is_named(tmp_path):
+    flags = tiny(train_iters=4, global_batch_size=2, rerun_mode="disabled")
+    run = run_ranks([*LAYOUT, *flags], 3, cwd=tmp_path, env={"HETERMOE_TEST_NAN": CASES[0][0]})
+    assert run.exit_codes == [1, 3, 3]
+    assert CASES[0][1] in run.output[0]
+    for rank in (1, 2):
+        assert "rank 0 (attention, host " in run.output[rank] and "found NaN in local forward loss" in run.output[rank]
+
+
+def test_overflow_is_skipped_by_both_pools(tmp_path):
+    """With a dynamic loss scale a gradient that is not finite skips the step everywhere, and training goes on."""
+    flags = tiny(
+        train_iters=4, global_batch_size=2, fp16=True, initial_loss_scale=2.0**10,
+        no_check_for_nan_in_loss_and_grad=True,
+    )
+    run = run_ranks([*LAYOUT, *flags], 3, cwd=tmp_path, env={"HETERMOE_TEST_NAN": f"2:{EXPERT}:grad"}).check()
+    assert [[step.skipped for step in steps] for steps in run.steps] == [[0, 1, 1, 1]] * 3
