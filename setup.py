@@ -14,6 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_hetermoe", "megatron_hetermoe.*"]),
+    package_data={"megatron_hetermoe.cost": ["*.yaml"]},
     python_requires=">=3.12",
     install_requires=[
         # Ranges are those the test suite has run with. torch stays wide at the top because V100 needs a
@@ -22,6 +23,8 @@ setup(
         "megatron-core>=0.19.2,<0.20",
         "einops>=0.8,<0.9",  # imported by megatron.training
         "psutil>=6,<8",  # imported by megatron's checkpoint writer, which does not require it
+        "numpy>=2.0,<3",
+        "scipy>=1.14,<2",
         "PyYAML>=6.0,<7",
         "rich>=13.9,<16",
     ],

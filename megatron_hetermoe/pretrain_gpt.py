@@ -33,10 +33,14 @@ def _train(argv: list[str]) -> None:
     if problems and not flags.enabled:
         problems.raise_if_any()
     from megatron_hetermoe.mcore.platform import cpu
+    from megatron_hetermoe.mcore.platform.flags import for_cpu
 
     if cpu.needed():
         cpu.install()
-        argv = with_default(argv, "--distributed-backend", "gloo")
+        argv, changes = for_cpu(with_default(argv, "--distributed-backend", "gloo"))
+        if os.environ.get("RANK", "0") == "0":
+            for line in changes:
+                print(line, flush=True)
     import torch
 
     if flags.enabled:

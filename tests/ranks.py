@@ -25,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # this process imports torch too, and the r
 
 TESTS = Path(__file__).parent
 TAIL = 4000  # characters of a rank's output in a failure
+TERMINATE = "TEST_TERMINATE"  # "rank:step" in the environment: that rank then gets SIGTERM after so many steps
 GRACE = 20.0  # seconds the other ranks have to end once one has failed
 
 _context = multiprocessing.get_context("forkserver")
@@ -60,6 +61,8 @@ class Run:
 
     exit_codes: as the system gives them; negative for a signal. -9 also for ranks that had to be killed.
     output: stdout and stderr together.
+    params_norms: what ``--log-params-norm`` gave to the log, by step.
+    scalars: what was written to TensorBoard, by name and step.
     parameters: elements of each parameter of the model that the rank built, by name.
     changed: functions and methods of Megatron that were others after the run than before.
     """
@@ -68,6 +71,8 @@ class Run:
     output: list[str]
     steps: list[list[Step]]
     evals: list[list[Evaluation]]
+    params_norms: list[list[float | None]]
+    scalars: list[dict[tuple[str, int], float]]
     parameters: list[dict[str, int]]
     changed: list[list[str]]
     seconds: float
@@ -106,6 +111,11 @@ def run_ranks(
         output=_outputs(folder, world),
         steps=[[Step(**record) for kind, record in of_rank if kind == "step"] for of_rank in records],
         evals=[[Evaluation(**record) for kind, record in of_rank if kind == "eval"] for of_rank in records],
+        params_norms=[[record["params_norm"] for kind, record in of_rank if kind == "log"] for of_rank in records],
+        scalars=[
+            {(record["name"], record["step"]): record["value"] for kind, record in of_rank if kind == "scalar"}
+            for of_rank in records
+        ],
         parameters=[only(of_rank, "model", "parameters", {}) for of_rank in records],
         changed=[only(of_rank, "changed", "names", []) for of_rank in records],
         seconds=seconds,

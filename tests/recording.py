@@ -5,19 +5,26 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
+import signal
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import megatron.training.training as training
+from ranks import TERMINATE
 
 
 def record_steps(path: Path) -> None:
-    """Writes down what Megatron's ``train_step`` and ``evaluate`` return, a line of JSON each.
+    """Writes down what ``train_step`` and ``evaluate`` return and what goes to the logs, a line of JSON each.
 
     The log will not do: it rounds, and its first losses after a start are averages of two steps.
     """
     file = path.open("w", buffering=1, encoding="utf-8")
+
+    steps: list[int] = []
 
     def floats(losses):
         return {name: float(value) for name, value in (losses or {}).items()}
@@ -37,6 +44,9 @@ def record_steps(path: Path) -> None:
         return recorded
 
     def step(given, result):
+        steps.append(len(steps))
+        if os.environ.get(TERMINATE) == f"{os.environ['RANK']}:{len(steps)}":
+            os.kill(os.getpid(), signal.SIGTERM)
         losses, skipped, _, _, _, grad_norm, num_zeros, *_ = result
         return {
             "kind": "step",
@@ -56,6 +66,23 @@ def record_steps(path: Path) -> None:
     def evaluation(given, result):
         return {"kind": "eval", "loss": floats(result[0])}
 
+    def log(given, result):
+        return {"kind": "log", "params_norm": given["params_norm"]}
+
+    class Writer:
+        """TensorBoard's, which is not installed here: writes scalars down beside the steps."""
+
+        def __init__(self, log_dir, max_queue):
+            pass
+
+        def add_scalar(self, name, value, step):
+            file.write(json.dumps({"kind": "scalar", "name": name, "step": int(step), "value": float(value)}) + "\n")
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=Writer)
+    training.training_log = wrapped(training.training_log, log)
     training.setup_model_and_optimizer = wrapped(training.setup_model_and_optimizer, model)
     training.train_step = wrapped(training.train_step, step)
     training.evaluate = wrapped(training.evaluate, evaluation)

@@ -9,10 +9,13 @@ from typing import Any
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.config.step import Prediction, Step
 
 FORMAT = 1
 SCHEDULES = ("zebra", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16")
+ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
+_PARTS = {kind.__name__: kind for kind in (ModelShape, Step, Prediction)}  # of a plan, each a mapping in its file
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,11 @@ class Plan:
         schedule: one of SCHEDULES.
         wave: the most microbatches on the way together, None for all of a step.
         attention_precision, expert_precision: dtype of each role's parameters, one of PRECISIONS.
+        attention_kernel: one of ATTENTION_KERNELS, where there is no transformer-engine.
+        pools: for each member of a ZP group, the pool of the cluster file that it is of; empty when no cluster file
+            was there.
+        step: the step that was planned for, None when nothing was predicted.
+        predicted: what is expected of it.
     """
 
     model: ModelShape
@@ -40,6 +48,10 @@ class Plan:
     wave: int | None = None
     attention_precision: str = "fp32"
     expert_precision: str = "fp32"
+    attention_kernel: str = "auto"
+    pools: tuple[str, ...] = ()
+    step: Step | None = None
+    predicted: Prediction | None = None
 
     def to_json(self) -> str:
         """The plan as the text of a plan file."""
@@ -65,10 +77,14 @@ def plan_from_json(text: str, origin: str) -> Plan:
         raise UsageError([f"{origin} is not a plan of format {FORMAT}; write it with this version's `hetermoe plan`"])
     del document["format"]
     problems = Problems()
-    model = _fields_of(ModelShape, document.get("model"), f"{origin}: model", problems)
     values = _fields_of(Plan, document, origin, problems)
+    parts = {}
+    for field in dataclasses.fields(Plan):
+        kind = _PARTS.get(str(field.type).removesuffix(" | None"))
+        if kind and values.get(field.name) is not None:
+            parts[field.name] = kind, _fields_of(kind, values[field.name], f"{origin}: {field.name}", problems)
     problems.raise_if_any()
-    return Plan(**{**values, "model": ModelShape(**model)})
+    return Plan(**{**values, **{name: kind(**found) for name, (kind, found) in parts.items()}})
 
 
 def _fields_of(kind: type, document: Any, where: str, problems: Problems) -> dict[str, Any]:
@@ -100,7 +116,9 @@ def _fits(value: Any, annotation: str) -> bool:
         return isinstance(value, list) and all(_fits(item, inner) for item in value)
     if annotation == "int":
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, {"bool": bool, "str": str, "ModelShape": dict}[annotation])
+    if annotation == "float":
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, {"bool": bool, "str": str}.get(annotation, dict))
 
 
 def _as_tuple(value: Any) -> Any:

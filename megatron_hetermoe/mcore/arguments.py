@@ -17,7 +17,13 @@ from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.mcore.gpt import check_args
+from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.planner.resolve import resolve
+
+
+def _not_recomputed(args: argparse.Namespace) -> bool:
+    return args.recompute_granularity == "selective" and not SELECTIVE.issuperset(args.recompute_modules or ())
+
 
 # What a disaggregated run does not do: the flag, whether the arguments ask for it, and the way out.
 _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] = (
@@ -27,12 +33,7 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     ("--expert-tensor-parallel-size above 1", lambda args: (args.expert_tensor_parallel_size or 1) > 1, "set it to 1"),
     ("--moe-grouped-gemm", lambda args: args.moe_grouped_gemm, "leave it out: experts run one after the other"),
     ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
-    ("--recompute-granularity full", lambda args: args.recompute_granularity == "full",
-     "use --recompute-granularity selective --recompute-modules core_attn"),
-    ("--recompute-modules other than core_attn",
-     lambda args: args.recompute_granularity == "selective" and set(args.recompute_modules or ()) - {"core_attn"},
-     "keep core_attn only"),
-    ("--moe-pad-expert-input-to-capacity", lambda args: args.moe_pad_expert_input_to_capacity, "leave it out"),
+    ("--recompute-modules of what is not there", _not_recomputed, f"choose from {', '.join(sorted(SELECTIVE))}"),
     ("--moe-shared-expert-overlap", lambda args: args.moe_shared_expert_overlap,
      "leave it out: a shared expert runs on the attention ranks"),
     ("--moe-latent-size", lambda args: getattr(args, "moe_latent_size", None), "leave it out"),
@@ -47,10 +48,18 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     ("--num-distributed-optimizer-instances above 1", lambda args: args.num_distributed_optimizer_instances > 1,
      "set it to 1"),
     ("--ckpt-format other than torch_dist", lambda args: args.ckpt_format != "torch_dist", "use torch_dist"),
-    ("--dist-ckpt-optim-fully-reshardable", lambda args: getattr(args, "dist_ckpt_optim_fully_reshardable", False),
-     "leave it out"),
+    ("--distrib-optim-fully-reshardable-mem-efficient",
+     lambda args: getattr(args, "distrib_optim_fully_reshardable_mem_efficient", False), "leave it out"),
+    ("--cpu-offloading-num-layers", lambda args: getattr(args, "cpu_offloading_num_layers", 0),
+     "leave it out: use --recompute-granularity full"),
+    ("--fine-grained-activation-offloading", lambda args: getattr(args, "fine_grained_activation_offloading", False),
+     "leave it out: use --recompute-granularity full"),
+    ("--optimizer-cpu-offload", lambda args: getattr(args, "optimizer_cpu_offload", False), "leave it out"),
+    ("--moe-router-padding-for-quantization",
+     lambda args: getattr(args, "moe_router_padding_for_quantization", False)
+     or getattr(args, "moe_router_padding_for_fp8", False), "leave it out"),
+    ("--log-max-attention-logit", lambda args: getattr(args, "log_max_attention_logit", False), "leave it out"),
     ("--moe-use-upcycling", lambda args: args.moe_use_upcycling, "convert the checkpoint with stock Megatron first"),
-    ("--log-params-norm", lambda args: args.log_params_norm, "leave it out"),
     ("--optimizer other than adam and sgd", lambda args: args.optimizer not in ("adam", "sgd"), "use adam or sgd"),
 )
 
@@ -85,7 +94,9 @@ def disaggregated_arguments(
     if shape is not None and flags.enabled:
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
         plan = resolve(flags, shape, precision, args.world_size, problems)
-    _check_batch(args, flags, problems)
+        if plan is not None and plan.step is not None:
+            _check_step(args, plan, problems)
+    _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
     try:
         check_args(args)
     except UsageError as error:
@@ -98,6 +109,25 @@ def disaggregated_arguments(
         for line in superseded:
             print(line, flush=True)
     return args, plan
+
+
+def arguments_to_plan_for(
+    rest: Sequence[str], problems: Problems
+) -> tuple[argparse.Namespace, ModelShape | None]:
+    """Megatron's arguments, parsed but validated against no world, and the model's shape: all that a planner asks.
+
+    Args:
+        rest: a recipe's command line without the ``--hetermoe`` flags.
+        problems: gets what keeps it from being a model to plan for.
+    """
+    args = _parse(rest, problems)
+    for name, asked, way_out in _UNSUPPORTED:
+        if asked(args):
+            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
+        if not value:
+            problems.add(f"{flag} is missing: what fits and how long a step takes depends on it")
+    return args, model_shape(args, problems)
 
 
 def _parse(rest: Sequence[str], problems: Problems) -> argparse.Namespace:
@@ -158,16 +188,37 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
     )
 
 
-def _check_batch(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:
-    """The global batch must divide by the sequences that the attention ranks take at once."""
-    if not flags.attention_ranks or not args.micro_batch_size or not args.global_batch_size:
+def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
+    """What a plan's memory and times were reckoned with must be what Megatron's flags ask for."""
+    modules = set(args.recompute_modules or ()) if args.recompute_granularity == "selective" else set()
+    recompute = "full" if args.recompute_granularity == "full" else "core_attn" if "core_attn" in modules else "none"
+    flags = {
+        "micro_batch": ("--micro-batch-size", args.micro_batch_size),
+        "recompute": ("recomputation (--recompute-granularity, --recompute-modules)", recompute),
+        "distributed_optimizer": ("--use-distributed-optimizer", args.use_distributed_optimizer),
+    }
+    for field, (flag, here) in flags.items():
+        planned = getattr(plan.step, field)
+        if planned != here:
+            problems.add(f"the plan was made with {flag} {planned}, the flags say {here}: change the flag, or make a plan "
+                         "for it")
+
+
+def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems: Problems) -> None:
+    """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
+    if not attention_ranks or not args.micro_batch_size:
         return
-    together = args.micro_batch_size * flags.attention_ranks
-    lower = args.global_batch_size // together * together
-    if lower != args.global_batch_size:
-        near = f"{lower} or {lower + together}" if lower else str(together)
-        problems.add(f"--global-batch-size {args.global_batch_size} does not divide by micro batch size "
-                     f"{args.micro_batch_size} x {flags.attention_ranks} attention ranks = {together}: take {near}")
+    together = args.micro_batch_size * attention_ranks
+    start, increment, _ = args.rampup_batch_size or (None, None, None)
+    for name, batch in (
+        ("--global-batch-size", args.global_batch_size), ("the start of --rampup-batch-size", start),
+        ("the increment of --rampup-batch-size", increment),
+    ):
+        lower = int(batch or 0) // together * together
+        if lower != int(batch or 0):
+            near = f"{lower} or {lower + together}" if lower else str(together)
+            problems.add(f"{name} {batch} does not divide by micro batch size {args.micro_batch_size} x "
+                         f"{attention_ranks} attention ranks = {together}: take {near}")
 
 
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:

@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hetermoe.mcore import recompute
 from megatron_hetermoe.mcore.dispatcher import AsymmetricDispatcher, DispatchState
 from megatron_hetermoe.mcore.experts import build_held
 from megatron_hetermoe.mcore.session import Session
@@ -108,8 +109,22 @@ class LayerTasks(TransformerLayerSchedulePlan):
             self.dispatch_state = DispatchState()
             for node in (self.pre_dispatch_computation, self.moe_combine):
                 node.submodule = _with_state(node.submodule, self.layer.mlp.token_dispatcher, self.dispatch_state)
-        elif extra_args.get("is_last_layer"):
+        self._recompute()
+        if not self.has_experts and extra_args.get("is_last_layer"):
             self.mlp.submodule = _with_final_norm(self.mlp.submodule)
+
+    def _recompute(self) -> None:
+        """Has nodes run again before their backward, as the flags ask."""
+        attend, layer = self.pre_dispatch_computation, self.layer
+        if recompute.whole_layer(layer.config, layer.layer_number):
+            if self.has_experts:
+                attend.submodule = recompute.rerun_routing(attend.submodule)
+                self.moe_combine.submodule = recompute.free_residual(self.moe_combine.submodule)
+            else:
+                attend.submodule = recompute.rerun_simple(attend.submodule)
+                self.mlp.submodule = recompute.rerun_simple(self.mlp.submodule)
+        elif self.has_experts and layer.recompute_pre_mlp_layernorm:
+            attend.submodule = recompute.recompute_norm(attend.submodule, layer)
 
     @property
     def end(self) -> Any:

@@ -110,9 +110,6 @@ class ExpertModel(MegatronModule):
         pg_collection: groups of the expert pool.
     """
 
-    # Attention ranks save their random state under the stock key.
-    rng_state_key_prefix = "experts."
-
     def __init__(
         self, config: TransformerConfig, builders: dict[int, Any], session: Session, seed: int,
         pg_collection: ProcessGroupCollection,

@@ -22,6 +22,7 @@ from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.streams import streams_for
 from megatron_hetermoe.runtime.transfers import Transfers
+from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
 
 
 class ForwardBackward:
@@ -41,7 +42,7 @@ class ForwardBackward:
         self._recorder = recorder
         self._streams = streams_for(session.device)
         self._recorded = streams_for(session.device, recorder.observe) if recorder else self._streams
-        self._schedules: dict[tuple[int, bool], Any] = {}
+        self._schedules: dict[tuple[int, bool], tuple[Schedule, MemberSchedule]] = {}
 
     def __call__(
         self, *, forward_step_func: Callable[..., Any], data_iterator: Any, model: Any, num_microbatches: int,
@@ -99,14 +100,15 @@ class ForwardBackward:
             force_all_reduce=force_all_reduce,
         )
 
-    def _schedule(self, microbatches: int, forward_only: bool) -> Any:
+    def _schedule(self, microbatches: int, forward_only: bool) -> tuple[Schedule, MemberSchedule]:
+        """Made once for each number of microbatches: a step repeats the last one's."""
         key = (microbatches, forward_only)
         if key not in self._schedules:
             schedule = self._session.schedule(microbatches, forward_only)
             self._schedules[key] = schedule, schedule.member(self._session.member)
         return self._schedules[key]
 
-    def _run(self, inputs: StepInputs, member: Any, numbers: Numbers) -> tuple[list[Any], torch.Tensor]:
+    def _run(self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
         transfers = Transfers(
             session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
@@ -126,12 +128,12 @@ class ForwardBackward:
 
         Megatron divides gradients by the tokens of all ranks of a pool, and expert ranks have none of their own.
         """
-        total = tokens.clone()
+        total = tokens.cpu().clone()
         dist.all_reduce(total, group=self._session.control)
-        if self._session.is_attention:
-            return tokens
         first = self._session.layout.pool(self._session.role)[0]
-        return total if self._session.rank == first else torch.zeros_like(total)
+        if self._session.is_attention or self._session.rank != first:
+            return tokens
+        return total.to(tokens.device)
 
 
 def _experts_of(model: Any) -> Callable[[int], HeldExperts]:

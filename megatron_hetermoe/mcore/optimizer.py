@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 
+from megatron_hetermoe.mcore.platform.wheel import initialise_adam
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.runtime.marks import Marks
 
@@ -38,7 +40,7 @@ class PooledOptimizer(ChainedOptimizer):
         self._scaler = self._share_scaler()
         for optimizer in self.chained_optimizers:
             if isinstance(optimizer, DistributedOptimizer):
-                _initialise_adam(optimizer.optimizer)
+                initialise_adam(optimizer.optimizer)
                 # Names this holder's part in the checkpoint; Megatron's index counts holders inside a pool only.
                 if any(group["is_expert_parallel"] for group in optimizer.param_groups):
                     optimizer.data_parallel_group_idx = session.member
@@ -70,18 +72,11 @@ class PooledOptimizer(ChainedOptimizer):
 
     def get_grad_norm(self) -> float:
         """The norm of all gradients of both pools."""
-        return math.sqrt(self._over_pools(super().get_grad_norm() ** 2))
+        return math.sqrt(self._session.over_pools(super().get_grad_norm() ** 2))
 
     def count_zeros(self) -> float:
         """The zeros in all gradients of both pools."""
-        return self._over_pools(super().count_zeros())
-
-    def _over_pools(self, value: float) -> float:
-        """The sum of both pools' values; each pool's first rank speaks for it."""
-        pool = self._session.layout.pool(self._session.role)
-        total = torch.tensor([float(value) if self._session.rank == pool[0] else 0.0], dtype=torch.float64)
-        dist.all_reduce(total, group=self._session.control)
-        return total.item()
+        return self._session.over_pools(super().count_zeros())
 
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **kwargs: Any
@@ -92,24 +87,39 @@ class PooledOptimizer(ChainedOptimizer):
         it must still write what their holders will read: the number of steps, which is the same everywhere.
         """
         self._marks.enter("a load" if is_loading else "a save")
-        state, unsharded = {}, []
+        sharding = (kwargs.get("metadata") or {}).get("distrib_optim_sharding_type")
+        reshardable = sharding in DistributedOptimizer.checkpoint_fully_reshardable_formats
+        state = {}
         for index, optimizer in enumerate(self.chained_optimizers):
-            if _is_idle(optimizer) and isinstance(optimizer, DistributedOptimizer):
-                state[index] = {"param_state_sharding_type": kwargs["metadata"]["distrib_optim_sharding_type"]}
+            distributed = isinstance(optimizer, DistributedOptimizer)
+            if distributed and _is_idle(optimizer):
+                state[index] = {"param_state_sharding_type": sharding}
+                if reshardable:
+                    state[index] |= _unsharded(optimizer)
                 continue
             state[index] = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
-            if isinstance(optimizer, DistributedOptimizer):
+            if _is_idle(optimizer):
+                # Lists of no tensors, which rank 0 would write for all, do not merge with those of holders.
+                state[index].pop("fp32_from_fp16_params", None)
+            if distributed and not reshardable:
                 add_prefix_for_sharding(state[index], f"chained_{index}.")
-            else:
-                unsharded.append(state[index].get("optimizer", state[index])["state"])
-        _share_steps(unsharded)
+        if reshardable:
+            _share_steps([group for part in state.values() for group in part["optimizer"]["param_groups"]], "step")
+        elif sharding is None:
+            _share_steps([part.get("optimizer", part)["state"] for part in state.values()], "common_step")
         return state
 
     def load_state_dict(self, state_dict: dict[int, Any]) -> None:
-        """As ChainedOptimizer's, past the optimizers that have no parameter here."""
+        """As ChainedOptimizer's, past the optimizers that have no parameter here.
+
+        Stock Megatron with one rank per expert group has one optimizer for all parameters, so that what is not sharded
+        stands in its checkpoint beside what was read for each of ours, in place of inside.
+        """
+        common = {key: value for key, value in state_dict.items() if not isinstance(key, int)}
         for index, optimizer in enumerate(self.chained_optimizers):
             if not _is_idle(optimizer):
-                optimizer.load_state_dict(state_dict[index])
+                state = state_dict[index]
+                optimizer.load_state_dict(_with_common(state, common, optimizer) if common else state)
 
 
 class _AgreedScaler(MegatronGradScaler):
@@ -166,23 +176,33 @@ def _is_idle(optimizer: Any) -> bool:
     return not optimizer.get_parameters()
 
 
-def _initialise_adam(optimizer: torch.optim.Optimizer) -> None:
-    """Gives torch's Adam the state that its first step would, since DistributedOptimizer reads a step before it."""
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+def _with_common(state: dict[str, Any], common: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """An optimizer's sharded state with what all optimizers have in common, as of the parameters that it is for."""
+    whole = deepcopy(common)
+    inner = whole.get("optimizer", whole)
+    for group in inner["param_groups"]:
+        group |= {"is_expert_parallel": any(own["is_expert_parallel"] for own in optimizer.param_groups), "params": []}
+    read = state.get("optimizer", state)
+    if "state" in read:
+        inner["state"] = {**inner.get("state", {}), **read["state"]}
+    if "param_groups" in read:  # the numbers of the parameters, which no checkpoint holds
+        groups = optimizer._filter_and_reorder_param_groups(optimizer.param_groups, inner["param_groups"])
+        inner["param_groups"] = [{**group, **own} for group, own in zip(groups, read["param_groups"], strict=True)]
+    return whole | {key: value for key, value in state.items() if key not in ("optimizer", "state", "param_groups")}
 
 
-def _share_steps(states: list[dict[Any, Any]]) -> None:
-    """Writes the common step of optimizers that have one to those that, without parameters, have none."""
-    steps = [state["common_step"] for state in states if "common_step" in state]
+def _unsharded(optimizer: DistributedOptimizer) -> dict[str, Any]:
+    """What rank 0 writes, for all, of an optimizer that has no parameter there; its own state_dict wants a step."""
+    groups = optimizer.optimizer.state_dict()["param_groups"]
+    state: dict[str, Any] = {"optimizer": {"param_groups": [{**group, "params": []} for group in groups]}}
+    if optimizer.grad_scaler:
+        state["grad_scaler"] = optimizer.grad_scaler.state_dict()
+    return state
+
+
+def _share_steps(states: list[dict[Any, Any]], name: str) -> None:
+    """Writes the common step, under its name, to the states that have none for want of parameters."""
+    steps = [state[name] for state in states if name in state]
     if steps:
         for state in states:
-            state.setdefault("common_step", steps[0])
-
+            state.setdefault(name, steps[0])

@@ -87,6 +87,19 @@ INVENTORY: tuple[Patch, ...] = (
         test="tests/parity/test_checkpoint.py",
     ),
     Patch(
+        symbol="megatron.training.training.calc_params_l2_norm",
+        reason="--log-params-norm sums over one pool, and the last rank, which prints it, has experts only",
+        relies_on={
+            "megatron.training.training.train": ("params_norm = calc_params_l2_norm(model)",),
+            "megatron.training.utils.common_utils.calc_params_l2_norm": (
+                "_sum_reduce(norm_2, dense_reduce_group)", "_sum_reduce(moe_total_norm_2, expert_reduce_group)",
+                "return norm_2.item() ** 0.5",
+            ),
+        },
+        removable_when="Megatron asks the optimizer for the norm, as it does for the gradients'",
+        test="tests/parity/test_capacity.py",
+    ),
+    Patch(
         symbol="megatron.core.datasets.utils.compile_helpers",
         reason="the wheel has the compiled helpers and no Makefile, and rank 0 exits when make fails",
         relies_on={"megatron.training.initialize._compile_dependencies": ("compile_helpers()",)},

@@ -17,14 +17,13 @@ from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, Layout
 _SHARED_GLOBALS = {"_global_process_group_list"}
 
 
-def join_pools(plan: Plan, order: str = "tp-cp-ep-dp-pp") -> Session:
+def join_pools(plan: Plan) -> Session:
     """Makes all process groups of a run and leaves Megatron with those of this rank's pool.
 
     Creating a group is collective over the world, so every rank makes those of both pools, in the same order.
 
     Args:
         plan: the layout to build.
-        order: Megatron's order of parallel dimensions in a pool.
 
     Returns:
         This rank's session.
@@ -54,7 +53,6 @@ def join_pools(plan: Plan, order: str = "tp-cp-ep-dp-pp") -> Session:
             expert_model_parallel_size=experts,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
-            order=order,
         )
         if role == layout.role(rank):
             own = _parallel_state()

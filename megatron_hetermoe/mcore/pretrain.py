@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -28,8 +29,9 @@ from megatron_hetermoe.mcore.checkpoints import check_load, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
-from megatron_hetermoe.mcore.platform.wheel import without_makefile
+from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
+from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
@@ -59,6 +61,9 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
 def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store, watch: Watch) -> None:
     _join_world(args, store)
     session = join_pools(plan)
+    if not session.is_attention:
+        # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
+        args.no_save_rng = args.no_load_rng = True
     announce(session)
     recorder = None
     if flags.trace:
@@ -128,7 +133,9 @@ def _model_provider(args: argparse.Namespace, session: Session) -> Callable[...,
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         spec = default_layer_spec(model_config, vp_stage)
         if session.is_attention:
-            spec.layer_specs = route_to_holders(spec.layer_specs, session, args.seed)
+            is_gpu = torch.empty(0, device=session.device).is_cuda
+            kernel = choose_kernel(session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu)
+            spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, args.seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
         builders = {
@@ -157,21 +164,22 @@ def _replacements(
 
         return get_megatron_optimizer
 
-    def restored_step(original: Any) -> Any:
-        def _set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-            group, order = self.model_param_group_index_map[model_param]
-            state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-            if "step" in state:
-                # The loaded state has one tensor for all parameters, and Adam counts each parameter's steps in place.
-                state["step"] = state["step"].clone()
-                tensors = {**tensors, "step": state["step"].clone()}
-            with torch.no_grad():  # an fp32 shard is a view of its parameter
-                original(self, model_param, tensors)
+    def params_norm(original: Any) -> Any:
+        def calc_params_l2_norm(*args: Any, **kwargs: Any) -> float:
+            return math.sqrt(session.over_pools(original(*args, **kwargs) ** 2))
 
-        return _set_main_param_and_optimizer_states
+        return calc_params_l2_norm
 
     def save(original: Any) -> Any:
         return sealing(original, session)
 
-    makers = (schedule, optimizer, restored_step, without_makefile, save)
-    return {patch.symbol: make for patch, make in zip(patches.INVENTORY, makers, strict=True)}
+    training = "megatron.training.training"
+    distributed = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    return {
+        f"{training}.get_forward_backward_func": schedule,
+        f"{training}.get_megatron_optimizer": optimizer,
+        f"{training}.calc_params_l2_norm": params_norm,
+        f"{distributed}._set_main_param_and_optimizer_states": with_step,
+        "megatron.core.datasets.utils.compile_helpers": without_makefile,
+        "megatron.core.dist_checkpointing.save": save,
+    }

@@ -59,6 +59,13 @@ class Session:
         """The experts of a layer, from 1 on, that this rank holds."""
         return self.placement.held(layer, self.member)
 
+    def over_pools(self, value: float) -> float:
+        """The sum of both pools' values, of which each pool's ranks have one; all ranks call it together."""
+        speaks = self.rank == self.layout.pool(self.role)[0]
+        total = torch.tensor([float(value) if speaks else 0.0], dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return total.item()
+
     def schedule(self, microbatches: int, forward_only: bool) -> Schedule:
         """The ZP group's schedule for so many microbatches of each attention rank."""
         return build(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 from megatron_hetermoe.mcore.attention import ModelTasks, PlanningModel
 from megatron_hetermoe.mcore.experts import HeldExperts
 from megatron_hetermoe.mcore.numbers import Numbers
+from megatron_hetermoe.mcore.recompute import experts_again, rerun
 from megatron_hetermoe.runtime.executor import Table
 from megatron_hetermoe.runtime.transfers import Routed, Transfers
 from megatron_hetermoe.schedule.orders import Schedule
@@ -226,10 +228,10 @@ class ExpertTasks:
         """Runs the experts; without a token too, since gradients of all experts are reduced together."""
         routed = self.transfers.held[task.layer, task.microbatch]
         experts = self.experts(task.layer)
-        node = ScheduleNode(
-            lambda tokens, probs: _run_sorted(experts, routed, tokens, probs), get_comp_stream, torch.cuda.Event(),
-            name="experts",
-        )
+        run = partial(_run_sorted, experts, routed)
+        if experts_again(self.inputs.config, task.layer):
+            run = partial(rerun, run)
+        node = ScheduleNode(run, get_comp_stream, torch.cuda.Event(), name="experts")
         wants_grad = not self.inputs.forward_only
         outputs = node.forward((routed.tokens.requires_grad_(wants_grad), routed.probs.requires_grad_(wants_grad)))
         routed.outputs, routed.tokens, routed.probs = outputs.detach(), None, None

@@ -14,8 +14,11 @@ from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.layout import Layout, layout_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document
 
-# Flags that a plan file decides; each is shorthand for the plan's field of the same name.
-_PLANNED = ("attention_ranks", "expert_ranks", "groups", "schedule", "wave")
+# Flags that a plan file decides, and the plan's field that each is shorthand for.
+_PLANNED = {
+    "attention_ranks": "attention_ranks", "expert_ranks": "expert_ranks", "groups": "groups", "schedule": "schedule",
+    "wave": "wave", "attention": "attention_kernel",
+}
 
 
 def resolve(
@@ -70,14 +73,14 @@ def _from_flags(
         placement = placement_from_document(_read_yaml(flags.placement), shape, layout, flags.placement)
     return Plan(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
-        flags.wave, precision, precision,
+        flags.wave, precision, precision, flags.attention or "auto",
     )
 
 
 def _from_file(flags: Flags, shape: ModelShape, precision: str, problems: Problems) -> Plan:
     plan = plan_from_json(_read(flags.plan), flags.plan)
-    for name in _PLANNED:
-        said, planned = getattr(flags, name), getattr(plan, name)
+    for name, field in _PLANNED.items():
+        said, planned = getattr(flags, name), getattr(plan, field)
         if said is not None and said != planned:
             problems.add(f"{_flag(name)} {said} disagrees with {planned} in {flags.plan}: leave one out")
     if flags.placement:

@@ -155,14 +155,21 @@ class Schedule:
         """For each task of a member, the nearest tasks of the same member among what it depends on."""
         local = {task for order in streams.values() for task in order}
 
-        def nearest(task: Task) -> Iterator[Task]:
-            for dependency in self.dependencies(task):
-                if dependency in local:
-                    yield dependency
-                else:
-                    yield from nearest(dependency)
+        # A member that lacks many layers is far from what it depends on, by twice as many ways a layer: each task
+        # on the way is looked at once.
+        known: dict[Task, Order] = {}
 
-        return {task: tuple(dict.fromkeys(nearest(task))) for task in local}
+        def nearest(task: Task) -> Order:
+            if task not in known:
+                known[task] = tuple(dict.fromkeys(
+                    found for dependency in self.dependencies(task)
+                    for found in ((dependency,) if dependency in local else nearest(dependency))
+                ))
+            return known[task]
+
+        for task in self.issue_order():
+            nearest(task)  # in order, so that no recursion is deeper than a task
+        return {task: known[task] for task in local}
 
     def _issued_before(self, streams: dict[Stream, Order]) -> dict[Task, Order]:
         """For each transfer of a member, the transfer before it and the last compute task to be queued before it."""

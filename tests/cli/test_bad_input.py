@@ -14,6 +14,13 @@ import yaml
 from models import tiny
 from ranks import run_ranks
 
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.step import Step
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from shapes import shape  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 OURS = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2"]
 
@@ -41,16 +48,17 @@ def placement(tmp_path):
 def test_every_problem_is_named_at_once(tmp_path):
     said = refused(
         ["--hetermoe", "--hetermoe-attention-ranks", "3", "--hetermoe-expert-ranks", "2", "--hetermoe-colour", "red",
-         "--hetermoe-wave", "none", *tiny(recompute_granularity="full", recompute_method="uniform")], tmp_path,
+         "--hetermoe-wave", "none", *tiny(mtp_num_layers=1, rampup_batch_size=[4, 3, 32])], tmp_path,
     )
     for problem in (
         "unknown flag --hetermoe-colour", "--hetermoe-wave is 'none'",
         "3 attention and 2 expert ranks need 5 ranks, but 4 were started",
-        "--recompute-granularity full is not supported",
+        "--mtp-num-layers is not supported",
+        "the start of --rampup-batch-size 4 does not divide by micro batch size 1 x 3 attention ranks = 3: take 3 or 6",
         "--global-batch-size 8 does not divide by micro batch size 1 x 3 attention ranks = 3: take 6 or 9",
     ):
         assert problem in said, problem
-    assert said.startswith("hetermoe: 5 problems:")
+    assert said.startswith("hetermoe: 6 problems:")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +89,20 @@ def test_placements(tmp_path, placement, document, said):
 )
 def test_flags(tmp_path, argv, said):
     assert said in refused(argv, tmp_path)
+
+
+def test_a_plan_that_was_reckoned_with_other_flags(tmp_path):
+    plan = Plan(
+        shape(), 2, 2, 1, ((2, 2, 2, 2, 3, 3, 3, 3),) * 2,
+        step=Step(micro_batch=2, microbatches=4, vocabulary=255, recompute="core_attn", distributed_optimizer=True),
+    )
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    said = refused(["--hetermoe", "--hetermoe-plan", str(tmp_path / "plan.json"), *tiny(global_batch_size=7)], tmp_path)
+    for problem in (
+        "the plan was made with --micro-batch-size 2, the flags say 1", "--use-distributed-optimizer True, the flags",
+        "core_attn, the flags say none", "--global-batch-size 7 does not divide",
+    ):
+        assert problem in said, problem
 
 
 def test_superseded_flags_are_accepted_with_a_line_each(tmp_path):

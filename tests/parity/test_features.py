@@ -77,3 +77,8 @@ def test_zeros_in_gradients(parity):
         assert_same_steps(steps, reference.steps[0], rel=1e-5)
         assert [step.num_zeros for step in steps] == pytest.approx([step.num_zeros for step in reference.steps[0]], 0.02)
     assert reference.steps[0][0].num_zeros > 0
+
+
+def test_torchs_attention(parity):
+    """The same attention by scaled_dot_product_attention, with query groups."""
+    parity.check(2, 1, hetermoe=["--hetermoe-attention", "flash"])

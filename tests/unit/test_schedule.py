@@ -124,3 +124,12 @@ def broken(schedule: Schedule, member: int, stream: Stream, change) -> Schedule:
 def test_the_checks_find_what_is_broken(member, stream, change, said):
     schedule = broken(zebra(2, EVEN, 1, 2, None), member, stream, change)
     assert any(said in problem for problem in violations(schedule))
+
+
+def test_waits_of_a_member_that_lacks_most_layers_are_found_at_once():
+    """Between its tasks lie layers that it has no part in, through which there are twice as many ways for each."""
+    layers = 40
+    holders = tuple((2,) if layer in (1, layers) else (1,) for layer in range(1, layers + 1))
+    member = zebra(layers, Placement(holders, 3), 1, 2, None).member(2)
+    dispatch = Task(Kind.DISPATCH, Pass.FORWARD, layers, 0)
+    assert member.waits[dispatch] == (Task(Kind.COMBINE, Pass.FORWARD, 1, 0),)

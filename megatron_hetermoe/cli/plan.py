@@ -1,0 +1,183 @@
+"""``hetermoe plan``: which ranks do what on a cluster, which experts go where, and what to expect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.config.flags import parse_flags
+from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
+
+DEFAULT_VOCABULARY = 32_000
+NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism, CPU offload of the optimizer and precision by role " \
+               "were not searched; routing is taken to be balanced"
+_RUNNERS_UP = 5
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "plan", help="find the fastest layout of a recipe on a cluster", usage="hetermoe plan RECIPE.yaml --cluster "
+        "CLUSTER.yaml [options] [-- Megatron's flags]", description="Searches roles, ZP groups, waves and placements, "
+        "and says what to expect, why, and what the runners-up would do.")
+    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument("--cluster", required=True, metavar="CLUSTER.yaml", help="pools: kind, nodes, GPUs, links")
+    parser.add_argument("--out", metavar="plan.json", help="write the plan there, for `hetermoe train` and `simulate`")
+    parser.add_argument("--json", action="store_true", help="print the whole answer as JSON")
+    parser.add_argument("--vocabulary", type=int, metavar="N",
+                        help=f"rows of the output layer, where the recipe does not say (default {DEFAULT_VOCABULARY})")
+    parser.add_argument("--drop", action="append", default=[], metavar="FLAG", help="leave out a flag of the recipe")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from megatron_hetermoe.cost.cluster import kinds_of, read_cluster
+    from megatron_hetermoe.cost.curves import Notes
+    from megatron_hetermoe.planner.advice import nothing_fits
+    from megatron_hetermoe.planner.search import search
+
+    problems = Problems()
+    cluster = None
+    try:
+        cluster = read_cluster(args.cluster)
+    except UsageError as error:
+        problems.extend(error)
+    notes = Notes()
+    question = _question(args, problems, notes)
+    problems.raise_if_any()
+    kinds = kinds_of(cluster, question.shape, question.precision, notes)
+    found = search(question, cluster, kinds)
+    if not found.best:
+        raise UsageError(nothing_fits(question, cluster, kinds))
+    answer = _answer(question, cluster, kinds, found, notes)
+    if args.out:
+        Path(args.out).write_text(found.best[0].plan().to_json(), encoding="utf-8")
+    if args.json:
+        print(json.dumps(answer, indent=1))
+    else:
+        _print(answer, args.out)
+    return 0
+
+
+def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
+    """What the recipe asks to train; Megatron parses its flags, which takes some seconds to import."""
+    recipe = load_recipe(args.recipe, os.environ)
+    _, rest = parse_flags(override(recipe.argv, args.overrides, args.drop), problems)
+    os.environ.setdefault("WORLD_SIZE", "1")
+    from megatron_hetermoe.mcore.arguments import arguments_to_plan_for
+    from megatron_hetermoe.planner.options import Question
+
+    parsed, shape = arguments_to_plan_for(rest, problems)
+    problems.raise_if_any()
+    vocabulary = args.vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
+    if vocabulary is None:
+        vocabulary = DEFAULT_VOCABULARY
+        notes.add(f"the recipe's vocabulary is known to its tokenizer only: {vocabulary:,} taken; "
+                  f"--vocabulary N says it")
+    precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
+    recompute = ("none", "core_attn") if parsed.recompute_granularity is None else ("core_attn",)
+    distributed = bool(parsed.use_distributed_optimizer)
+    return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
+                    (distributed,) if distributed else (False, True))
+
+
+def _answer(question, cluster, kinds, found, notes) -> dict[str, Any]:
+    """Everything that is said, as data."""
+    from megatron_hetermoe.planner.advice import alone, baselines
+    from megatron_hetermoe.planner.memory import MARGIN
+    from megatron_hetermoe.planner.search import after_losing_a_node, left_out
+
+    best = found.best[0]
+    plan = best.plan()
+    assignment = best.assignment
+    held = assignment.experts
+    lost = after_losing_a_node(question, cluster, kinds)
+    return {
+        "plan": {**{key: value for key, value in asdict(plan).items() if key not in ("model", "placement")},
+                 "layout": best.option.describe()},
+        "experts_on_attention_ranks": {
+            layer: int(held[layer - 1, :best.option.m].sum()) for layer in question.shape.moe_layers},
+        "assignment": {"by": assignment.origin, "seconds": assignment.seconds,
+                       "gather_and_squeeze_seconds": assignment.paper_seconds, "even_seconds": assignment.even_seconds},
+        "left_out": [asdict(one) for one in left_out(found, cluster)],
+        "runners_up": [{"layout": one.option.describe(), "wave": one.wave, "tokens_per_second": one.tokens_per_second}
+                       for one in found.best[1:1 + _RUNNERS_UP]],
+        "other_ways": baselines(best),
+        "alone": [asdict(one) for one in alone(question, cluster, kinds)],
+        "after_losing_a_node": {
+            name: {"layout": one.option.describe(), "tokens_per_second": one.tokens_per_second} if one else None
+            for name, one in lost.items()},
+        "search": {"considered": found.considered, "fitting": found.fitting, "simulated": found.simulated},
+        "memory": {role: {"bytes": best.bytes_of(role), "of": min(
+            cluster.pools[name].memory for name, _ in pools)} for role, pools in
+            ((ATTENTION, best.option.attention), (EXPERT, best.option.expert))},
+        "margin": MARGIN,
+        "notes": [*notes, NOT_SEARCHED],
+    }
+
+
+def _print(answer: dict[str, Any], out: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    plan, predicted = answer["plan"], answer["plan"]["predicted"]
+    word = "estimated" if predicted["estimated"] else "predicted"
+    table = Table(title=f"plan: {plan['layout']}", title_justify="left", show_header=False)
+    table.add_row(f"step ({word})",
+                  f"{predicted['step_seconds']:.3f} s, {predicted['tokens_per_second']:,.0f} tokens/s")
+    table.add_row("microbatches", f"{plan['step']['microbatches']} a rank, {plan['wave']} on the way together; "
+                                  f"recompute {plan['step']['recompute']}, distributed optimizer "
+                                  f"{'on' if plan['step']['distributed_optimizer'] else 'off'}")
+    table.add_row("computing", f"attention ranks {predicted['attention_busy']:.0%} of the step, expert ranks "
+                               f"{predicted['expert_busy']:.0%}")
+    for role, memory in answer["memory"].items():
+        table.add_row(f"memory, {role}", f"{memory['bytes'] / 1e9:.1f} of {memory['of'] / 1e9:.0f} GB "
+                                         f"({answer['margin']:.0%} is kept free)")
+    moved = list(answer["experts_on_attention_ranks"].values())
+    table.add_row("experts on attention ranks", f"{min(moved)} to {max(moved)} of each layer, {sum(moved)} in all")
+    if answer["assignment"]["gather_and_squeeze_seconds"]:
+        gain = answer["assignment"]["gather_and_squeeze_seconds"] / answer["assignment"]["seconds"]
+        table.add_row("against the paper's placement", f"{gain:.3f} times as fast")
+    console.print(table)
+    table = Table("what else", "tokens/s", f"of the plan ({word})", title_justify="left")
+    rows = [(f"runner-up: {one['layout']}, wave {one['wave']}", one["tokens_per_second"])
+            for one in answer["runners_up"]]
+    rows += [(f"{name}, if it fits", value) for name, value in answer["other_ways"].items()]
+    rows += [(f"{one['pool']} alone, expert parallel", one["tokens_per_second"]) for one in answer["alone"]]
+    rows += [(f"a node of {name} lost: {one['layout'] if one else 'nothing fits'}", one and one["tokens_per_second"])
+             for name, one in answer["after_losing_a_node"].items()]
+    for name, value in rows:
+        share = f"{value / predicted['tokens_per_second']:.2f}" if value else "does not fit"
+        table.add_row(name, f"{value:,.0f}" if value else "", share)
+    console.print(table)
+    for one in answer["left_out"]:
+        console.print(f"left out: {one['gpus']} GPUs of {one['pool']}: {one['reason']}")
+    search = answer["search"]
+    console.print(f"{search['considered']} layouts considered, {search['fitting']} fit, "
+                  f"{search['simulated']} simulated")
+    for note in answer["notes"]:
+        console.print(f"note: {note}", highlight=False)
+    if out:
+        console.print(f"written to {out}; the step task by task: hetermoe simulate {out} --cluster ...", soft_wrap=True)
+        console.print(f"to train it, with the recipe's ranks left out: hetermoe train ... -- --hetermoe --hetermoe-plan {out}"
+                      f"{_flags_of(plan['step'])}", soft_wrap=True)
+
+
+_RECOMPUTE_FLAGS = {
+    "none": "", "core_attn": " --recompute-granularity selective --recompute-modules core_attn",
+    "full": " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+}
+
+
+def _flags_of(step: dict[str, Any]) -> str:
+    """Megatron's flags that the plan's times and memory were reckoned with."""
+    distributed = " --use-distributed-optimizer" if step["distributed_optimizer"] else ""
+    return f" --micro-batch-size {step['micro_batch']}{distributed}{_RECOMPUTE_FLAGS[step['recompute']]}"

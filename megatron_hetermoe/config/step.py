@@ -1,0 +1,48 @@
+"""What one optimizer step does, as far as time and memory depend on it, and what was predicted for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RECOMPUTE = ("none", "core_attn", "full")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of each attention rank.
+
+    Attributes:
+        micro_batch: sequences of one microbatch.
+        microbatches: those of one attention rank in a step.
+        vocabulary: rows of the output layer.
+        recompute: what the backward computes again, one of RECOMPUTE: Megatron's selective recomputation of the
+            attention core, or all of a layer.
+        distributed_optimizer: whether data-parallel ranks share the optimizer's state.
+    """
+
+    micro_batch: int
+    microbatches: int
+    vocabulary: int
+    recompute: str = "none"
+    distributed_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan is expected to do.
+
+    Attributes:
+        step_seconds: one step.
+        tokens_per_second: of all attention ranks together.
+        attention_busy, expert_busy: share of the step in which a pool computes.
+        attention_bytes, expert_bytes: memory of a role's fullest rank.
+        estimated: a GPU that nobody has profiled was priced from the device table.
+    """
+
+    step_seconds: float
+    tokens_per_second: float
+    attention_busy: float
+    expert_busy: float
+    attention_bytes: float
+    expert_bytes: float
+    estimated: bool

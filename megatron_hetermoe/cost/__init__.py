@@ -1,0 +1,1 @@
+"""What a task costs: device table, profiles, interpolation, cluster."""

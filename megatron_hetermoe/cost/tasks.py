@@ -1,0 +1,288 @@
+"""Seconds of each task of a ZP group, and what its transfers put on each link."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.config.step import Step
+from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Kind, Link
+from megatron_hetermoe.cost.work import dense_parameters
+from megatron_hetermoe.schedule.tasks import Kind as TaskKind
+from megatron_hetermoe.schedule.tasks import Pass, Stream, Task
+from megatron_hetermoe.topology.placement import Placement
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # Megatron accumulates bf16's gradients in fp32
+_PROBABILITY = 4  # bytes; the router's precision
+
+# A member's links: to its own node and to others, in both directions.
+LINKS = 4
+INTRA_OUT, INTRA_IN, INTER_OUT, INTER_IN = range(LINKS)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a member of a ZP group sits.
+
+    Attributes:
+        pool: of the cluster.
+        kind: what its GPU costs.
+        node: two members are on one node if pool and node agree.
+    """
+
+    pool: ClusterPool
+    kind: Kind
+    node: int
+
+
+def seats_of(pools: Sequence[str], cluster: Cluster, kinds: Mapping[str, Kind]) -> tuple[Seat, ...]:
+    """The members' seats: those of a pool fill its nodes one by one."""
+    taken: dict[str, int] = {}
+    seats = []
+    for name in pools:
+        index = taken.get(name, 0)
+        taken[name] = index + 1
+        seats.append(Seat(cluster.pools[name], kinds[name], index // cluster.pools[name].gpus_per_node))
+    return tuple(seats)
+
+
+@dataclass(frozen=True)
+class GroupCosts:
+    """What does not depend on the placement: one ZP group's parts, priced.
+
+    Attributes:
+        shape: the model's.
+        step: what a step does.
+        seats: the members', attention ranks first.
+        attention_members: M.
+        groups: G.
+        precision: of parameters and activations.
+    """
+
+    shape: ModelShape
+    step: Step
+    seats: tuple[Seat, ...]
+    attention_members: int
+    groups: int
+    precision: str
+
+    @property
+    def members(self) -> int:
+        return len(self.seats)
+
+    @cached_property
+    def expert_tokens(self) -> float:
+        """Tokens that one expert gets from one microbatch of all attention members, with balanced routing."""
+        return self.rows_per_expert * self.attention_members
+
+    @cached_property
+    def rows_per_expert(self) -> float:
+        """Tokens that one attention member sends to one expert, with balanced routing."""
+        tokens = self.step.micro_batch * self.shape.sequence
+        return tokens * self.shape.topk / self.shape.experts
+
+    @cached_property
+    def attention(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
+        """For each attention member, seconds of its A tasks of layers 1 to K+1, forward and backward."""
+        known: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
+        for seat in self.seats[:self.attention_members]:
+            if seat.pool.name not in known:
+                pairs = [self._attention_task(seat.kind, layer) for layer in range(1, self.shape.layers + 2)]
+                known[seat.pool.name] = tuple(zip(*pairs))
+        return tuple(known[seat.pool.name] for seat in self.seats[:self.attention_members])
+
+    @cached_property
+    def expert(self) -> tuple[tuple[float, float], ...]:
+        """For each member, seconds of one expert on its tokens of one microbatch, forward and backward."""
+        return tuple(seat.kind.expert(self.expert_tokens, self.step.recompute) for seat in self.seats)
+
+    def _attention_task(self, kind: Kind, layer: int) -> tuple[float, float]:
+        """A_k: the end of layer k-1 with attention and router of layer k (``schedule.tasks``)."""
+        shape, step = self.shape, self.step
+        tokens = step.micro_batch * shape.sequence
+        parts = []
+        if layer == 1:
+            parts.append(kind.embedding(tokens))
+        elif layer - 1 not in shape.moe_layers:
+            parts.append(kind.feed_forward(shape.dense_ffn, tokens, step.recompute))
+        if layer > shape.layers:
+            parts.append(kind.head(step.vocabulary, tokens))
+        else:
+            parts += [kind.attention(shape.sequence, step.recompute)] * step.micro_batch
+            if layer in shape.moe_layers:
+                parts.append(kind.feed_forward(shape.shared_expert_ffn, tokens, step.recompute))
+        return sum(part[0] for part in parts), sum(part[1] for part in parts)
+
+    def bytes_per_row(self, kind: TaskKind) -> int:
+        """Of a token that a transfer carries; dispatch and its backward carry a probability beside it."""
+        return self.shape.hidden * BYTES[self.precision] + (_PROBABILITY if kind is TaskKind.DISPATCH else 0)
+
+    @cached_property
+    def latency(self) -> float:
+        """Seconds until a transfer's first byte is there."""
+        across = len({(seat.pool.name, seat.node) for seat in self.seats}) > 1
+        links = [seat.pool.inter if across else seat.pool.intra for seat in self.seats]
+        return max(link.latency for link in links)
+
+    @cached_property
+    def _reach(self) -> tuple[np.ndarray, np.ndarray]:
+        """[owner, holder]: 1 where they are on one node, and 1 where on two; both 0 for a member and itself."""
+        import numpy as np
+
+        nodes = [(seat.pool.name, seat.node) for seat in self.seats]
+        same = np.array([[one == other for other in nodes] for one in nodes[:self.attention_members]], float)
+        intra = same - np.eye(self.attention_members, self.members)
+        return intra, 1 - same
+
+    @cached_property
+    def _bandwidth(self) -> np.ndarray:
+        """[member, link], bytes a second."""
+        import numpy as np
+
+        def links(pool: ClusterPool) -> list[Link]:
+            return [pool.intra, pool.intra, pool.rank_inter, pool.rank_inter]
+
+        return np.array([[link.bandwidth for link in links(seat.pool)] for seat in self.seats])
+
+    def link_seconds(self, kind: TaskKind, stream: Stream, experts: np.ndarray) -> np.ndarray:
+        """How long a transfer alone occupies each link.
+
+        Args:
+            kind: dispatch or combine.
+            stream: the channel.
+            experts: [..., members], how many experts of the layer each member holds.
+
+        Returns:
+            [..., members, LINKS] in seconds, latency not counted. What a member sends itself is a copy and not there.
+        """
+        import numpy as np
+
+        owners = self.attention_members
+        size = self.rows_per_expert * self.bytes_per_row(kind)
+        loads = np.zeros((*experts.shape, LINKS))
+        leaving, entering = ((INTRA_OUT, INTER_OUT), (INTRA_IN, INTER_IN))
+        if stream is Stream.BACK:
+            leaving, entering = entering, leaving
+        for reach, at_owner, at_holder in zip(self._reach, leaving, entering):
+            loads[..., :owners, at_owner] += size * (experts @ reach.T)
+            loads[..., at_holder] += size * experts * reach.sum(axis=0)
+        seconds = loads / self._bandwidth
+        curves = {seat.kind.measured_channel for seat in self.seats} - {None}
+        if curves:
+            # What was measured is the time of a rank that sends so many bytes; links keep their shares of it.
+            most = loads.max(axis=(-1, -2))
+            measured = np.vectorize(lambda value: max(curve(value) for curve in curves), otypes=[float])(most)
+            longest = seconds.max(axis=(-1, -2))
+            seconds = seconds * np.where(longest > 0, measured / np.where(longest > 0, longest, 1), 0)[..., None, None]
+        return seconds
+
+    def reduction(self, member: int, experts: int) -> float:
+        """Seconds of a member's gradient reduction after its last task, with rings (2(n-1)/n of the bytes).
+
+        Args:
+            member: whose.
+            experts: all (layer, expert) pairs that it holds.
+        """
+        size = GRADIENT_BYTES[self.precision]
+        seconds = self._ring(member, experts * self.shape.expert_weights * size, self.groups, shared=True)
+        if member < self.attention_members:
+            dense = dense_parameters(self.shape, self.step.vocabulary) * size
+            seconds += self._ring(member, dense, self.groups * self.attention_members, shared=False)
+        return seconds
+
+    def _ring(self, member: int, size: float, ranks: int, shared: bool) -> float:
+        """A ring over all ranks of a pool enters and leaves a node once; rings of single holders share its link."""
+        if ranks < 2 or not size:
+            return 0.0
+        pool = self.seats[member].pool
+        inside = not shared and ranks <= pool.gpus_per_node
+        link = pool.intra if inside else pool.rank_inter if shared else pool.inter
+        bandwidth = min(link.bandwidth, pool.intra.bandwidth)
+        return 2 * (ranks - 1) / ranks * size / bandwidth + 2 * (ranks - 1) * link.latency
+
+    def optimizer(self, member: int, experts: int) -> float:
+        """Seconds of a member's optimizer step, arguments as for reduction."""
+        share = self.groups if self.step.distributed_optimizer else 1
+        parameters = experts * self.shape.expert_weights / share
+        if member < self.attention_members:
+            share = self.groups * self.attention_members if self.step.distributed_optimizer else 1
+            parameters += dense_parameters(self.shape, self.step.vocabulary) / share
+        return self.seats[member].kind.optimizer(parameters)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One transfer's price.
+
+    Attributes:
+        latency: seconds until its first byte is there.
+        seconds: after that, when nothing shares its links.
+        loads: [members x LINKS], seconds for which it occupies each link; the largest is ``seconds``.
+    """
+
+    latency: float
+    seconds: float
+    loads: np.ndarray
+
+
+class TaskCosts:
+    """The price of every task of one ZP group under a placement, and of what follows the last one.
+
+    Args:
+        group: the group's costs.
+        placement: who holds which expert.
+    """
+
+    def __init__(self, group: GroupCosts, placement: Placement):
+        self.group = group
+        self.placement = placement
+        self._counts = [
+            tuple(holders.count(member) for member in range(group.members)) for holders in placement.holders
+        ]
+        self._transfers: dict[tuple[TaskKind, Stream, tuple[int, ...]], Transfer] = {}
+
+    def seconds(self, member: int, task: Task) -> float:
+        """Of an A or E task on a member."""
+        way = 0 if task.direction is Pass.FORWARD else 1
+        if task.kind is TaskKind.ATTENTION:
+            return self.group.attention[member][way][task.layer - 1]
+        return self._counts[task.layer - 1][member] * self.group.expert[member][way]
+
+    def transfer(self, task: Task) -> Transfer:
+        """Of a D or C task."""
+        import numpy as np
+
+        key = (task.kind, task.stream, self._counts[task.layer - 1])
+        if key not in self._transfers:
+            loads = self.group.link_seconds(task.kind, task.stream, np.array(key[2], float)).ravel()
+            self._transfers[key] = Transfer(self.group.latency, float(loads.max()), loads)
+        return self._transfers[key]
+
+    def reduction(self, member: int) -> float:
+        """Seconds of a member's gradient reduction."""
+        return self.group.reduction(member, self.placement.experts_held(member))
+
+    def optimizer(self, member: int) -> float:
+        """Seconds of a member's optimizer step."""
+        return self.group.optimizer(member, self.placement.experts_held(member))
+
+    def experts(self, layer: int) -> tuple[int, ...]:
+        """How many experts of a layer each member holds."""
+        return self._counts[layer - 1]
+
+
+def costs_of_plan(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> TaskCosts:
+    """The prices of a plan that was made for a cluster."""
+    assert plan.step is not None and plan.pools
+    seats = seats_of(plan.pools, cluster, kinds)
+    attention = plan.attention_ranks // plan.groups
+    group = GroupCosts(plan.model, plan.step, seats, attention, plan.groups, plan.attention_precision)
+    return TaskCosts(group, Placement(plan.placement, len(seats)))

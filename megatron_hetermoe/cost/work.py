@@ -1,0 +1,72 @@
+"""Arithmetic and memory traffic of each part of the model: what a roofline needs to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_hetermoe.config.shape import ModelShape
+
+_HALF = 2  # bytes of an activation in bf16 or fp16
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part does.
+
+    Attributes:
+        matmul: operations of its matrix products.
+        core: operations of the attention core, causal.
+        traffic: bytes between memory and chip, operands that stay on chip not counted.
+        kernels: number of kernels, which each take some microseconds to start.
+    """
+
+    matmul: float
+    core: float
+    traffic: float
+    kernels: int
+
+    def backward(self) -> Work:
+        """Of the same part: two matrix products for each one; FlashAttention's backward computes the scores again."""
+        return Work(2 * self.matmul, 2.5 * self.core, 2 * self.traffic, 2 * self.kernels)
+
+
+def attention_work(shape: ModelShape, tokens: int) -> Work:
+    """One sequence through norm, projections, attention core, norm, router and the sum of combine."""
+    hidden, width = shape.hidden, shape.heads * shape.head_dim
+    projections = hidden * (2 * width + 2 * shape.query_groups * shape.head_dim)
+    matmul = 2 * tokens * (projections + hidden * shape.experts)
+    rows = tokens * (14 * hidden + 6 * width + 2 * shape.topk * hidden)  # norms, residuals, rotary, permuted tokens
+    return Work(matmul, 2 * tokens * tokens * width, _HALF * (rows + projections), 25)
+
+
+def feed_forward_work(shape: ModelShape, ffn: int, tokens: float) -> Work:
+    """An expert, a shared expert or a dense feed-forward part of width ffn."""
+    matrices = 3 if shape.gated else 2
+    weights = matrices * shape.hidden * ffn
+    rows = tokens * (2 * shape.hidden + (2 * matrices - 1) * ffn)
+    return Work(2 * tokens * weights, 0, _HALF * (weights + rows), 6)
+
+
+def head_work(shape: ModelShape, vocabulary: int, tokens: int) -> Work:
+    """Final norm, output layer and loss, whose logits are read in fp32."""
+    traffic = _HALF * (shape.hidden * vocabulary + 4 * tokens * shape.hidden) + tokens * vocabulary * (_HALF + 3 * 4)
+    return Work(2 * tokens * shape.hidden * vocabulary, 0, traffic, 15)
+
+
+def embedding_work(shape: ModelShape, tokens: int) -> Work:
+    """Rows of the embedding."""
+    return Work(0, 0, _HALF * 3 * tokens * shape.hidden, 3)
+
+
+def dense_parameters(shape: ModelShape, vocabulary: int) -> int:
+    """Weights of an attention rank beside the experts that it holds: all but the routed experts."""
+    width = shape.heads * shape.head_dim
+    matrices = 3 if shape.gated else 2
+    attention = shape.hidden * (2 * width + 2 * shape.query_groups * shape.head_dim) + 2 * shape.hidden
+    dense_layers = shape.layers - len(shape.moe_layers)
+    feed_forward = matrices * shape.hidden * (
+        dense_layers * shape.dense_ffn + len(shape.moe_layers) * shape.shared_expert_ffn
+    )
+    router = len(shape.moe_layers) * shape.hidden * shape.experts
+    embeddings = vocabulary * shape.hidden * (1 if shape.tied_embeddings else 2)
+    return shape.layers * attention + feed_forward + router + embeddings + shape.hidden

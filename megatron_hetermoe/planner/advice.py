@@ -1,0 +1,124 @@
+"""What to compare a plan with, and what to do where nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from megatron_hetermoe.config.step import RECOMPUTE, Step
+from megatron_hetermoe.cost.cluster import Cluster, Kind
+from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
+from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds
+from megatron_hetermoe.planner.memory import MARGIN, member_memory, usable
+from megatron_hetermoe.planner.options import MOST_MEMBERS, Question, options
+from megatron_hetermoe.planner.search import Priced, fits, smaller
+from megatron_hetermoe.simulator.baselines import (
+    expert_parallel_tokens_per_second, group_tokens, ideal_seconds, pipeline, spread,
+)
+
+_MORE_NODES = 64  # times the nodes that there are, up to which more are tried
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A pool by itself with stock expert parallelism.
+
+    Attributes:
+        pool: its name.
+        tokens_per_second: of the whole pool, None where the model does not fit.
+        expert_parallel: its size.
+    """
+
+    pool: str
+    tokens_per_second: float | None
+    expert_parallel: int | None
+
+
+def alone(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> list[Alone]:
+    """What each pool would do without the others."""
+    result = []
+    for name, pool in cluster.pools.items():
+        best, size_of_best = None, None
+        for size in range(1, min(pool.gpus, MOST_MEMBERS) + 1):
+            # A step's batch is divided as it comes; this is a comparison, no plan.
+            if pool.gpus % size or size > question.shape.experts:
+                continue
+            microbatches = max(1, question.global_batch // question.micro_batch // pool.gpus)
+            seats = seats_of([name] * size, cluster, kinds)
+            step = Step(question.micro_batch, microbatches, question.vocabulary, distributed_optimizer=True)
+            group = GroupCosts(question.shape, step, seats, size, pool.gpus // size, question.precision)
+            held = spread(group, range(size)).experts_held(0)
+            for recompute in RECOMPUTE:  # stock Megatron has all of them; the least that fits is the fastest
+                group = replace(group, step=replace(step, recompute=recompute))
+                if not kinds[name].has_recompute(recompute) \
+                        or member_memory(group, 0, held, 1).total > usable(group, 0):
+                    continue
+                speed = expert_parallel_tokens_per_second(group, seats * (pool.gpus // size), size)
+                if best is None or speed > best:
+                    best, size_of_best = speed, size
+                break
+        result.append(Alone(name, best, size_of_best))
+    return result
+
+
+def baselines(best: Priced) -> dict[str, float]:
+    """Tokens a second of other ways to use the same GPUs, memory not counted: an upper bound on each."""
+    group, groups = best.option.group, best.option.groups
+    tokens = group_tokens(group) * groups
+    even = spread(group, range(group.attention_members, group.members))
+    return {
+        "expert parallelism over all ranks": groups * expert_parallel_tokens_per_second(group, group.seats),
+        "naive disaggregation": tokens / float(long_step_seconds(group, counts_of(even), 1)[0]),
+        "pipeline, best split of layers": tokens / pipeline(group).seconds,
+        "ideal sum of pools": tokens / ideal_seconds(group),
+    }
+
+
+def nothing_fits(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> list[str]:
+    """Why no layout holds the model, one sentence each, with the nearest that would."""
+    found = list(options(question, cluster, kinds))
+    if not found:
+        sequences = question.global_batch // question.micro_batch
+        return [f"no layout of {cluster.gpus} GPUs fits a global batch of {sequences} microbatches: it must divide by "
+                f"the number of attention ranks, and at least one GPU must be left for experts"]
+    best = min(found, key=lambda option: option.shortfall() * option.groups)
+    lacking = best.shortfall()
+    problems = [
+        f"the model fits no layout of {cluster.origin} (a margin of {MARGIN:.0%} of each GPU is left free): the "
+        f"nearest, {best.describe()}, lacks " + (f"{lacking / 1e9:.1f} GB over the {best.m + best.n} GPUs of a ZP group"
+                                         if lacking > 0 else "room on single ranks")
+    ]
+    ways = []
+    low, high = 0, question.shape.layers - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(smaller(question, middle), cluster, kinds) else (low, middle - 1)
+    if low:
+        ways.append(f"{low} layers in place of {question.shape.layers}")
+    for name in cluster.pools:
+        more = _nodes_needed(question, cluster, kinds, name)
+        if more:
+            ways.append(f"{more} nodes of {name} in place of {cluster.pools[name].nodes}")
+    problems.append("what would fit: " + "; or ".join(ways) if ways else
+                    "neither fewer layers nor more nodes of one pool would fit: take GPUs with more memory, a smaller "
+                    "micro batch or shorter sequences")
+    return problems
+
+
+def _nodes_needed(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], name: str) -> int | None:
+    """The fewest nodes of a pool, others as they are, with which something fits; None where no number helps."""
+    def with_nodes(nodes: int) -> Cluster:
+        return Cluster({**cluster.pools, name: replace(cluster.pools[name], nodes=nodes)}, cluster.origin)
+
+    low, high = cluster.pools[name].nodes, cluster.pools[name].nodes
+    while high <= _MORE_NODES * cluster.pools[name].nodes:
+        high *= 2
+        if fits(question, with_nodes(high), kinds):
+            break
+        low = high
+    else:
+        return None
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(question, with_nodes(middle), kinds) else (middle, high)
+    return high

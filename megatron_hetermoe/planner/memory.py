@@ -1,0 +1,129 @@
+"""What each rank must hold: weights, gradients, optimizer state, activations of the microbatches on their way.
+
+Where a profile has measured figures they replace the arithmetic here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_hetermoe.cost.tasks import BYTES, GRADIENT_BYTES, GroupCosts
+from megatron_hetermoe.cost.work import dense_parameters
+
+MARGIN = 0.10  # share of a GPU's memory that a plan leaves free, for fragmentation and what nobody counted
+IMBALANCE = 1.25  # rows that an expert may get, over balanced routing
+OVERHEAD = 1.5e9  # bytes: context, communicators of both channels and of the pool, libraries' workspaces
+_MOMENTS = 8  # bytes a parameter: Adam's, in fp32
+_MASTER = 4  # bytes a parameter: the fp32 copy beside half-precision weights
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        weights, gradients, optimizer: of all that it holds.
+        activations: of the microbatches on their way.
+        transient: the largest task's own, beside these.
+        overhead: of the process.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    transient: float
+    overhead: float
+
+    @property
+    def total(self) -> float:
+        return (self.weights + self.gradients + self.optimizer + self.activations + self.transient + self.overhead)
+
+
+def usable(group: GroupCosts, member: int) -> float:
+    """Bytes that a plan may fill of a member's GPU."""
+    return group.seats[member].pool.memory * (1 - MARGIN)
+
+
+def member_memory(group: GroupCosts, member: int, experts: int, wave: int) -> Memory:
+    """Bytes of a member.
+
+    Args:
+        group: the ZP group's costs; its step says how much is recomputed and whether the optimizer is distributed.
+        member: which.
+        experts: all (layer, expert) pairs that it holds.
+        wave: R, the microbatches on their way together.
+    """
+    shape, step = group.shape, group.step
+    figures = group.seats[member].kind.memory_figures
+    dense = dense_parameters(shape, step.vocabulary) if member < group.attention_members else 0
+    routed = experts * shape.expert_weights
+    state = _MOMENTS + (_MASTER if BYTES[group.precision] < 4 else 0)
+    shares = (group.groups * group.attention_members, group.groups) if step.distributed_optimizer else (1, 1)
+    activations = wave * experts * expert_rows(group) * expert_row_bytes(group, member)
+    transient = 0.0
+    if experts:
+        # The layer at hand: gradients of its outputs, of its inputs and inside one expert.
+        per_layer = -(-experts // len(shape.moe_layers))
+        size = BYTES[group.precision]
+        transient = expert_rows(group) * size * (3 * per_layer * shape.hidden + 4 * shape.expert_ffn)
+    if dense:
+        tokens = step.micro_batch * shape.sequence
+        activations += wave * tokens * shape.layers * attention_token_bytes(group, member)
+        # Logits with their gradient, in the weights' type and in fp32, or the permuted tokens of a layer.
+        logits = tokens * step.vocabulary * 2 * (BYTES[group.precision] + 4)
+        permuted = 4 * tokens * shape.topk * shape.hidden * BYTES[group.precision]
+        transient = max(transient, logits, permuted)
+    return Memory(
+        weights=(dense + routed) * BYTES[group.precision],
+        gradients=(dense + routed) * GRADIENT_BYTES[group.precision],
+        optimizer=state * (dense / shares[0] + routed / shares[1]),
+        activations=activations, transient=transient, overhead=figures.get("overhead", OVERHEAD),
+    )
+
+
+def expert_rows(group: GroupCosts) -> float:
+    """Rows of one expert and microbatch that memory is kept for."""
+    return group.expert_tokens * IMBALANCE
+
+
+def expert_row_bytes(group: GroupCosts, member: int) -> float:
+    """What a holder keeps of a row until its backward: the input, what goes into and comes out of the activation
+    function, the probability."""
+    figures = group.seats[member].kind.memory_figures
+    if "expert_activation_per_row" in figures:
+        return figures["expert_activation_per_row"]
+    shape, size = group.shape, BYTES[group.precision]
+    inside = 0 if group.step.recompute == "full" else (3 if shape.gated else 2) * shape.expert_ffn
+    return size * (shape.hidden + inside) + 4
+
+
+def attention_token_bytes(group: GroupCosts, member: int) -> float:
+    """What an attention rank keeps of a token and layer until its backward."""
+    kind, shape, size = group.seats[member].kind, group.shape, BYTES[group.precision]
+    if "attention_activation_per_token" in kind.memory_figures:
+        return kind.memory_figures["attention_activation_per_token"]
+    # The residual, and the experts' outputs, which the end of the layer is differentiated by.
+    kept = size * (shape.hidden + shape.topk * shape.hidden)
+    if group.step.recompute == "full":
+        return kept
+    width, groups = shape.heads * shape.head_dim, shape.query_groups * shape.head_dim
+    kept += size * (4 * shape.hidden + 3 * width + 3 * groups) + 8 * shape.experts + 4 * shape.heads
+    if shape.shared_expert_ffn:
+        kept += size * 3 * shape.shared_expert_ffn
+    if kind.estimated and not kind.device.flash_attention and group.step.recompute == "none":
+        kept += 2 * size * shape.heads * shape.sequence  # scores before and after softmax
+    return kept
+
+
+def most_experts(group: GroupCosts, member: int, wave: int) -> int:
+    """The most (layer, expert) pairs that fit on a member; -1 when not even none does."""
+    limit = usable(group, member)
+    low, high = -1, group.shape.experts * len(group.shape.moe_layers)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if member_memory(group, member, middle, wave).total <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return low

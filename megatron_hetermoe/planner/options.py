@@ -1,0 +1,223 @@
+"""The layouts that a cluster allows: which pools do what, how many ZP groups, how many ranks of each role."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+
+from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.config.step import Step
+from megatron_hetermoe.cost.cluster import Cluster, Kind
+from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
+from megatron_hetermoe.planner.asym_ea import Limits, limits_of
+from megatron_hetermoe.planner.memory import member_memory, usable
+from megatron_hetermoe.schedule.tasks import Kind as TaskKind
+from megatron_hetermoe.schedule.tasks import Stream
+
+MOST_MEMBERS = 64  # ranks of a ZP group; larger ones only make each expert's tokens more and each transfer wider
+_A, _E, _BOTH, _UNUSED = "attention", "expert", "both", "unused"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be trained.
+
+    Attributes:
+        shape: the model's.
+        precision: of parameters and activations.
+        micro_batch: sequences of one microbatch.
+        global_batch: sequences of a step.
+        vocabulary: rows of the output layer.
+        recompute: choices, from the least recomputation on.
+        distributed_optimizer: choices, the user's first.
+    """
+
+    shape: ModelShape
+    precision: str
+    micro_batch: int
+    global_batch: int
+    vocabulary: int
+    recompute: tuple[str, ...] = ("none", "core_attn")
+    distributed_optimizer: tuple[bool, ...] = (False, True)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One layout with one way to do a step.
+
+    Attributes:
+        attention, expert: ranks of one ZP group by pool.
+        groups: G.
+        group: its costs.
+    """
+
+    attention: tuple[tuple[str, int], ...]
+    expert: tuple[tuple[str, int], ...]
+    groups: int
+    group: GroupCosts
+
+    @property
+    def m(self) -> int:
+        return self.group.attention_members
+
+    @property
+    def n(self) -> int:
+        return self.group.members - self.group.attention_members
+
+    def used(self) -> dict[str, int]:
+        """GPUs of each pool that take part."""
+        used: dict[str, int] = {}
+        for name, count in (*self.attention, *self.expert):
+            used[name] = used.get(name, 0) + count * self.groups
+        return used
+
+    def describe(self) -> str:
+        """In a few words, such as ``2 x (4 new attention + 3 old expert)``."""
+        def ranks(role: str, pools: tuple[tuple[str, int], ...]) -> str:
+            return " + ".join(f"{count} {name}" for name, count in pools) + f" {role}"
+
+        return f"{self.groups} x ({ranks('attention', self.attention)}, {ranks('expert', self.expert)})"
+
+    @property
+    def tokens(self) -> int:
+        """Of a step of all groups."""
+        group = self.group
+        return self.groups * self.m * group.step.microbatches * group.step.micro_batch * group.shape.sequence
+
+    @cached_property
+    def bound(self) -> float:
+        """Tokens a second that the option cannot exceed, whatever the placement: no ramp, all work spread perfectly,
+        and the channels' bytes of the experts that attention ranks cannot take."""
+        group = self.group
+        attention = [[sum(pair) for pair in zip(*passes)] for passes in group.attention]
+        worst = [max(layer) for layer in zip(*attention)]
+        speeds = [1 / sum(pair) if sum(pair) else float("inf") for pair in group.expert]
+        experts = group.shape.experts
+        layers = len(group.shape.moe_layers)
+        sent = self._channel_seconds
+        free = sum(speed * sum(rest) for speed, rest in zip(speeds, attention))
+        # All layers together, each rank always busy: sum(speed) * T = work, with attention first. An E task may run
+        # beside another layer's attention, so only the sums over layers bind.
+        balanced = (experts * layers + free) / sum(speeds)
+        moved_share = max(0.0, balanced - sum(worst)) * sum(speeds[:self.m]) / (experts * layers)
+        seconds = max(balanced, sum(worst), sent * layers * max(0.0, 1 - moved_share))
+        once = max(group.optimizer(member, 0) for member in range(group.members))
+        return self.tokens / (seconds * group.step.microbatches + once)
+
+    @cached_property
+    def _channel_seconds(self) -> float:
+        """Of one layer on the busier channel, with all experts on expert ranks in proportion to their speed."""
+        import numpy as np
+
+        group = self.group
+        speeds = np.array([0.0] * self.m + [1 / max(1e-12, sum(pair)) for pair in group.expert[self.m:]])
+        experts = group.shape.experts * speeds / speeds.sum()
+        dispatch, combine = (
+            float(group.link_seconds(kind, Stream.OUT, experts).max()) for kind in (TaskKind.DISPATCH, TaskKind.COMBINE)
+        )
+        return dispatch + combine
+
+    @cached_property
+    def wave(self) -> int:
+        """The most microbatches on their way for which an assignment of experts fits; 0 for none."""
+        low, high = 0, self.group.step.microbatches
+        if self.fits(high):
+            return high
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.fits(middle) else (low, middle - 1)
+        return low
+
+    def limits(self, wave: int) -> Limits:
+        return limits_of(self.group, wave)
+
+    def fits(self, wave: int) -> bool:
+        """Whether all experts find room with that many microbatches on their way."""
+        limits = self.limits(wave)
+        pairs = self.group.shape.experts * len(self.group.shape.moe_layers)
+        return min(limits.pairs) >= 0 and limits.total(range(self.group.members)) >= pairs
+
+    def shortfall(self) -> float:
+        """Bytes that all ranks of a group together lack, with one microbatch on its way; negative if it fits."""
+        group = self.group
+        lacking = sum(member_memory(group, member, 0, 1).total - usable(group, member)
+                      for member in range(group.members))
+        shape = group.shape
+        pair = [member_memory(group, member, len(shape.moe_layers), 1).total - member_memory(group, member, 0, 1).total
+                for member in range(group.members)]
+        return lacking + shape.experts * min(pair)
+
+
+def options(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> Iterator[Option]:
+    """All layouts whose batch divides, with each way to do a step, whether or not they fit.
+
+    Megatron asks that the global batch divides by micro batch x attention ranks. A pool does attention, experts, both
+    (its attention ranks first) or nothing; at most one pool does both.
+    """
+    sequences = question.global_batch // question.micro_batch
+    names = list(cluster.pools)
+    seen = set()
+    for roles in product((_A, _E, _BOTH, _UNUSED), repeat=len(names)):
+        by_role = {role: [name for name, given in zip(names, roles) if given == role]
+                   for role in (_A, _E, _BOTH)}
+        if not (by_role[_A] or by_role[_BOTH]) or not (by_role[_E] or by_role[_BOTH]) or len(by_role[_BOTH]) > 1:
+            continue
+        for groups in _divisors(sequences):
+            each = {name: cluster.pools[name].gpus // groups for name in names}
+            for m in _divisors(sequences // groups):
+                split = _split(by_role, each, m, kinds, question)
+                if split is None:
+                    continue
+                attention, expert = split
+                members = sum(count for _, count in (*attention, *expert))
+                if members > MOST_MEMBERS or (attention, expert, groups) in seen:
+                    continue
+                seen.add((attention, expert, groups))
+                yield from _steps(question, cluster, kinds, attention, expert, groups)
+
+
+def _steps(question, cluster, kinds, attention, expert, groups) -> Iterator[Option]:
+    pools = [name for name, count in (*attention, *expert) for _ in range(count)]
+    m = sum(count for _, count in attention)
+    microbatches = question.global_batch // question.micro_batch // (groups * m)
+    base = None
+    for recompute in question.recompute:
+        if not all(kinds[name].has_recompute(recompute) for name, _ in attention):
+            continue
+        for distributed in question.distributed_optimizer:
+            step = Step(question.micro_batch, microbatches, question.vocabulary, recompute, distributed)
+            if base is None:
+                seats = seats_of(pools, cluster, kinds)
+                base = GroupCosts(question.shape, step, seats, m, groups, question.precision)
+            yield Option(attention, expert, groups, replace(base, step=step))
+
+
+def _split(by_role, each, m, kinds, question) -> tuple[tuple, tuple] | None:
+    """How m attention ranks of a group are taken from the pools, fastest first, and what is left for experts; None
+    where it does not come out. A pool for attention alone gives what it has and leaves out the rest."""
+    speed = {name: sum(kinds[name].attention(question.shape.sequence, "none")) for name in each}
+    attention, left = [], m
+    for name in sorted(by_role[_A], key=lambda name: speed[name]):
+        count = min(left, each[name])
+        if not count:
+            return None  # a pool that gives no rank is another assignment of roles
+        attention.append((name, count))
+        left -= count
+    for name in by_role[_BOTH]:
+        if not 0 < left < each[name]:
+            return None
+        attention.append((name, left))
+    if left and not by_role[_BOTH]:
+        return None
+    expert = [(name, each[name] - left) for name in by_role[_BOTH]]
+    expert += [(name, each[name]) for name in by_role[_E]]
+    if not expert or any(count < 1 for _, count in expert):
+        return None
+    return tuple(attention), tuple(expert)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [value for value in range(1, int(number**0.5) + 1) if number % value == 0]
+    return sorted({*small, *(number // value for value in small)})

@@ -1,0 +1,240 @@
+"""Which plan is best on a cluster, by how much, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.step import Prediction
+from megatron_hetermoe.cost.cluster import Cluster, Kind
+from megatron_hetermoe.cost.tasks import GroupCosts
+from megatron_hetermoe.planner.asym_ea import Assignment, balance, placement_of
+from megatron_hetermoe.planner.memory import member_memory
+from megatron_hetermoe.planner.options import Option, Question, options
+from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
+
+_QUICK = 24  # options that are simulated, in the order of what they could reach at best
+_THOROUGH = 3  # of these, the best ones whose placement is searched in full
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A simulated option.
+
+    Attributes:
+        option: the layout.
+        wave: R.
+        assignment: the experts' placement.
+        tokens_per_second: of all groups.
+    """
+
+    option: Option
+    wave: int
+    assignment: Assignment
+    tokens_per_second: float
+
+    def busy(self, role: str) -> float:
+        """Share of the step in which a role's ranks compute, on average."""
+        group, experts = self.option.group, self.assignment.experts
+        members = _members(group, role)
+        work = 0.0
+        for member in members:
+            work += sum(group.expert[member]) * float(experts[:, member].sum())
+            if role == ATTENTION:
+                work += sum(map(sum, group.attention[member]))
+        return work * group.step.microbatches / len(members) / self.assignment.seconds
+
+    def without_work(self) -> dict[str, int]:
+        """Expert ranks of each pool that hold no expert."""
+        group, held = self.option.group, self.assignment.experts.sum(axis=0)
+        idle: dict[str, int] = {}
+        for member in _members(group, EXPERT):
+            if not held[member]:
+                name = group.seats[member].pool.name
+                idle[name] = idle.get(name, 0) + self.option.groups
+        return idle
+
+    def bytes_of(self, role: str) -> float:
+        """Of a role's fullest rank."""
+        group, experts = self.option.group, self.assignment.experts
+        return max(member_memory(group, member, int(experts[:, member].sum()), self.wave).total
+                   for member in _members(group, role))
+
+    def plan(self) -> Plan:
+        """As a plan file has it."""
+        option, group = self.option, self.option.group
+        prediction = Prediction(
+            self.assignment.seconds, self.tokens_per_second, self.busy(ATTENTION), self.busy(EXPERT),
+            self.bytes_of(ATTENTION), self.bytes_of(EXPERT), any(seat.kind.estimated for seat in group.seats),
+        )
+        return Plan(
+            group.shape, option.m * option.groups, option.n * option.groups, option.groups,
+            placement_of(self.assignment.experts).holders, "zebra", self.wave, group.precision, group.precision,
+            pools=tuple(seat.pool.name for seat in group.seats), step=group.step, predicted=prediction,
+        )
+
+
+def _members(group: GroupCosts, role: str) -> range:
+    return range(group.attention_members) if role == ATTENTION else range(group.attention_members, group.members)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        best: the fastest plan first, then the best of each other layout that was simulated.
+        considered: options that the batch allows.
+        fitting: those of them that fit.
+        simulated: those of them that were simulated; the others cannot be faster than the best or came after _QUICK.
+    """
+
+    best: tuple[Priced, ...]
+    considered: int
+    fitting: int
+    simulated: int
+
+
+def search(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thorough: bool = True) -> Found:
+    """Finds the fastest plan that fits.
+
+    Every option has a bound on its throughput that no placement can beat; options are simulated from the highest on,
+    with placements that differ by layer only in what does not divide, until no bound is above the best that was
+    found. The best few get the full search of ``asym_ea.balance``.
+
+    Args:
+        question: what is to be trained.
+        cluster: on what.
+        kinds: what its GPUs cost.
+        thorough: whether placements are searched in full.
+    """
+    considered = list(options(question, cluster, kinds))
+    fitting = [option for option in considered if option.wave]
+    # Copies of a layout with more ZP groups have the same bound; the smaller groups waste less on what does not divide.
+    fitting.sort(key=lambda option: (-float(f"{option.bound:.2g}"), option.group.members, -option.bound))
+    priced: list[Priced] = []
+    simulated = 0
+    reached = 0.0
+    for option in fitting:
+        if simulated == _QUICK:
+            break
+        if option.bound <= reached:
+            continue
+        simulated += 1
+        found = _best_wave(option)
+        priced += found
+        reached = max([reached, *(one.tokens_per_second for one in found)])
+    priced.sort(key=_fastest)
+    if thorough:
+        priced = _thoroughly(priced)
+    by_layout: dict[tuple, Priced] = {}
+    for one in priced:
+        by_layout.setdefault((one.option.attention, one.option.expert, one.option.groups), one)
+    return Found(tuple(by_layout.values()), len(considered), len(fitting), simulated)
+
+
+def _thoroughly(priced: list[Priced]) -> list[Priced]:
+    """The fastest priced with all that a schedule has, and so on until the fastest of all is one of these: the quick
+    figures leave out what channels take from each other, so they are lower."""
+    full: list[Priced] = []
+    quick = list(priced)
+    while quick and (len(full) < _THOROUGH or _fastest(quick[0]) < min(map(_fastest, full))):
+        one = quick.pop(0)
+        full += filter(None, [_price(one.option, one.wave, thorough=True)])
+    return sorted((*full, *quick), key=_fastest)
+
+
+def _fastest(one: Priced) -> tuple[float, int]:
+    """Sorts the fastest first, and of equals the one that needs fewer GPUs."""
+    return -one.tokens_per_second, sum(one.option.used().values())
+
+
+def _best_wave(option: Option) -> list[Priced]:
+    """The option with the largest wave that fits and with smaller ones, while these are faster: a smaller wave has more
+    ramps, but leaves more room for experts where they are done sooner."""
+    total = option.group.step.microbatches
+    priced: list[Priced] = []
+    for count in range(-(-total // option.wave), total + 1):
+        wave = -(-total // count)
+        if priced and wave == priced[-1].wave:
+            continue
+        found = _price(option, wave, thorough=False)
+        if found is None:
+            continue
+        priced.append(found)
+        if len(priced) > 1 and found.tokens_per_second < priced[-2].tokens_per_second:
+            break
+    return priced
+
+
+def _price(option: Option, wave: int, thorough: bool) -> Priced | None:
+    assignment = balance(option.group, option.limits(wave), wave, thorough)
+    if assignment is None:
+        return None
+    return Priced(option, wave, assignment, option.tokens / assignment.seconds)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """GPUs that the best plan does not use.
+
+    Attributes:
+        pool: theirs.
+        gpus: how many.
+        reason: why.
+    """
+
+    pool: str
+    gpus: int
+    reason: str
+
+
+def left_out(found: Found, cluster: Cluster) -> list[LeftOut]:
+    """The GPUs that the best plan leaves idle, with reasons."""
+    best = found.best[0]
+    used = best.option.used()
+    result = []
+    for name, pool in cluster.pools.items():
+        waiting = best.without_work().get(name, 0)
+        if waiting:
+            result.append(LeftOut(name, waiting, "they hold no expert in the fastest placement: each is done sooner on "
+                                                 "an attention rank, so the others could train without them"))
+        idle = pool.gpus - used.get(name, 0)
+        if not idle:
+            continue
+        with_more = [one for one in found.best if one.option.used().get(name, 0) > used.get(name, 0)]
+        if with_more:
+            other = with_more[0]
+            slower = 1 - other.tokens_per_second / best.tokens_per_second
+            reason = f"with more of them, {other.option.describe()} is {slower:.1%} slower"
+        elif name not in used:
+            reason = "no layout that uses them was fast enough to be simulated"
+        else:
+            reason = "they do not divide into the ZP groups for which the global batch divides"
+        result.append(LeftOut(name, idle, reason))
+    return result
+
+
+def after_losing_a_node(
+    question: Question, cluster: Cluster, kinds: Mapping[str, Kind]
+) -> dict[str, Priced | None]:
+    """For each pool, the best plan when one of its nodes is gone; None when nothing fits then."""
+    result = {}
+    for name in cluster.pools:
+        rest = cluster.without_node(name)
+        found = search(question, rest, kinds, thorough=False)
+        result[name] = found.best[0] if found.best else None
+    return result
+
+
+def fits(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> bool:
+    """Whether any layout holds the model."""
+    return any(option.fits(1) for option in options(question, cluster, kinds))
+
+
+def smaller(question: Question, layers: int) -> Question:
+    """The same model with fewer layers."""
+    shape = question.shape
+    return replace(question, shape=replace(
+        shape, layers=layers, moe_layers=tuple(layer for layer in shape.moe_layers if layer <= layers)))

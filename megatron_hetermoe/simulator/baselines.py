@@ -1,0 +1,192 @@
+"""What else could be done with the same GPUs: expert parallelism, naive disaggregation, pipelines, the ideal sum.
+
+Each gives seconds for the same number of tokens as the plan it is compared with, so throughputs compare by their
+inverse. All use the same prices. Where it has a schedule, it is one of ``schedule.orders``: expert parallelism is
+one in which every rank is an attention rank and a holder, one microbatch at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_hetermoe.cost.tasks import GroupCosts, Seat, TaskCosts
+from megatron_hetermoe.schedule.orders import build, sequential
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
+from megatron_hetermoe.simulator.events import simulate
+from megatron_hetermoe.topology.placement import Placement
+
+
+def spread(group: GroupCosts, holders: Sequence[int]) -> Placement:
+    """Experts spread over holders in blocks, as evenly as can be."""
+    base, extra = divmod(group.shape.experts, len(holders))
+    layer = tuple(holder for index, holder in enumerate(holders) for _ in range(base + (index < extra)))
+    return Placement(
+        tuple(layer if number in group.shape.moe_layers else () for number in range(1, group.shape.layers + 1)),
+        group.members,
+    )
+
+
+def zebra_seconds(group: GroupCosts, placement: Placement, schedule: str = "zebra", wave: int | None = None) -> float:
+    """The plan itself, or with ``sequential`` naive disaggregation (the paper's DistEP): one step."""
+    orders = build(schedule, group.shape.layers, placement, group.attention_members, group.step.microbatches, wave)
+    return simulate(orders, TaskCosts(group, placement)).seconds
+
+
+def expert_parallel_tokens_per_second(
+    group: GroupCosts, seats: Sequence[Seat], experts_group: int | None = None
+) -> float:
+    """Stock expert parallelism over ranks that all do attention and hold experts: the slowest sets the pace.
+
+    Args:
+        group: prices of shape and step; its own seats do not matter.
+        seats: the ranks.
+        experts_group: ranks over which one set of experts is spread; all of them if None.
+
+    Returns:
+        tokens a second of these ranks.
+    """
+    size = experts_group or len(seats)
+    assert len(seats) % size == 0
+    sets = [tuple(seats[first:first + size]) for first in range(0, len(seats), size)]
+    slowest = 0.0
+    for chosen in dict.fromkeys(sets):
+        microbatches = 2  # a step's microbatches follow one another; two tell one from what comes once a step
+        every = replace(group, seats=chosen, attention_members=size, groups=len(sets),
+                        step=replace(group.step, microbatches=microbatches))
+        placement = spread(every, range(size))
+        result = simulate(sequential(group.shape.layers, placement, size, microbatches), TaskCosts(every, placement))
+        last = max(max(end for _, end in member.times.values()) for member in result.members)
+        once = result.seconds - last
+        slowest = max(slowest, last / microbatches * group.step.microbatches + once)
+    return len(seats) * group.step.microbatches * group.step.micro_batch * group.shape.sequence / slowest
+
+
+def expert_parallel_seconds(group: GroupCosts) -> float:
+    """Stock expert parallelism over all ranks of the group, for the tokens of the group's step."""
+    return group_tokens(group) / expert_parallel_tokens_per_second(group, group.seats)
+
+
+def ideal_seconds(group: GroupCosts) -> float:
+    """The ideal sum of pools: each kind alone trains by expert parallelism, and their throughputs are added
+    (the paper's EP (Ideal)). No memory limit and no cost of being together is counted."""
+    pools: dict[str, list[Seat]] = {}
+    for seat in group.seats:
+        pools.setdefault(seat.pool.name, []).append(seat)
+    return group_tokens(group) / sum(
+        expert_parallel_tokens_per_second(group, seats) for seats in pools.values()
+    )
+
+
+def group_tokens(group: GroupCosts) -> int:
+    """Tokens that one ZP group takes in a step."""
+    return group.attention_members * group.step.microbatches * group.step.micro_batch * group.shape.sequence
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline with its best split of layers.
+
+    Attributes:
+        seconds: for the tokens of the group's step.
+        stages: of each pool, in order.
+        layers: of each stage.
+        microbatches: that go through it.
+    """
+
+    seconds: float
+    stages: tuple[int, ...]
+    layers: tuple[int, ...]
+    microbatches: int
+
+
+def pipeline(group: GroupCosts) -> Pipeline:
+    """Heterogeneity-aware pipeline parallelism: each pool has stages of its own, with as many layers as suit its speed.
+
+    The ranks of a pool are divided evenly into its stages; those of a stage share a microbatch's sequences and spread
+    the experts over each other. 1F1B takes (microbatches - 1) of the slowest stage and each stage once. All numbers of
+    stages that divide the pools are tried, and for each the best split of layers, by dynamic programming.
+
+    Assumptions, which favour the pipeline: a microbatch's sequences can be split over any number of ranks, activations
+    between stages cost nothing, and a stage's alltoall is priced as between its own ranks.
+    """
+    shape, step = group.shape, group.step
+    pools: list[list[Seat]] = []
+    for seat in group.seats:
+        if pools and pools[-1][0].pool.name == seat.pool.name:
+            pools[-1].append(seat)
+        else:
+            pools.append([seat])
+    total = group_tokens(group) // shape.sequence  # sequences of the step
+    best = None
+    for stages in _stage_choices([len(pool) for pool in pools], shape.layers):
+        ranks = [len(pool) // count for pool, count in zip(pools, stages) for _ in range(count)]
+        seats = [pool[0] for pool, count in zip(pools, stages) for _ in range(count)]
+        width = min(max(ranks) * step.micro_batch, total)
+        microbatches = total // width
+        times = [_stage_layer(group, seat, count, width) for seat, count in zip(seats, ranks)]
+        first = _once(seats[0].kind.embedding(width * shape.sequence), ranks[0])
+        last = _once(seats[-1].kind.head(step.vocabulary, width * shape.sequence), ranks[-1])
+        seconds, layers = _best_split(times, first, last, shape.layers, microbatches)
+        if best is None or seconds < best.seconds:
+            best = Pipeline(seconds, stages, layers, microbatches)
+    assert best is not None
+    return best
+
+
+def _once(pair: tuple[float, float], ranks: int) -> float:
+    return sum(pair) / ranks
+
+
+def _stage_choices(sizes: list[int], layers: int) -> list[tuple[int, ...]]:
+    """Numbers of stages for each pool: those that divide it, with no more stages than layers."""
+    choices: list[tuple[int, ...]] = [()]
+    for size in sizes:
+        choices = [(*chosen, count) for chosen in choices for count in range(1, size + 1) if size % count == 0]
+    return [chosen for chosen in choices if sum(chosen) <= layers] or [tuple(1 for _ in sizes)]
+
+
+def _stage_layer(group: GroupCosts, seat: Seat, ranks: int, width: int) -> float:
+    """Seconds of one layer, forward and backward, of a microbatch of ``width`` sequences on a stage of ``ranks``."""
+    stage = replace(group, seats=(seat,) * ranks, attention_members=ranks, groups=1)
+    placement = spread(stage, range(ranks))
+    costs = TaskCosts(stage, placement)
+    layer = group.shape.moe_layers[0]
+    seconds = 0.0
+    for way in (Pass.FORWARD, Pass.BACKWARD):
+        middle = min(layer + 1, group.shape.layers)
+        seconds += costs.seconds(0, Task(Kind.ATTENTION, way, middle, 0))
+        seconds += costs.seconds(0, Task(Kind.EXPERT, way, layer, 0))
+        for kind in (Kind.DISPATCH, Kind.COMBINE):
+            price = costs.transfer(Task(kind, way, layer, 0))
+            seconds += price.latency + price.seconds if ranks > 1 else 0.0
+    # Priced for micro_batch sequences a rank; the stage has width of them.
+    return seconds * width / (ranks * group.step.micro_batch)
+
+
+def _best_split(
+    times: list[float], first: float, last: float, layers: int, microbatches: int
+) -> tuple[float, tuple[int, ...]]:
+    """The split of layers, at least one a stage, for which 1F1B ends first.
+
+    For each possible slowest stage the others may be as long as it is: with that limit on every stage, the sum of all
+    is least when layers go where they are cheapest.
+    """
+    extra = [0.0] * len(times)
+    extra[0] += first
+    extra[-1] += last
+    limits = sorted({time * count + more for time, more in zip(times, extra) for count in range(1, layers + 1)})
+    best: tuple[float, tuple[int, ...]] | None = None
+    for limit in limits:
+        most = [int((limit - more) / time + 1e-9) for time, more in zip(times, extra)]
+        if min(most) < 1 or sum(most) < layers:
+            continue
+        split = [1] * len(times)
+        for stage in sorted(range(len(times)), key=lambda index: times[index]):
+            split[stage] += min(most[stage] - 1, layers - sum(split))
+        stage_times = [time * count + more for time, count, more in zip(times, split, extra)]
+        seconds = sum(stage_times) + (microbatches - 1) * max(stage_times)
+        if best is None or seconds < best[0]:
+            best = (seconds, tuple(split))
+    assert best is not None
+    return best

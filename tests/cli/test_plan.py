@@ -1,0 +1,81 @@
+"""``hetermoe plan`` and ``hetermoe simulate``, without Megatron: what a recipe asks is put in its place."""
+
+import json
+
+import pytest
+
+from megatron_hetermoe.cli import main as command
+from megatron_hetermoe.cli import plan
+from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.planner.options import Question
+
+LINK = {"gb_per_s": 12.5, "latency_us": 20}
+MODEL = ModelShape(4, (1, 2, 3, 4), 12, 2, 1024, 3584, 3584, 0, True, 16, 8, 64, False, 4096)
+
+
+def cluster(folder, **changed):
+    """A cluster file with two kinds; JSON is YAML."""
+    pools = {name: {"kind": kind, "nodes": 1, "gpus_per_node": 2, "memory_gb": memory, "intra_node": LINK,
+                    "inter_node": LINK} for name, kind, memory in (("new", "A40", 48), ("old", "V100-SXM2", 32))}
+    pools["old"].update(changed)
+    path = folder / "cluster.yaml"
+    path.write_text(json.dumps({"pools": pools}))
+    return str(path)
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """Puts a question in place of the recipe's."""
+    def put(**changed):
+        values = dict(shape=MODEL, precision="fp16", micro_batch=1, global_batch=8, vocabulary=32000) | changed
+        monkeypatch.setattr(plan, "_question", lambda args, problems, notes: Question(**values))
+    put()
+    return put
+
+
+def test_a_plan_is_found_written_and_simulated(tmp_path, ask, capsys):
+    out, timeline = str(tmp_path / "plan.json"), tmp_path / "t.json"
+    on = cluster(tmp_path)
+    assert command.main(["plan", "recipe.yaml", "--cluster", on, "--out", out, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert any("estimated" in note for note in answer["notes"]) and answer["plan"]["predicted"]["estimated"]
+    assert {"left_out", "runners_up", "alone", "after_losing_a_node", "other_ways"} <= answer.keys()
+    assert command.main(["simulate", out, "--cluster", on, "--timeline", str(timeline), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["seconds"] == pytest.approx(answer["plan"]["predicted"]["step_seconds"])
+    names = {event["name"] for event in json.loads(timeline.read_text())["traceEvents"]}
+    assert {"AF_1,1", "EB_4,1", "DF_2,1", "CB_3,1", "optimizer"} <= names
+
+
+def test_the_tables_say_estimated_and_what_was_not_searched(tmp_path, ask, capsys):
+    on = cluster(tmp_path)
+    assert command.main(["plan", "recipe.yaml", "--cluster", on]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "estimated" in text and "not searched" in text and "a node of old lost" in text
+
+
+def test_a_model_that_fits_nowhere_ends_with_what_would(tmp_path, ask, capsys):
+    ask(shape=MODEL.__class__(**{**MODEL.__dict__, "layers": 400, "moe_layers": tuple(range(1, 401))}))
+    assert command.main(["plan", "recipe.yaml", "--cluster", cluster(tmp_path)]) == 2
+    assert "layers in place of 400" in capsys.readouterr().err
+
+
+def test_a_bad_cluster_names_all_problems(tmp_path, ask, capsys):
+    on = cluster(tmp_path, kind="V1000", nodes=-1, inter_node={"gb_per_s": 0, "latency_us": 1})
+    assert command.main(["plan", "recipe.yaml", "--cluster", on]) == 2
+    error = capsys.readouterr().err
+    assert "3 problems" in error and "V1000" in error and "nodes is -1" in error and "gb_per_s is 0" in error
+
+
+def test_a_plan_for_another_cluster_is_refused(tmp_path, ask, capsys):
+    out = tmp_path / "plan.json"
+    assert command.main(["plan", "recipe.yaml", "--cluster", cluster(tmp_path), "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    document["pools"] = ["newer"] * len(document["pools"])
+    document["placement"][0] = document["placement"][0][1:]
+    out.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert command.main(["simulate", str(out), "--cluster", cluster(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "newer" in error and "placement" in error
+    assert command.main(["simulate", str(tmp_path / "none.json"), "--cluster", cluster(tmp_path)]) == 2

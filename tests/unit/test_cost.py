@@ -1,0 +1,143 @@
+"""Device table, profiles, interpolation, cluster files and prices of tasks."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from pricing import PRECISION, cluster, group, profile, shape
+
+from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.config.step import Prediction, Step
+from megatron_hetermoe.cost.cluster import cluster_from_document, kinds_of
+from megatron_hetermoe.cost.curves import Curve, Notes
+from megatron_hetermoe.cost.devices import device_table
+from megatron_hetermoe.cost.estimate import Estimate
+from megatron_hetermoe.cost.profile import Profiled, read_profile
+from megatron_hetermoe.cost.tasks import TaskCosts
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
+from megatron_hetermoe.simulator.baselines import spread
+from megatron_hetermoe.topology.placement import Placement
+
+LINK = {"gb_per_s": 10, "latency_us": 10}
+POOL = {"kind": "A40", "nodes": 2, "gpus_per_node": 2, "intra_node": LINK, "inter_node": LINK}
+
+
+def test_a_curve_passes_its_points_and_is_a_power_law_between():
+    notes = Notes()
+    curve = Curve("x", "tokens", {size: 3 * size**1.5 for size in (100, 1000, 10000)}, notes)
+    assert curve(1000) == pytest.approx(3 * 1000**1.5)
+    assert curve(4000) == pytest.approx(3 * 4000**1.5)
+    assert not notes
+    assert curve(0) == 0
+
+
+def test_a_curve_says_when_it_leaves_its_range():
+    notes = Notes()
+    curve = Curve("attention of A40", "tokens", {1000: 1.0, 2000: 4.0}, notes)
+    assert curve(500) == 1.0
+    assert curve(4000) == pytest.approx(16.0)
+    assert len(notes) == 2 and all("attention of A40" in note for note in notes)
+
+
+def test_a_curve_never_falls():
+    curve = Curve("x", "tokens", {1: 1.0, 2: 3.0, 4: 2.5, 8: 9.0}, Notes())
+    values = [curve(1 + step / 10) for step in range(90)]
+    assert values == sorted(values)
+
+
+def test_the_device_table_knows_what_lacks_flash_attention():
+    table = device_table()
+    assert not table["V100-SXM2"].flash_attention and table["A40"].flash_attention
+    assert all(device.memory and device.bandwidth > 1e11 for device in table.values())
+
+
+def test_an_estimate_says_so_and_orders_gpus_as_they_are():
+    notes = Notes()
+    of = replace(shape(hidden=1024, sequence=8192), heads=16, head_dim=64)
+    new, old = (Estimate(device_table()[name], of, notes) for name in ("A40", "V100-SXM2"))
+    attention, expert = (old.attention(8192, "none")[0] / new.attention(8192, "none")[0],
+                         old.expert(4096, "none")[0] / new.expert(4096, "none")[0])
+    assert attention > expert > 1
+    assert sum("estimated" in note for note in notes) == 2
+
+
+def test_a_cluster_file_is_refused_with_all_problems():
+    document = {"pools": {
+        "a": {**POOL, "kind": "A41"}, "b": {**POOL, "nodes": 0, "gpu": 3},
+        "c": {**POOL, "inter_node": {"gb_per_s": -1, "latency_us": 1}}, "d": 7, "e": {**POOL, "kind": "V100-SXM2"},
+    }, "pool": 1}
+    with pytest.raises(UsageError) as error:
+        cluster_from_document(document, "c.yaml")
+    text = error.value.message()
+    for part in ("A41", "did you mean A40", "nodes is 0", "'gpu'", "gb_per_s is -1", "pool d is not", "memory_gb",
+                 "'pool'"):
+        assert part in text, part
+    assert cluster_from_document({"pools": {"a": POOL}}, "c.yaml").pools["a"].memory == 48e9
+
+
+def test_a_profile_file_is_read_back(tmp_path):
+    of = shape()
+    path = tmp_path / "p.json"
+    path.write_text(profile(of).to_json())
+    assert read_profile(path).parts["attention"][64.0] == (5e-4, 1e-3)
+
+
+def test_a_profile_is_refused_with_all_problems(tmp_path):
+    of = shape()
+    document = json.loads(profile(of).to_json())
+    document["parts"]["expert"] = {"64": [1e-3, -1]}
+    del document["parts"]["attention"]
+    document["colour"] = 1
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(UsageError) as error:
+        read_profile(path)
+    assert len(error.value.problems) == 3
+    path.write_text("no json")
+    with pytest.raises(UsageError):
+        read_profile(path)
+
+
+def test_a_profile_for_other_shapes_is_refused():
+    with pytest.raises(UsageError, match="hidden 64 there, 128 here"):
+        Profiled(profile(shape()), shape(hidden=128), PRECISION, Notes())
+    with pytest.raises(UsageError, match="precision bf16 there, fp16 here"):
+        kinds_of(cluster(), shape(), "fp16", Notes(), {"new": profile(shape()), "old": profile(shape())})
+
+
+def test_experts_cost_by_their_number_and_bytes_by_their_holders():
+    priced = group(2, 2, microbatches=1)
+    costs = TaskCosts(priced, Placement(((2, 2, 2, 2, 2, 2, 3, 3),) * 3, 4))
+    one, other = (costs.seconds(member, Task(Kind.EXPERT, Pass.FORWARD, 1, 0)) for member in (2, 3))
+    assert one == pytest.approx(3 * other)
+    rows = 128 * 2 / 8
+    dispatch = costs.transfer(Task(Kind.DISPATCH, Pass.FORWARD, 1, 0))
+    assert dispatch.seconds == pytest.approx(2 * 6 * rows * (64 * 2 + 4) / 1e9)  # into the fullest holder
+    combine = costs.transfer(Task(Kind.COMBINE, Pass.FORWARD, 1, 0))
+    assert combine.seconds == pytest.approx(2 * 6 * rows * 64 * 2 / 1e9)
+
+
+def test_what_a_member_sends_itself_is_no_traffic():
+    alone = group(1, 1, microbatches=1)
+    assert TaskCosts(alone, spread(alone, [0])).transfer(Task(Kind.DISPATCH, Pass.FORWARD, 1, 0)).seconds == 0
+
+
+def test_reduction_grows_with_groups_and_dense_weights():
+    assert group(2, 2, groups=1).reduction(2, 3) == 0
+    assert group(2, 2, groups=2).reduction(2, 3) > 0
+    assert group(2, 2, groups=1).reduction(0, 0) > 0
+    assert math.isclose(group(1, 1).reduction(0, 0), 0)
+
+
+def test_a_plan_with_what_was_predicted_is_read_back():
+    plan = Plan(shape(), 2, 2, 1, ((2, 3) * 4,) * 3, pools=("new", "new", "old", "old"), step=Step(1, 4, 1000),
+                predicted=Prediction(1.0, 2.0, 0.5, 0.5, 1e9, 1e9, True))
+    assert plan_from_json(plan.to_json(), "plan.json") == plan
+    document = json.loads(plan.to_json())
+    document["step"]["microbatches"] = "many"
+    document["predicted"] = 3
+    with pytest.raises(UsageError) as error:
+        plan_from_json(json.dumps(document), "plan.json")
+    assert len(error.value.problems) == 2

@@ -1,0 +1,155 @@
+"""The event simulator, and the planner's fast path against it."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pricing import cluster, group, profile, shape
+
+from megatron_hetermoe.cost.tasks import TaskCosts
+from megatron_hetermoe.schedule.orders import build, sequential, zebra
+from megatron_hetermoe.schedule.tasks import Kind, Stream
+from megatron_hetermoe.simulator.baselines import (
+    expert_parallel_seconds, ideal_seconds, pipeline, spread, zebra_seconds,
+)
+from megatron_hetermoe.simulator.events import simulate
+from megatron_hetermoe.simulator.fast import step_seconds
+from megatron_hetermoe.simulator.summary import CAUSES, summarise
+from megatron_hetermoe.topology.placement import Placement
+
+
+def placement_of(counts, members):
+    """The placement in which each member holds that many experts, in blocks; counts is [layer][member]."""
+    return Placement(tuple(tuple(member for member, held in enumerate(layer) for _ in range(held))
+                           for layer in counts), members)
+
+
+def test_one_rank_each_by_hand():
+    """One microbatch has no overlap: the step is the sum of its tasks."""
+    priced = group(1, 1, microbatches=1)
+    placement = spread(priced, [1])
+    costs = TaskCosts(priced, placement)
+    schedule = zebra(3, placement, 1, 1, None)
+    tasks = {task for member in (0, 1) for order in schedule.member(member).streams.values() for task in order}
+    expected = sum(
+        costs.seconds(0 if task.kind is Kind.ATTENTION else 1, task) if task.stream is Stream.COMPUTE
+        else costs.transfer(task).latency + costs.transfer(task).seconds
+        for task in tasks
+    )
+    assert simulate(schedule, costs).seconds == pytest.approx(expected)
+
+
+def test_zebra_hides_the_other_pool_and_sequential_does_not():
+    priced = group(2, 2, microbatches=8)
+    placement = spread(priced, [2, 3])
+    assert zebra_seconds(priced, placement) < 0.75 * zebra_seconds(priced, placement, "sequential")
+
+
+def test_bubbles_and_work_fill_the_step():
+    priced = group(2, 2, microbatches=4)
+    placement = spread(priced, [2, 3])
+    result = simulate(zebra(3, placement, 2, 4, 2), TaskCosts(priced, placement))
+    summary = summarise(result)
+    for role in summary.roles.values():
+        assert set(role.bubbles) == set(CAUSES)
+        assert all(seconds >= -1e-12 for seconds in role.bubbles.values())
+        filled = role.busy * summary.seconds + sum(role.bubbles.values()) + summary.after
+        assert filled == pytest.approx(summary.seconds)
+    assert summary.bound <= summary.seconds
+
+
+def test_every_task_waits_for_its_dependencies():
+    priced = group(2, 3, microbatches=3, of=shape(experts=7))
+    placement = spread(priced, [0, 2, 3, 4])
+    schedule = zebra(3, placement, 2, 3, None)
+    result = simulate(schedule, TaskCosts(priced, placement))
+    ends = {}
+    for member in result.members:
+        for task, (_, end) in member.times.items():
+            ends[task] = max(end, ends.get(task, 0))
+    for member in result.members:
+        for task, (start, _) in member.times.items():
+            own = member.times if task.stream is Stream.COMPUTE else {}
+            mine = {wait: own[wait][1] if wait in own else ends[wait]
+                    for wait in schedule.dependencies(task)}
+            assert all(end <= start + 1e-12 for end in mine.values()), (task, mine)
+
+
+def test_opposite_transfers_share_the_links_of_a_holder_with_attention():
+    """With experts on attention ranks only, both channels fill the same links, and each slows down."""
+    slow = group(2, 2, microbatches=4, on=cluster(2, 2, bandwidth=2e6))
+    placement = spread(slow, [0, 1])
+    counts = np.array([[[layer.count(member) for member in range(4)] for layer in placement.holders]], float)
+    assert zebra_seconds(slow, placement) > step_seconds(slow, counts)[0] * 1.001
+
+
+def test_spans_have_every_task_of_every_rank():
+    priced = group(2, 1, microbatches=2)
+    placement = spread(priced, [2])
+    schedule = sequential(3, placement, 2, 2)
+    spans = simulate(schedule, TaskCosts(priced, placement)).spans(lambda member: 10 + member)
+    for member in range(3):
+        tasks = {str(task) for order in schedule.member(member).streams.values() for task in order}
+        assert {span.task for span in spans if span.rank == 10 + member} - {"reduce", "optimizer"} == tasks
+
+
+@st.composite
+def cases(draw):
+    m, n = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    layers = draw(st.integers(1, 4))
+    moe = tuple(sorted(draw(st.sets(st.integers(1, layers), min_size=1))))
+    experts = draw(st.integers(1, 9))
+    with_attention = draw(st.booleans())
+    first = 0 if with_attention else m
+    counts = []
+    for _ in range(draw(st.integers(1, 3))):
+        candidate = []
+        for layer in range(1, layers + 1):
+            held = [0] * (m + n)
+            for _ in range(experts if layer in moe else 0):
+                held[draw(st.integers(first, m + n - 1))] += 1
+            candidate.append(held)
+        counts.append(candidate)
+    seconds = st.floats(1e-4, 1e-2)
+    of = shape(layers=layers, experts=experts, moe_layers=moe)
+    profiles = [profile(of, (draw(seconds), draw(seconds)), (draw(seconds), draw(seconds)), head=(1e-4, 2e-4),
+                        optimizer=1e-9) for _ in range(2)]
+    microbatches = draw(st.integers(1, 5))
+    wave = draw(st.one_of(st.none(), st.integers(1, microbatches)))
+    # Without attention ranks as holders nothing shares a link; with them only a fast network makes sharing nothing.
+    bandwidth = 1e18 if with_attention else draw(st.floats(1e7, 1e10))
+    on = cluster(m, n, bandwidth=bandwidth)
+    return group(m, n, of, microbatches, *profiles, on, groups=draw(st.integers(1, 2))), counts, wave
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_fast_path_is_the_event_simulator(case):
+    priced, counts, wave = case
+    fast = step_seconds(priced, np.array(counts, float), "zebra", wave)
+    for index, candidate in enumerate(counts):
+        placement = placement_of(candidate, priced.members)
+        orders = build("zebra", priced.shape.layers, placement, priced.attention_members,
+                       priced.step.microbatches, wave)
+        assert fast[index] == pytest.approx(simulate(orders, TaskCosts(priced, placement)).seconds, rel=1e-9)
+
+
+def test_baselines_of_equal_pools():
+    """Two pools of one kind: the ideal sum is expert parallelism over half the ranks, twice."""
+    priced = group(2, 2, microbatches=4)
+    assert ideal_seconds(priced) <= expert_parallel_seconds(priced) * 1.01
+    found = pipeline(priced)
+    assert sum(found.layers) == 3 and len(found.layers) == sum(found.stages)
+
+
+def test_expert_parallelism_waits_for_the_slowest():
+    of = shape()
+    slow = profile(of, attention=(1e-2, 2e-2))
+    assert expert_parallel_seconds(group(2, 2, of, old=slow)) > 3 * expert_parallel_seconds(group(2, 2, of))
+
+
+def test_a_pipeline_gives_the_faster_pool_more_layers():
+    of = shape(layers=8)
+    slow = profile(of, attention=(3e-3, 6e-3), expert=(3e-4, 6e-4))
+    found = pipeline(group(2, 2, of, old=slow))
+    assert sum(found.layers[:found.stages[0]]) > sum(found.layers[found.stages[0]:])

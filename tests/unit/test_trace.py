@@ -1,0 +1,32 @@
+"""The trace format."""
+
+import json
+
+import pytest
+
+from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.schedule.trace import Span, read_jsonl, write_chrome, write_jsonl
+
+SPANS = [Span(0, "compute", "AF_1,1", 0.0, 0.5), Span(0, "out", "DF_1,1", 0.5, 0.6),
+         Span(1, "step", "optimizer", 1.0, 1.5)]
+
+
+def test_spans_are_read_back(tmp_path):
+    write_jsonl(SPANS, tmp_path / "t.jsonl")
+    assert read_jsonl(tmp_path / "t.jsonl") == SPANS
+
+
+def test_lines_that_are_no_spans_are_named(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"rank": 0}\nnonsense\n')
+    with pytest.raises(UsageError) as error:
+        read_jsonl(tmp_path / "t.jsonl")
+    assert len(error.value.problems) == 2
+
+
+def test_the_chrome_trace_has_a_process_a_rank_and_microseconds(tmp_path):
+    write_chrome(SPANS, tmp_path / "t.json", {0: "attention", 1: "expert"})
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    first = next(event for event in events if event["ph"] == "X")
+    assert (first["pid"], first["ts"], first["dur"]) == (0, 0.0, 500000.0)
+    assert {event["args"]["name"] for event in events if event.get("name") == "process_name"} == {
+        "rank 0 (attention)", "rank 1 (expert)"}
