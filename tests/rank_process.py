@@ -85,8 +85,8 @@ def enter(rank: int, world: int, port: int, folder: Path, cwd: Path, env: Mappin
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",  # pytest holds the store, see ranks.py
         GLOO_SOCKET_IFNAME="lo",
-        **env,
     )
+    os.environ.update(env)
 
 
 def output_file(folder: Path, rank: int) -> Path:

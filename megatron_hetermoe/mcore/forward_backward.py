@@ -108,9 +108,7 @@ class ForwardBackward:
             self._schedules[key] = schedule, schedule.member(self._session.member)
         return self._schedules[key]
 
-    def _run(
-        self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers
-    ) -> tuple[list[Any], torch.Tensor]:
+    def _run(self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
         transfers = Transfers(
             session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,

@@ -65,6 +65,7 @@ class Watch:
         self._silences = Silences(longest=2 * self._period)
         self._round = 0
         self._verdict: dict | None = None
+        self._store_lost = False
         self._closing, self._closed = threading.Event(), threading.Event()
         self._ending = threading.Lock()
         self._heard = threading.Event()  # a verdict is there
@@ -200,6 +201,7 @@ class Watch:
             self._hear(json.loads(mine))  # no store, so no other opinion
 
     def _lost_store(self, what: str) -> None:
+        self._store_lost = True
         host, port = self._address
         if self._store_rank is None:
             self._hear({"rank": None, "culprit": f"the launcher's store at {host}:{port}", "what": what})
@@ -233,10 +235,11 @@ class Watch:
             child.kill()
         sys.stdout.flush()
         sys.stderr.flush()
-        # On a thread, since the store may not answer; it is asked only so that its host outlives all readers.
-        farewell = threading.Thread(target=self._farewell, daemon=True)
-        farewell.start()
-        farewell.join(self._limit / 2)
+        if self._store_rank is not None and not self._store_lost:
+            # So that the store's host outlives all readers. On a thread, since the store may not answer.
+            farewell = threading.Thread(target=self._farewell, daemon=True)
+            farewell.start()
+            farewell.join(self._limit / 2)
         os._exit(code)
 
     def _farewell(self) -> None:

@@ -87,7 +87,8 @@ def test_sample(tmp_path, checkpoint, summary, kind, victim, moment):
 @pytest.mark.parametrize(
     "kind, victim, said",
     [("kill", 2, r"is gone: no sign of life for \d"), ("stop", 1, r"is gone: no sign of life for \d"),
-     ("kill", 0, "its store's connection broke"), ("stop", 0, "is stopped: the run's store in it has not answered")],
+     ("kill", 0, "its store's connection broke"), ("stop", 0, "is stopped: the run's store in it has not answered"),
+     ("raise", 0, "failed: ValueError: injected")],
 )
 def test_on_machines_of_their_own(tmp_path, summary, kind, victim, said):
     """Where no rank can ask the kernel about another one, silence and connections must do; rank 0 has the store."""
