@@ -109,6 +109,7 @@ def step_seconds(
     clock = np.zeros((len(tracks), len(experts)))  # of each compute stream
     channels = {Stream.OUT: np.zeros(len(experts)), Stream.BACK: np.zeros(len(experts))}
     ends: list[np.ndarray | None] = [None] * program.results
+    sent: dict[int, np.ndarray] = {}  # the end of each layer's last transfer
     count = len(attention)
     always = [layer.all() for layer in held]
     for kind, way, layer, number, transfers, computed in program.operations:
@@ -135,7 +136,9 @@ def step_seconds(
             start = channels[stream]
             for other in (*transfers, *computed):
                 start = np.maximum(start, ends[other])
-            channels[stream] = ends[number] = start + price[kind, way][layer - 1]
+            channels[stream] = ends[number] = sent[layer] = start + price[kind, way][layer - 1]
+    for layer, end in sent.items():  # a member reduces its gradients after all its tasks, transfers among them
+        clock = np.where(held[layer - 1], np.maximum(clock, end), clock)
     held_by = experts.sum(axis=1)[:, tracks].astype(int).T
     reduction = _each(held_by, lambda row, pairs: group.reduction(tracks[row], pairs))
     optimizer = _each(held_by, lambda row, pairs: group.optimizer(tracks[row], pairs))

@@ -134,6 +134,18 @@ def test_fast_path_is_the_event_simulator(case):
         assert fast[index] == pytest.approx(simulate(orders, TaskCosts(priced, placement)).seconds, rel=1e-9)
 
 
+def test_a_holder_reduces_its_gradients_after_its_last_transfer():
+    """With a slow network and costly reduction the expert rank is the last one, and what it sends last counts."""
+    of = shape(layers=2, experts=4, moe_layers=(1, 2))
+    slow = group(1, 1, of, 1, on=cluster(1, 1, bandwidth=1e7), groups=2)
+    counts = [[0, 4], [0, 4]]
+    placement = placement_of(counts, 2)
+    result = simulate(zebra(2, placement, 1, 1, None), TaskCosts(slow, placement))
+    holder = result.members[1]
+    assert holder.reduced[0] == max(end for task, (_, end) in holder.times.items() if task.stream is not Stream.COMPUTE)
+    assert step_seconds(slow, np.array([counts], float))[0] == pytest.approx(result.seconds)
+
+
 def test_baselines_of_equal_pools():
     """Two pools of one kind: the ideal sum is expert parallelism over half the ranks, twice."""
     priced = group(2, 2, microbatches=4)
