@@ -29,7 +29,6 @@ from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
 from megatron_hetermoe.planner.asym_ea import Limits, balance, counts_of, gather_and_squeeze, long_step_seconds
 from megatron_hetermoe.simulator.baselines import expert_parallel_seconds, ideal_seconds, pipeline, spread
 
-FACTS = Path("/work/shared/paper/hetermoe.yaml")
 ROWS = {"V100-16GB": "V100-SXM2"}  # the paper's names of what the device table calls otherwise
 PRECISION = "fp16"
 LENGTHS = (4096, 8192, 16384, 32768)
@@ -279,7 +278,7 @@ def four_to_three(paper: Paper, experts: int) -> Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--facts", type=Path, default=FACTS, help="the paper's facts, hetermoe.yaml")
+    parser.add_argument("--facts", type=Path, required=True, help="the paper's facts, hetermoe.yaml")
     parser.add_argument("--no-sensitivity", action="store_true", help="leave out what each assumption moves")
     args = parser.parse_args()
     facts = yaml.safe_load(args.facts.read_text(encoding="utf-8"))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from ranks import assert_same_steps, run_function, run_ranks
+from user_recipes import RECIPES, needs_recipes
 
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.recipe import load_recipe, override
 
-RECIPES = Path("/work/shared/recipes")
-pytestmark = pytest.mark.skipif(not RECIPES.is_dir(), reason=f"the recipes of users are not here: {RECIPES}")
+pytestmark = needs_recipes
 
 # What the scripts around those recipes export.
 VARIABLES = {

@@ -1,10 +1,9 @@
 """Recipes: what is written is what Megatron gets, and every fault is named at once."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from user_recipes import RECIPES, needs_recipes
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
@@ -145,11 +144,7 @@ def test_numbers_are_not_reformatted(number):
     assert parse(f"MODEL_ARGS:\n  --x: {number}\n").argv == ["--x", number]
 
 
-FOLDERS = [parent / "shared" / "recipes" for parent in Path(__file__).parents]
-RECIPES = next(filter(Path.is_dir, FOLDERS), None)
-
-
-@pytest.mark.skipif(RECIPES is None, reason="no folder shared/recipes beside or above the repository")
+@needs_recipes
 @pytest.mark.parametrize("name", ["Mixtral-8x7B", "Qwen3-30B-A3B"])
 def test_the_users_recipes(name):
     path = RECIPES / f"{name}.yaml"
