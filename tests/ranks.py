@@ -64,6 +64,7 @@ class Run:
     params_norms: what ``--log-params-norm`` gave to the log, by step.
     scalars: what was written to TensorBoard, by name and step.
     parameters: elements of each parameter of the model that the rank built, by name.
+    gradients: the sum of squares of each parameter's gradient in the first step, after clipping, by name.
     changed: functions and methods of Megatron that were others after the run than before.
     """
 
@@ -74,6 +75,7 @@ class Run:
     params_norms: list[list[float | None]]
     scalars: list[dict[tuple[str, int], float]]
     parameters: list[dict[str, int]]
+    gradients: list[dict[str, float]]
     changed: list[list[str]]
     seconds: float
 
@@ -117,6 +119,7 @@ def run_ranks(
             for of_rank in records
         ],
         parameters=[only(of_rank, "model", "parameters", {}) for of_rank in records],
+        gradients=[only(of_rank, "gradients", "squares", {}) for of_rank in records],
         changed=[only(of_rank, "changed", "names", []) for of_rank in records],
         seconds=seconds,
     )

@@ -43,10 +43,19 @@ def record_steps(path: Path) -> None:
 
         return recorded
 
+    def gradients(model):
+        """What the optimizer has just used; with a distributed one the reduced part is a shard and the rest is not."""
+        return {
+            name.removeprefix("module."): float(parameter.main_grad.double().square().sum())
+            for name, parameter in model.named_parameters()
+        }
+
     def step(given, result):
         steps.append(len(steps))
         if os.environ.get(TERMINATE) == f"{os.environ['RANK']}:{len(steps)}":
             os.kill(os.getpid(), signal.SIGTERM)
+        if len(steps) == 1:
+            file.write(json.dumps({"kind": "gradients", "squares": gradients(given["model"][0])}) + "\n")
         losses, skipped, _, _, _, grad_norm, num_zeros, *_ = result
         return {
             "kind": "step",
