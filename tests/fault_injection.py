@@ -24,10 +24,12 @@ import megatron.core.dist_checkpointing.serialization as serialization
 import megatron.training.checkpointing as checkpointing
 import megatron.training.training as training
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 
 from megatron_hetermoe.mcore import checkpoints, forward_backward, optimizer, pretrain
 from megatron_hetermoe.runtime import executor, peers
+from megatron_hetermoe.runtime.channels import Channel
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.schedule.tasks import Pass, Stream
 
@@ -97,6 +99,45 @@ def spoil(what: str, rank: int) -> None:
     forward_backward.ForwardBackward.__call__ = call
 
 
+def corrupt(what: str, rank: int, folder: Path) -> None:
+    """Flips a bit of what a rank receives in a transfer of step STEP: ``rank:task``, such as ``2:DF_1,2``."""
+    victim, name = what.split(":")
+    if rank != int(victim):
+        return
+    original_run, original_exchange, steps, now = executor.run, Channel.exchange, [0], threading.local()
+
+    def run(schedule: Any, table: Any, *args: Any) -> None:
+        steps[0] += 1
+
+        def noted(task: Any, call: Callable[[Any], None]) -> None:
+            now.hit = steps[0] == STEP and str(task) == name
+            call(task)
+
+        original_run(schedule, {key: (lambda task, call=call: noted(task, call)) for key, call in table.items()}, *args)
+
+    def exchange(self: Any, sends: Any = (), receives: Any = ()) -> None:
+        original_exchange(self, sends, receives)
+        for message in receives:
+            if getattr(now, "hit", False) and message.tensor.is_floating_point() and message.tensor.numel():
+                message.tensor.view(torch.int32).view(-1)[0] ^= 1
+                (folder / "fired").write_text(str(time.time()))
+                now.hit = False
+
+    executor.run, Channel.exchange = run, exchange
+
+
+def skew_router(what: str) -> None:
+    """Makes every router prefer and avoid experts: ``expert:logit,expert:logit``, added to what it says of a token."""
+    added = {int(expert): float(logit) for expert, _, logit in (entry.partition(":") for entry in what.split(","))}
+    original = TopKRouter.gating
+
+    def gating(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        logits = original(self, tokens)
+        return logits + torch.tensor([added.get(expert, 0.0) for expert in range(logits.shape[-1])], dtype=logits.dtype)
+
+    TopKRouter.gating = gating
+
+
 def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
     """What a test asks for by environment variables."""
     if fault := env.get("HETERMOE_TEST_FAULT"):
@@ -107,6 +148,10 @@ def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
         delay_tasks(int(seed), rank)
     if what := env.get("HETERMOE_TEST_NAN"):
         spoil(what, rank)
+    if what := env.get("HETERMOE_TEST_CORRUPT"):
+        corrupt(what, rank, folder)
+    if what := env.get("HETERMOE_TEST_ROUTING"):
+        skew_router(what)
 
 
 def install(fault: str, rank: int, folder: Path) -> None:

@@ -13,6 +13,7 @@ from megatron_hetermoe.config.plan import ATTENTION_KERNELS, SCHEDULES
 
 PREFIX = "--hetermoe"
 STALL_TIMEOUT = 30  # seconds
+ON_SAVE_FAILURE = ("stop", "continue")
 MOST = 10**6  # of anything that is counted here
 
 
@@ -31,6 +32,8 @@ class Flags:
         plan: plan file, in place of the flags above or beside ones that agree with it.
         trace: folder to record task times into.
         stall_timeout: seconds within which all ranks end after one has died or stopped.
+        self_check: training steps from one comparison of what was sent with what came to the next.
+        on_save_failure: one of ON_SAVE_FAILURE, "stop" where nothing was said.
     """
 
     enabled: bool = False
@@ -44,6 +47,8 @@ class Flags:
     plan: str | None = None
     trace: str | None = None
     stall_timeout: int | None = None
+    self_check: int | None = None
+    on_save_failure: str | None = None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +70,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hetermoe-trace", metavar="DIR", help="record every task's start and end there")
     group.add_argument("--hetermoe-stall-timeout", metavar="SECONDS", help="all ranks end within so many seconds after "
                        f"one has died or stopped (default {STALL_TIMEOUT})")
+    group.add_argument("--hetermoe-self-check", metavar="N", help="every N steps compare checksums of all that ranks "
+                       "sent to each other with what came (default: never)")
+    group.add_argument("--hetermoe-on-save-failure", metavar="|".join(ON_SAVE_FAILURE), help="end the run (default), or "
+                       "go on training, when a checkpoint cannot be written")
 
 
 def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]:
@@ -89,9 +98,11 @@ def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[st
             value = _positive(value, field.name, problems)
         values[field.name] = value
     flags = Flags(**values)
-    for name, allowed in (("schedule", SCHEDULES), ("attention", ATTENTION_KERNELS)):
+    for name, allowed in (
+        ("schedule", SCHEDULES), ("attention", ATTENTION_KERNELS), ("on_save_failure", ON_SAVE_FAILURE),
+    ):
         if getattr(flags, name) not in (None, *allowed):
-            problems.add(f"{PREFIX}-{name} is {getattr(flags, name)!r}; it must be one of {', '.join(allowed)}")
+            problems.add(f"{PREFIX}-{name.replace('_', '-')} is {getattr(flags, name)!r}; it must be one of {', '.join(allowed)}")
     given = [f"{PREFIX}-{name.replace('_', '-')}" for name, value in vars(flags).items()
              if name != "enabled" and value is not None]
     if given and not flags.enabled:

@@ -20,8 +20,9 @@ from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInput
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
+from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.runtime.streams import streams_for
-from megatron_hetermoe.runtime.transfers import Transfers
+from megatron_hetermoe.runtime.transfers import PARTS, Transfers
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
 
 
@@ -34,10 +35,15 @@ class ForwardBackward:
         session: this rank's.
         marks: told what runs.
         recorder: told of each task of a training step with its times.
+        self_check: training steps from one comparison of what was sent with what came to the next; None for never.
     """
 
-    def __init__(self, session: Session, marks: Marks, recorder: Recorder | None = None):
+    def __init__(
+        self, session: Session, marks: Marks, recorder: Recorder | None = None, self_check: int | None = None
+    ):
         self._session = session
+        self._self_check = self_check
+        self._training_steps = 0
         self._marks = marks
         self._recorder = recorder
         self._streams = streams_for(session.device)
@@ -70,7 +76,10 @@ class ForwardBackward:
         self._marks.enter("evaluation" if forward_only else "a training step")
         numbers = Numbers(self._session, get_args().check_for_nan_in_loss_and_grad and not forward_only)
         try:
-            losses, tokens = self._run(inputs, member, numbers)
+            checksums = self._checksums(forward_only)
+            losses, tokens = self._run(inputs, member, numbers, checksums)
+            if checksums is not None:
+                self._compare(checksums)
             if not forward_only:
                 self._finalize(wrapped, tokens, force_all_reduce)
         except RuntimeError as error:
@@ -108,11 +117,32 @@ class ForwardBackward:
             self._schedules[key] = schedule, schedule.member(self._session.member)
         return self._schedules[key]
 
-    def _run(self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers) -> tuple[list[Any], torch.Tensor]:
+    def _checksums(self, forward_only: bool) -> Checksums | None:
+        """What to note a step's messages in, where it is one that is checked."""
+        self._training_steps += not forward_only
+        if forward_only or not self._self_check or self._training_steps % self._self_check:
+            return None
+        session = self._session
+        return Checksums(session.layout.zp_group(session.layout.group_of(session.rank)), session.member)
+
+    def _compare(self, checksums: Checksums) -> None:
+        """Ends the run when a message did not come as it was sent; before the optimizer has used what came."""
+        self._marks.enter("the self-check")
+        wrong = checksums.mismatches(self._session.control)
+        if wrong and wrong[0].receiver == self._session.rank:  # one rank speaks; the others end because it does
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise RuntimeError(
+                f"self-check: what came is not what was sent: {wrong[0].describe(PARTS)}{more}. A link or a memory "
+                "corrupts data: leave these ranks' machines out, and go on from the last checkpoint"
+            )
+
+    def _run(
+        self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers, checksums: Checksums | None
+    ) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
         transfers = Transfers(
             session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
-            config.params_dtype, session.device,
+            config.params_dtype, session.device, checksums,
         )
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}

@@ -70,7 +70,7 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
         recorder = Recorder(Path(flags.trace), session.rank)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    patches.apply(_replacements(session, recorder, watch.marks))
+    patches.apply(_replacements(session, flags, recorder, watch.marks))
     watch.marks.enter("the check of the checkpoint")
     check_load(args.load, args.ckpt_step, session)
     watch.marks.enter("start-up")
@@ -149,10 +149,10 @@ def _model_provider(args: argparse.Namespace, session: Session) -> Callable[...,
 
 
 def _replacements(
-    session: Session, recorder: Recorder | None, marks: Marks
+    session: Session, flags: Flags, recorder: Recorder | None, marks: Marks
 ) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
-    forward_backward = ForwardBackward(session, marks, recorder)
+    forward_backward = ForwardBackward(session, marks, recorder, flags.self_check)
 
     def schedule(original: Any) -> Any:
         return lambda *args, **kwargs: forward_backward
