@@ -13,6 +13,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args
 
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
+from megatron_hetermoe.mcore.load import Load, LoadWarnings
 from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, Numbers, report
 from megatron_hetermoe.mcore.session import Session
@@ -43,6 +44,7 @@ class ForwardBackward:
     ):
         self._session = session
         self._self_check = self_check
+        self._load_warnings = LoadWarnings(session)
         self._training_steps = 0
         self._marks = marks
         self._recorder = recorder
@@ -76,10 +78,14 @@ class ForwardBackward:
         self._marks.enter("evaluation" if forward_only else "a training step")
         numbers = Numbers(self._session, get_args().check_for_nan_in_loss_and_grad and not forward_only)
         try:
-            checksums = self._checksums(forward_only)
-            losses, tokens = self._run(inputs, member, numbers, checksums)
+            self._training_steps += not forward_only
+            checksums = None if forward_only else self._checksums()
+            load = None if forward_only else self._load_warnings.of_step(self._training_steps)
+            losses, tokens = self._run(inputs, member, numbers, checksums, load)
             if checksums is not None:
                 self._compare(checksums)
+            if load is not None:
+                self._load_warnings.look(load, self._training_steps)
             if not forward_only:
                 self._finalize(wrapped, tokens, force_all_reduce)
         except RuntimeError as error:
@@ -117,10 +123,9 @@ class ForwardBackward:
             self._schedules[key] = schedule, schedule.member(self._session.member)
         return self._schedules[key]
 
-    def _checksums(self, forward_only: bool) -> Checksums | None:
-        """What to note a step's messages in, where it is one that is checked."""
-        self._training_steps += not forward_only
-        if forward_only or not self._self_check or self._training_steps % self._self_check:
+    def _checksums(self) -> Checksums | None:
+        """What to note a training step's messages in, where it is one that is checked."""
+        if not self._self_check or self._training_steps % self._self_check:
             return None
         session = self._session
         return Checksums(session.layout.zp_group(session.layout.group_of(session.rank)), session.member)
@@ -137,7 +142,8 @@ class ForwardBackward:
             )
 
     def _run(
-        self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers, checksums: Checksums | None
+        self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers, checksums: Checksums | None,
+        load: Load | None,
     ) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
         transfers = Transfers(
@@ -149,7 +155,7 @@ class ForwardBackward:
         if not session.is_attention:
             executor.run(member, table, streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
-        attention = AttentionTasks(inputs, transfers, numbers)
+        attention = AttentionTasks(inputs, transfers, numbers, load)
         executor.run(member, {**table, **attention.table()}, streams, self._marks)
         return attention.losses, attention.tokens
 
