@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import random
 import signal
@@ -254,6 +255,24 @@ def emptied_tracker(fire: Callable[[], None]) -> None:
     checkpointing.maybe_msc.open = opened
 
 
+def first_write(fire: Callable[[], None]) -> None:
+    """As the first tensor of a save is written to its file; the n-th time is that of the n-th save."""
+    original_save, original_write, is_new = checkpointing.dist_checkpointing.save, filesystem_async._write_item, [False]
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        is_new[0] = True
+        return original_save(*args, **kwargs)
+
+    @functools.wraps(original_write)  # Megatron looks at its signature
+    def write(*args: Any, **kwargs: Any) -> Any:
+        if is_new[0]:
+            is_new[0] = False
+            fire()
+        return original_write(*args, **kwargs)
+
+    checkpointing.dist_checkpointing.save, filesystem_async._write_item = save, write
+
+
 def _turn(order: tuple) -> Any:
     return next(task for task in order if task.direction is Pass.BACKWARD)
 
@@ -269,6 +288,7 @@ MOMENTS: dict[str, Callable[[Callable[[], None]], None]] = {
     "transfer-back": in_tasks(Stream.BACK, lambda order: order[len(order) // 2]),
     "optimizer-step": before(optimizer.PooledOptimizer, "get_grad_norm"),
     "save": before(checkpointing.dist_checkpointing, "save"),
+    "save-write": first_write,
     "save-files": before(filesystem_async.FileSystemWriterAsync, "retrieve_write_results"),
     "save-written": before(serialization, "save_config"),
     "save-sealing": before(checkpoints, "_replace"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import sys
 import traceback
@@ -96,6 +97,7 @@ def disaggregated_arguments(
         plan = resolve(flags, shape, precision, args.world_size, problems)
         if plan is not None and plan.step is not None:
             _check_step(args, plan, problems)
+    _check_saves(args, flags, problems)
     _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
     try:
         check_args(args)
@@ -202,6 +204,18 @@ def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> Non
         if planned != here:
             problems.add(f"the plan was made with {flag} {planned}, the flags say {here}: change the flag, or make a plan "
                          "for it")
+
+
+def _check_saves(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:
+    """What saving in the background needs."""
+    if not args.async_save:
+        return
+    if flags.on_save_failure == "continue":
+        problems.add("--hetermoe-on-save-failure continue with --async-save: a save in the background fails in a later "
+                     "step, when its data is gone; leave one out")
+    if args.async_strategy == "nvrx" and not importlib.util.find_spec("nvidia_resiliency_ext"):
+        problems.add("--async-save with --async-strategy nvrx needs nvidia-resiliency-ext, which is not installed: "
+                     "install it, or use --async-strategy mcore")
 
 
 def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems: Problems) -> None:

@@ -13,11 +13,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.mcore.session import Session
@@ -29,40 +32,122 @@ _ITERATION = re.compile(r"iter_(\d+)")
 _OFFERS = 3  # earlier checkpoints that are read in search of one that is whole
 
 
+class SaveFailed(UsageError):
+    """A checkpoint could not be written. All ranks raise it together, with the same text."""
+
+
 def sealing(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    """``megatron.core.dist_checkpointing.save``, with a manifest of what it wrote."""
+    """``megatron.core.dist_checkpointing.save``, with a manifest of what it wrote; it raises SaveFailed."""
 
     def save(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
         folder = Path(checkpoint_dir)
         kwargs["verify_integrity"] = False  # else rank 0 would read all files after this has
-        try:
-            if session.rank == 0:
-                (folder / MANIFEST).unlink(missing_ok=True)  # of an earlier save of this iteration
+        if session.rank == 0:
+            (folder / MANIFEST).unlink(missing_ok=True)  # of an earlier save of this iteration
+        with _told_apart(folder, session):
             request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-            if request is None:
-                seal(folder, session)
-            else:
-                request.finalize_fns.append(lambda: seal(folder, session))
-            return request
-        except Exception as error:
-            if not _is_full(error):
-                raise
-            raise OSError(
-                errno.ENOSPC, f"no space is left for the checkpoint in {folder}; make space and start again from the "
-                              f"one before, which {folder.parent / TRACKER} names"
-            ) from error
+        if request is None:
+            seal(folder, session)
+            return None
+        steps = list(request.finalize_fns)
+
+        def finish() -> None:
+            with _told_apart(folder, session):
+                for step in steps:
+                    step()
+            seal(folder, session)
+
+        request.finalize_fns[:] = [finish]
+        return request
 
     return save
 
 
-def seal(folder: Path, session: Session) -> None:
-    """Writes the manifest. All ranks call it, when all files are there."""
-    names = _share(sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST), session)
-    parts: list[Any] = [None] * session.layout.world_size
-    dist.all_gather_object(parts, {name: _sha256(folder / name) for name in names}, group=session.control)
+def going_on(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    """``megatron.training.training.save_checkpoint``, for a run that trains on when it fails."""
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except SaveFailed as error:
+            if session.rank == 0:
+                print(f"hetermoe: warning: {error}; training goes on", flush=True)
+            return None
+
+    return save_checkpoint
+
+
+@contextmanager
+def _told_apart(folder: Path, session: Session) -> Iterator[None]:
+    """Turns what a save raises into words: what all ranks raise, since one of them could not write, into SaveFailed."""
+    try:
+        yield
+    except CheckpointException as error:
+        failures = {rank: str(failure[0]) for rank, failure in error.failures.items()}  # known to rank 0 only
+        _give_up(folder, failures, session)
+    except OSError as error:  # of rank 0 alone, as it completes the checkpoint; it ends, and so the others do
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(errno.ENOSPC, f"no space is left for the checkpoint in {folder}; make space and start again: "
+                                    f"{_last_whole(folder)} is the last one that is whole") from error
+
+
+def _give_up(folder: Path, failures: dict[int, str], session: Session) -> None:
+    """Raises SaveFailed, with what rank 0 knows; before, the half-written checkpoint goes, since it takes space."""
+    said = [None]
     if session.rank == 0:
-        files = {name: digest for part in parts for name, digest in part.items()}
-        _replace(folder / MANIFEST, json.dumps({"algorithm": "sha256", "files": files}, indent=2))
+        whose = "; ".join(f"rank {rank} ({session.layout.role(rank)}): {_plain(text)}"
+                          for rank, text in sorted(failures.items()))
+        if _last_whole(folder) != folder.name:
+            shutil.rmtree(folder, ignore_errors=True)
+        said = [f"the checkpoint {folder.name} could not be written to {folder.parent}: {whose}. "
+                f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free there now; make space, or save elsewhere "
+                f"(--save). The last one that is whole is {_last_whole(folder)}"]
+    dist.broadcast_object_list(said, src=0, group=session.control)
+    raise SaveFailed(said)
+
+
+def _plain(text: str) -> str:
+    """An error of a writing thread without what Megatron puts around it. Of some it passes on the class only."""
+    text = " ".join(text.split()).removeprefix("Worker failure: ")
+    if match := re.search(r"error: <class '(\w+)'>", text):
+        return f"{match[1]}, of which this rank's log says more"
+    return re.sub(r"\[Errno \d+\] ", "", text)[:300]
+
+
+def _last_whole(folder: Path) -> str:
+    """What the tracker beside a checkpoint names."""
+    try:
+        text = (folder.parent / TRACKER).read_text(encoding="utf-8").strip()
+    except OSError:
+        return "none"
+    return _of(folder.parent, int(text)).name if text.isdecimal() else text or "none"
+
+
+def seal(folder: Path, session: Session) -> None:
+    """Writes the manifest. All ranks call it, when all files are there.
+
+    Raises:
+        SaveFailed: on all ranks, where one could not read its share or rank 0 could not write.
+    """
+    names = _share(sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST), session)
+    try:
+        mine, problem = {name: _sha256(folder / name) for name in names}, None
+    except OSError as error:
+        mine, problem = {}, str(error)
+    parts: list[Any] = [None] * session.layout.world_size
+    dist.all_gather_object(parts, (mine, problem), group=session.control)
+    failures = {rank: problem for rank, (_, problem) in enumerate(parts) if problem}
+    if session.rank == 0 and not failures:
+        files = {name: digest for part, _ in parts for name, digest in part.items()}
+        try:
+            _replace(folder / MANIFEST, json.dumps({"algorithm": "sha256", "files": files}, indent=2))
+        except OSError as error:
+            failures = {0: str(error)}
+    found = [failures]
+    dist.broadcast_object_list(found, src=0, group=session.control)
+    if found[0]:
+        _give_up(folder, found[0], session)
 
 
 def check_load(load: str | None, step: int | None, session: Session) -> None:
@@ -185,11 +270,3 @@ def _replace(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
-
-
-def _is_full(error: BaseException | None) -> bool:
-    """Whether a full disk is at the root of an error; torch's of a checkpoint holds those of other ranks as text."""
-    if error is None:
-        return False
-    full = os.strerror(errno.ENOSPC)
-    return getattr(error, "errno", None) == errno.ENOSPC or full in str(error) or _is_full(error.__cause__)

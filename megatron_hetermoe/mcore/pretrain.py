@@ -25,7 +25,7 @@ from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore import gpt, patches
 from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
-from megatron_hetermoe.mcore.checkpoints import check_load, sealing
+from megatron_hetermoe.mcore.checkpoints import check_load, going_on, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
@@ -173,6 +173,9 @@ def _replacements(
     def save(original: Any) -> Any:
         return sealing(original, session)
 
+    def save_checkpoint(original: Any) -> Any:
+        return going_on(original, session) if flags.on_save_failure == "continue" else original
+
     training = "megatron.training.training"
     distributed = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
     return {
@@ -182,4 +185,5 @@ def _replacements(
         f"{distributed}._set_main_param_and_optimizer_states": with_step,
         "megatron.core.datasets.utils.compile_helpers": without_makefile,
         "megatron.core.dist_checkpointing.save": save,
+        f"{training}.save_checkpoint": save_checkpoint,
     }

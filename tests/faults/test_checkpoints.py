@@ -83,6 +83,26 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def test_saves_in_the_background_are_sealed_too(saved, tmp_path):
+    train(tmp_path, save=tmp_path / "run", save_interval=2, async_save=True, async_strategy="mcore")
+    assert (tmp_path / "run" / TRACKER).read_text() == "6"
+    test_a_save_lists_all_its_files((tmp_path / "run", None))
+    (tmp_path / "run" / TRACKER).write_text("4")
+    resumed(tmp_path, tmp_path / "run", saved[1], 4)
+
+
+@pytest.mark.parametrize(
+    "hetermoe, flags, said",
+    [([], {"async_strategy": "nvrx"}, "needs nvidia-resiliency-ext, which is not installed"),
+     (["--hetermoe-on-save-failure", "continue"], {"async_strategy": "mcore"}, "leave one out"),
+     (["--hetermoe-on-save-failure", "never"], {}, "it must be one of stop, continue")],
+)
+def test_saves_that_are_refused(tmp_path, hetermoe, flags, said):
+    run = run_ranks([*LAYOUT, *hetermoe, *tiny(global_batch_size=2, async_save=True, save=tmp_path / "run", **flags)], 2,
+                    cwd=tmp_path)
+    assert run.exit_codes == [2, 2] and said in run.output[0], run.output[0][-2000:]
+
+
 @pytest.mark.parametrize("damage", [flip, cut, lambda path: path.unlink()], ids=["flip", "cut", "missing"])
 @pytest.mark.parametrize("name", ["__1_0.distcp", pytest.param(".metadata", marks=pytest.mark.slow)])
 def test_damage_is_named_and_the_one_before_offered(copy, tmp_path, damage, name):
@@ -107,10 +127,3 @@ def test_no_checkpoint_is_whole(copy, tmp_path):
     (copy / TRACKER).write_text("")
     run = train(tmp_path, load=copy, check=False)
     assert run.exit_codes == [2, 2] and f"no checkpoint in {copy} is whole" in run.output[0]
-
-
-def test_a_full_disk_ends_the_save_with_a_message(tmp_path):
-    run = train(tmp_path, fault="full:1:save-files:2", check=False, save=tmp_path / "run", save_interval=2)
-    assert all(run.exit_codes)
-    assert "no space is left for the checkpoint in" in "".join(run.output)
-    assert (tmp_path / "run" / TRACKER).read_text() == "2"
