@@ -99,6 +99,7 @@ def disaggregated_arguments(
             _check_step(args, plan, problems)
     _check_saves(args, flags, problems)
     _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
+    _check_warm_up(args, problems)
     try:
         check_args(args)
     except UsageError as error:
@@ -233,6 +234,18 @@ def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems
             near = f"{lower} or {lower + together}" if lower else str(together)
             problems.add(f"{name} {batch} does not divide by micro batch size {args.micro_batch_size} x "
                          f"{attention_ranks} attention ranks = {together}: take {near}")
+
+
+def _check_warm_up(args: argparse.Namespace, problems: Problems) -> None:
+    """The learning rate's warm-up must end before its decay; Megatron asserts it after the ranks have met."""
+    if args.lr_warmup_fraction is not None:
+        return
+    for unit in ("iters", "samples"):
+        warm_up, decay, steps = (getattr(args, f"{name}_{unit}") for name in ("lr_warmup", "lr_decay", "train"))
+        end, flag = (decay, "lr-decay") if decay else (steps, "train")
+        if end and warm_up >= end:
+            problems.add(f"--lr-warmup-{unit} {warm_up} does not end before --{flag}-{unit} {end}: make it smaller, or "
+                         "give --lr-warmup-fraction")
 
 
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:

@@ -83,6 +83,8 @@ def test_placements(tmp_path, placement, document, said):
         ([*OURS, *tiny(moe_router_topk=1)], "Please use --moe-router-pre-softmax when topk is 1"),
         ([*OURS, *tiny(lr_decay_style="zigzag")], "zigzag"),
         ([*OURS, *tiny(tensor_model_parallel_size=2)], "--tensor-model-parallel-size above 1 is not supported"),
+        ([*OURS, *tiny(train_iters=5, lr_warmup_iters=5)],
+         "--lr-warmup-iters 5 does not end before --train-iters 5"),
         ([*OURS[1:], *tiny()], "without --hetermoe: add --hetermoe"),
         ([*OURS, "--hetermoe-schedule", "sequential", "--hetermoe-wave", "2", *tiny()], "contradicts"),
     ],
