@@ -33,6 +33,7 @@ from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
 from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.mcore.trust import SWITCH, load_weights_only
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.watch import Watch
@@ -72,7 +73,9 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
     patches.apply(_replacements(session, flags, recorder, watch.marks))
     watch.marks.enter("the check of the checkpoint")
-    check_load(args.load, args.ckpt_step, session)
+    if not load_weights_only() and session.rank == 0:
+        print(f"hetermoe: warning: {SWITCH} is off: a checkpoint may run a program as it is loaded", flush=True)
+    check_load(args, session)
     watch.marks.enter("start-up")
     config = pretrain_cfg_container_from_args(args, None)
     provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
