@@ -35,6 +35,7 @@ from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.schedule.tasks import Pass, Stream
 
 SLOW = 5.0  # seconds; longer than the time-out of the tests
+LATE = 0.3  # seconds
 STEP = 2  # the training step in which tasks are hit; the first one may be slow for reasons of its own
 
 
@@ -50,6 +51,17 @@ def _full() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def _delay_messages() -> None:
+    """From now on every message of this rank is late."""
+    original = Channel.exchange
+
+    def exchange(self: Any, *args: Any) -> None:
+        time.sleep(LATE)
+        original(self, *args)
+
+    Channel.exchange = exchange
+
+
 KINDS: dict[str, Callable[[], object]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": _stop,
@@ -57,6 +69,7 @@ KINDS: dict[str, Callable[[], object]] = {
     "exit": lambda: os._exit(7),
     "sys-exit": lambda: sys.exit(5),
     "full": _full,
+    "late": _delay_messages,
     "slow": lambda: time.sleep(SLOW),
     # Nothing else of the rank runs meanwhile, its heartbeat included: PyDLL keeps the interpreter's lock.
     "busy": lambda: ctypes.PyDLL(None).usleep(int(SLOW * 1e6)),

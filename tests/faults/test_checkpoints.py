@@ -64,13 +64,14 @@ def test_stock_megatron_accepts_the_manifest(saved, tmp_path):
        if (victim, moment) not in {(0, "save-tracker"), (1, "save-files")}
        and (victim == 0 or moment not in ("save-written", "save-sealing", "save-tracker")))],
 )
-def test_a_kill_during_a_save_leaves_one_to_go_on_from(saved, tmp_path, victim, moment):
+def test_a_kill_during_a_save_leaves_one_to_go_on_from(saved, tmp_path, summary, victim, moment):
     """Killed in the second save; the resume is exact, from whichever save was complete."""
     _, steps = saved
     run = train(tmp_path, fault=f"kill:{victim}:{moment}:2", check=False, save=tmp_path / "run", save_interval=2)
     assert run.exit_codes[victim] == -9 and run.exit_codes[1 - victim] == 3
     whole = 4 if moment in ("save-tracker", "save-done") else 2
     resumed(tmp_path, tmp_path / "run", steps, whole)
+    summary.append(("kill", ("attention", "expert")[victim], moment, 0.0, f"resumed exactly from step {whole}"))
 
 
 def flip(path):
