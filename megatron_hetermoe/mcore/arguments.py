@@ -107,6 +107,7 @@ def disaggregated_arguments(
     _check_saves(args, flags, problems)
     _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
     _check_warm_up(args, problems)
+    _check_sinkhorn(args, problems)
     try:
         check_args(args)
     except UsageError as error:
@@ -269,6 +270,13 @@ def _check_warm_up(args: argparse.Namespace, problems: Problems) -> None:
         if end and warm_up >= end:
             problems.add(f"--lr-warmup-{unit} {warm_up} does not end before --{flag}-{unit} {end}: make it smaller, or "
                          "give --lr-warmup-fraction")
+
+
+def _check_sinkhorn(args: argparse.Namespace, problems: Problems) -> None:
+    """Sinkhorn balances without a loss; Megatron asserts it in the first step."""
+    kinds, weights = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    if "sinkhorn" in (kinds if isinstance(kinds, list) else [kinds]) and weights not in (0, 0.0, [0.0], None):
+        problems.add(f"--moe-router-load-balancing-type sinkhorn does not take --moe-aux-loss-coeff {weights}: set it to 0")
 
 
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:

@@ -84,6 +84,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+@pytest.mark.slow
 def test_saves_in_the_background_are_sealed_too(saved, tmp_path):
     train(tmp_path, save=tmp_path / "run", save_interval=2, async_save=True, async_strategy="mcore")
     assert (tmp_path / "run" / TRACKER).read_text() == "6"

@@ -70,6 +70,7 @@ def test_the_loss_goes_on(tmp_path, killed, summary, optimizer, attention, exper
     summary.append(("lost", "both", f"{optimizer} {attention}+{expert}", 0.0, "resumed under another plan"))
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_only_its_layout_reads_is_named(tmp_path):
     """As Megatron saves the distributed optimizer where nothing is said."""
     model = {"train_iters": 2, "use_distributed_optimizer": True}

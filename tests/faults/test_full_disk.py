@@ -69,7 +69,8 @@ def test_the_run_goes_on(tmp_path, steps, summary, victim, moment):
     summary.append(("full", ROLES[victim], moment, 0.0, "all went on, saved at the next interval"))
 
 
-@pytest.mark.parametrize("going_on", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("going_on", [False, True])
 def test_a_checkpoint_that_rank_0_cannot_complete_ends_the_run(tmp_path, steps, going_on):
     run = train(tmp_path, fault="full:0:save-written:2", hetermoe=GOING_ON if going_on else (), save=tmp_path / "run",
                 save_interval=2)

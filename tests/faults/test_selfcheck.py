@@ -74,6 +74,7 @@ def test_the_message_is_named(tmp_path, fault, said, summary):
     summary.append(("corrupt", role, fault.split(":")[1], seconds, f"sender, receiver {receiver}, channel and task named"))
 
 
+@pytest.mark.slow
 def test_it_finds_nothing_in_a_sound_run(tmp_path):
     flags = tiny(train_iters=4)
     plain = run_ranks([*LAYOUT, *flags], 4, cwd=tmp_path).check()
