@@ -76,8 +76,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        f"one has died or stopped (default {STALL_TIMEOUT})")
     group.add_argument("--hetermoe-self-check", metavar="N", help="every N steps compare checksums of all that ranks "
                        "sent to each other with what came (default: never)")
-    group.add_argument("--hetermoe-on-save-failure", metavar="|".join(ON_SAVE_FAILURE), help="end the run (default), or "
-                       "go on training, when a checkpoint cannot be written")
+    group.add_argument("--hetermoe-on-save-failure", metavar="|".join(ON_SAVE_FAILURE), help="end the run (default), "
+                       "or go on training, when a checkpoint cannot be written")
 
 
 def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]:

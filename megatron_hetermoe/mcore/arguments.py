@@ -276,7 +276,8 @@ def _check_sinkhorn(args: argparse.Namespace, problems: Problems) -> None:
     """Sinkhorn balances without a loss; Megatron asserts it in the first step."""
     kinds, weights = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
     if "sinkhorn" in (kinds if isinstance(kinds, list) else [kinds]) and weights not in (0, 0.0, [0.0], None):
-        problems.add(f"--moe-router-load-balancing-type sinkhorn does not take --moe-aux-loss-coeff {weights}: set it to 0")
+        problems.add(f"--moe-router-load-balancing-type sinkhorn does not take --moe-aux-loss-coeff {weights}: "
+                     "set it to 0")
 
 
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:

@@ -1,4 +1,4 @@
-"""How evenly the router spreads tokens, said now and then: a router that has collapsed fills one GPU and idles others."""
+"""How evenly the router spreads tokens, said now and then: one that has collapsed fills one GPU and idles others."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class Load:
             tokens = sum(rows) / topk  # with capacity fewer, since what is dropped reaches no expert
             part = topk / len(rows)
             found += [
-                (got / tokens, ("expert", layer, expert), f"expert {expert} of layer {layer}, on {self._ranks(layer, expert)}, "
-                 f"gets {got / tokens:.0%} of all tokens, {got / tokens / part:.1f} times its part")
+                (got / tokens, ("expert", layer, expert),
+                 f"expert {expert} of layer {layer}, on {self._ranks(layer, expert)}, gets {got / tokens:.0%} of all tokens, "
+                 f"{got / tokens / part:.1f} times its part")
                 for expert, got in enumerate(rows) if tokens and got / tokens >= limit(part)
             ]
             idle = set(self._session.placement.holders_of(layer)) - {
@@ -90,5 +91,6 @@ class LoadWarnings:
         self._named.update(dict.fromkeys(uneven, step))
         if self._session.rank == 0:
             more = f"; and {len(new) - 1} more such" if len(new) > 1 else ""
-            print(f"hetermoe: warning: uneven load in step {step} since the start: {new[0]}{more}. A load-balancing loss or an "
-                  "expert bias (--moe-router-load-balancing-type, --moe-router-enable-expert-bias) evens it out", flush=True)
+            print(f"hetermoe: warning: uneven load in step {step} since the start: {new[0]}{more}. A load-balancing loss or "
+                  "an expert bias (--moe-router-load-balancing-type, --moe-router-enable-expert-bias) evens it out",
+                  flush=True)

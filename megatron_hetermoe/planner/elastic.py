@@ -82,8 +82,8 @@ def within_memory(found: Refit, cluster: Cluster, kinds: Mapping[str, Kind]) -> 
     wave = next((wave for wave in range(before, 0, -1) if not lacking(wave)), None)
     if wave is None:
         member, size = max(lacking(1).items(), key=lambda item: item[1])
-        raise UsageError([f"the model does not fit the ranks that are left: with {held[member]} experts of all layers a GPU "
-                          f"of {plan.pools[member]} lacks {size / 1e9:.1f} GB; more ranks are needed"])
+        raise UsageError([f"the model does not fit the ranks that are left: with {held[member]} experts of all layers a "
+                          f"GPU of {plan.pools[member]} lacks {size / 1e9:.1f} GB; more ranks are needed"])
     if wave == before:
         return found
     return Refit(replace(plan, wave=wave),
