@@ -166,9 +166,12 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
     missing = [flag for flag, value in required.items() if value is None]
     if missing:
         problems.add(f"{', '.join(missing)} missing: the model's shape must be given")
+    senseless = [f"{flag} is {value}" for flag, value in required.items() if value is not None and value < 1]
+    if senseless:
+        problems.add(f"{', '.join(senseless)}: each must be 1 or more")
     if not args.num_experts:
         problems.add("the model has no experts: --hetermoe is for mixture-of-experts models; give --num-experts")
-    if missing or not args.num_experts:
+    if missing or senseless or not args.num_experts:
         return None
     pattern = args.moe_layer_freq
     if isinstance(pattern, int):

@@ -21,8 +21,8 @@ class Refit:
     """A plan for other ranks.
 
     Attributes:
-        plan: for as many ranks of each role as ``plan`` says, which may be fewer than are there.
-        said: what is different, one sentence each; empty when nothing is.
+        plan: for as many ranks of each role as it says, which may be fewer than are there.
+        said: what is different, and which ranks stay idle, one sentence each.
     """
 
     plan: Plan
@@ -54,7 +54,7 @@ def refit(plan: Plan, attention_ranks: int, expert_ranks: int, microbatches: int
     changed = replace(plan, attention_ranks=a, expert_ranks=n, groups=groups, placement=placement, step=step,
                       pools=pools)
     said = _said(plan, changed, survivors, (attention_ranks, expert_ranks), microbatches)
-    return Refit(replace(changed, predicted=None) if said else plan, said)
+    return Refit(plan if changed == plan else replace(changed, predicted=None), said)
 
 
 def within_memory(found: Refit, cluster: Cluster, kinds: Mapping[str, Kind]) -> Refit:

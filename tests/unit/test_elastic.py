@@ -47,7 +47,7 @@ def test_any_ranks_give_a_valid_plan(case):
     assert now.attention_ranks <= attention and now.expert_ranks <= expert and microbatches % now.attention_ranks == 0
     Placement(now.placement, (now.attention_ranks + now.expert_ranks) // now.groups)
     assert [len(layer) for layer in now.placement] == [len(layer) for layer in before.placement]
-    assert (now == before) == (not found.said)
+    assert found.said or now == before
     if (attention, expert) == (before.attention_ranks, before.expert_ranks):
         assert now == before
 
