@@ -48,9 +48,14 @@ class Parity:
         return tiny(load=self.weights(**model), finetune=True, no_load_optim=True, no_load_rng=True, **model)
 
     def stock(self, world: int, **model: object) -> Run:
-        """Stock Megatron on so many ranks, as expert-parallel as the number of experts allows."""
+        """Stock Megatron on so many ranks, as tensor-parallel as ours and as expert-parallel as experts allow.
+
+        Experts are whole: where stock Megatron splits them it gathers uneven numbers of tokens, which gloo refuses.
+        """
         expert_parallel = world if int(model.get("num_experts", 8)) % world == 0 else 1
-        flags = self.flags(**{"expert_model_parallel_size": expert_parallel, **model})
+        flags = self.flags(**{
+            "expert_model_parallel_size": expert_parallel, **model, "expert_tensor_parallel_size": 1,
+        })
         key = (world, *flags)
         if key not in self._references:
             self._references[key] = run_ranks(flags, world, cwd=self.folder).check()

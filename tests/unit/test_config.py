@@ -119,7 +119,7 @@ def test_a_plan_file_decides_and_flags_may_only_agree(tmp_path):
         ({"colour": 1}, "unknown key 'colour'"),
         ({"placement": [[0, 1], "x"]}, "'placement'"),
         ({"model": {}}, "'layers' is missing"),
-        ({"placement": [[9] * 8] * 2}, "names holders beyond the 4 members"),
+        ({"placement": [[9] * 8] * 2}, "names holders beyond the 4 that a ZP group has"),
         ({"placement": [[2] * 8]}, "placement has [8] experts by layer, the model [8, 8]"),
         ({"groups": 0}, "0 ZP groups"),
     ],
