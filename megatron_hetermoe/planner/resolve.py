@@ -124,7 +124,12 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
         problems.add(f"the plan's wave is {plan.wave}; it must be from 1 on, or null for all of a step")
     if problems:
         return
-    holders = layout_of(plan).holders
+    layout = layout_of(plan)
+    holders = layout.holders
+    if layout.expert_tensor > 1 and any(holder < layout.m for layer in plan.placement for holder in layer):
+        problems.add(f"the placement has experts on attention ranks, where they are whole, and "
+                     f"--expert-tensor-parallel-size {layout.expert_tensor} splits the others; Megatron's checkpoints have "
+                     f"parts of one size only: place all experts on expert ranks, or leave the flag out")
     lengths = [len(layer) for layer in plan.placement]
     expected = [plan.model.experts if layer in plan.model.moe_layers else 0
                 for layer in range(1, plan.model.layers + 1)]
