@@ -14,6 +14,7 @@ from megatron_hetermoe.config.step import Prediction, Step
 FORMAT = 1
 SCHEDULES = ("zebra", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16")
+EXPERT_PRECISIONS = {"fp32": ("fp32",), "bf16": ("bf16", "fp16", "fp32"), "fp16": ("fp16",)}  # beside attention's
 ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
 EXPERT_KERNELS = ("auto", "sequential", "grouped")
 _PARTS = {kind.__name__: kind for kind in (ModelShape, Step, Prediction)}  # of a plan, each a mapping in its file
@@ -32,7 +33,8 @@ class Plan:
             (attention ranks 0 to M-1, then expert ranks M to M+N-1); empty for a layer without experts.
         schedule: one of SCHEDULES.
         wave: the most microbatches on the way together, None for all of a step.
-        attention_precision, expert_precision: dtype of each role's parameters, one of PRECISIONS.
+        attention_precision: of all parameters but the experts', one of PRECISIONS.
+        expert_precision: of the experts, whichever rank they are on, one of EXPERT_PRECISIONS.
         attention_kernel: one of ATTENTION_KERNELS, where there is no transformer-engine.
         expert_kernel: one of EXPERT_KERNELS: one expert after the other, or all as grouped matrix products.
         pools: for each member of a ZP group, the pool of the cluster file that it is of; empty when no cluster file
@@ -55,6 +57,11 @@ class Plan:
     pools: tuple[str, ...] = ()
     step: Step | None = None
     predicted: Prediction | None = None
+
+    @property
+    def has_loss_scale(self) -> bool:
+        """Whether gradients may overflow, on whatever rank."""
+        return "fp16" in (self.attention_precision, self.expert_precision)
 
     def to_json(self) -> str:
         """The plan as the text of a plan file."""

@@ -8,6 +8,7 @@ lays them out so itself. Nothing is copied.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -52,11 +53,6 @@ def grouped_obstacle(plan: Plan, has_biases: bool, capability: tuple[int, int] |
     return None if precision == "bf16" else f"torch's kernel is for bf16, experts are in {precision}"
 
 
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """A GPU's compute capability; None for the CPU."""
-    return torch.cuda.get_device_capability(device) if torch.empty(0, device=device).is_cuda else None
-
-
 def build_held(
     builder: Any, config: TransformerConfig, session: Session, layer: int, seed: int,
     pg_collection: ProcessGroupCollection,
@@ -69,11 +65,19 @@ def build_held(
     assert isinstance(builder, partial) and builder.func is SequentialMLP, builder
     kernel = session.plan.expert_kernel
     if kernel == "auto":
-        device = capability(session.device)
-        native = device is not None and grouped_obstacle(session.plan, config.add_bias_linear, device) is None
-        kernel = "grouped" if native else "sequential"
+        kernel = "grouped" if _is_native(session, config.add_bias_linear) else "sequential"
     kind = GroupedExperts if kernel == "grouped" else HeldExperts
+    config = copy(config)
+    config.params_dtype = session.expert_dtype
+    config.fp16, config.bf16 = config.params_dtype is torch.float16, config.params_dtype is torch.bfloat16
     return kind(config, builder.keywords["submodules"], layer, session.held(layer), seed, pg_collection)
+
+
+def _is_native(session: Session, has_biases: bool) -> bool:
+    """Whether this rank's GPU has the kernel for the plan's experts."""
+    if not torch.empty(0, device=session.device).is_cuda:
+        return False
+    return grouped_obstacle(session.plan, has_biases, torch.cuda.get_device_capability(session.device)) is None
 
 
 class GroupedExperts(HeldExperts):

@@ -15,6 +15,9 @@ from megatron_hetermoe.topology.layout import ATTENTION, Layout
 from megatron_hetermoe.topology.placement import Placement
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass(frozen=True, eq=False)
 class Session:
     """One rank's view of the run. Made once, before Megatron sets anything up.
@@ -41,6 +44,16 @@ class Session:
     @cached_property
     def placement(self) -> Placement:
         return Placement(self.plan.placement, self.layout.m + self.layout.n)
+
+    @property
+    def expert_dtype(self) -> torch.dtype:
+        """Of experts, on whatever rank."""
+        return DTYPES[self.plan.expert_precision]
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Of tokens on the channels: the experts', or attention's where that is smaller."""
+        return min(self.expert_dtype, DTYPES[self.plan.attention_precision], key=lambda dtype: dtype.itemsize)
 
     @property
     def role(self) -> str:

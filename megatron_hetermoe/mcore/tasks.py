@@ -123,7 +123,8 @@ class AttentionTasks:
             return
         tokens, probs = result
         self.numbers.sent(task.layer, task.microbatch, tokens)
-        self.transfers.route(task, layer.dispatch_state.counts, tokens.detach(), probs.detach())
+        tokens = _sent_as(tokens, self.transfers.dtype)
+        self.transfers.route(task, layer.dispatch_state.counts, tokens, probs.detach())
 
     def _begin(self, task: Task) -> tuple[_Microbatch, torch.Tensor]:
         """Reads the microbatch, makes its nodes and runs the embedding."""
@@ -138,7 +139,7 @@ class AttentionTasks:
         if layer in self._moe_layers:
             routed = self.transfers.owned[layer, number]
             self.numbers.came(layer, number, routed)
-            outputs, routed.outputs = routed.outputs, None
+            outputs, routed.outputs = routed.outputs.to(self.inputs.config.params_dtype), None
             if self.inputs.forward_only:
                 del self.transfers.owned[layer, number]
             else:
@@ -187,7 +188,8 @@ class AttentionTasks:
         layer = microbatch.tasks.layer(task.layer)
         if layer.has_experts:
             routed = self.transfers.owned.pop((task.layer, task.microbatch))
-            grad = layer.pre_dispatch_computation.backward((routed.token_grads, routed.prob_grads))
+            token_grads = routed.token_grads.to(self.inputs.config.params_dtype)
+            grad = layer.pre_dispatch_computation.backward((token_grads, routed.prob_grads))
         else:
             grad, microbatch.grad = microbatch.grad, None
             grad = layer.pre_dispatch_computation.backward(grad)
@@ -198,7 +200,7 @@ class AttentionTasks:
         """The end of the layer before; what it returns is the experts' to continue with, where there are some."""
         grad = microbatch.tasks.layer(layer).end.backward(grad)
         if layer in self._moe_layers:
-            self.transfers.owned[layer, number].output_grads = grad
+            self.transfers.owned[layer, number].output_grads = grad.to(self.transfers.dtype)
         else:
             microbatch.grad = grad
 
@@ -233,17 +235,28 @@ class ExpertTasks:
             run = partial(rerun, run)
         node = ScheduleNode(run, get_comp_stream, torch.cuda.Event(), name="experts")
         wants_grad = not self.inputs.forward_only
-        outputs = node.forward((routed.tokens.requires_grad_(wants_grad), routed.probs.requires_grad_(wants_grad)))
-        routed.outputs, routed.tokens, routed.probs = outputs.detach(), None, None
+        tokens = routed.tokens.to(experts.dtype)
+        outputs = node.forward((tokens.requires_grad_(wants_grad), routed.probs.requires_grad_(wants_grad)))
+        routed.outputs, routed.tokens, routed.probs = _sent_as(outputs, self.transfers.dtype), None, None
         if wants_grad:
             self._nodes[task.layer, task.microbatch] = node
 
     def _backward(self, task: Task) -> None:
         routed = self.transfers.held[task.layer, task.microbatch]
         node = self._nodes.pop((task.layer, task.microbatch))
-        grads, routed.output_grads = routed.output_grads, None
+        grads, routed.output_grads = routed.output_grads.to(self.experts(task.layer).dtype), None
         with self.inputs.gradient_sync(task):
-            routed.token_grads, routed.prob_grads = node.backward(grads)
+            token_grads, routed.prob_grads = node.backward(grads)
+        routed.token_grads = token_grads.to(self.transfers.dtype)
+
+
+def _sent_as(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A node's result in the precision in which it is sent. Where that is a copy, the result's storage is freed: from
+    here on its shape is read only, by the backward of what made it."""
+    sent = result.detach().to(dtype)
+    if sent.dtype != result.dtype:
+        result.untyped_storage().resize_(0)
+    return sent
 
 
 def _run_sorted(

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
-from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, SCHEDULES, Plan, plan_from_json
+from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, Plan, plan_from_json
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.layout import Layout, layout_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document
@@ -18,6 +18,7 @@ from megatron_hetermoe.topology.placement import even_placement, placement_from_
 _PLANNED = {
     "attention_ranks": "attention_ranks", "expert_ranks": "expert_ranks", "groups": "groups", "schedule": "schedule",
     "wave": "wave", "attention": "attention_kernel", "experts": "expert_kernel",
+    "expert_precision": "expert_precision",
 }
 
 
@@ -73,7 +74,7 @@ def _from_flags(
         placement = placement_from_document(_read_yaml(flags.placement), shape, layout, flags.placement)
     return Plan(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
-        flags.wave, precision, precision, flags.attention or "auto", flags.experts or "auto",
+        flags.wave, precision, flags.expert_precision or precision, flags.attention or "auto", flags.experts or "auto",
     )
 
 
@@ -91,10 +92,9 @@ def _from_file(flags: Flags, shape: ModelShape, precision: str, problems: Proble
     ]
     if differing:
         problems.add(f"{flags.plan} is for another model ({'; '.join(differing)}): make a plan for this one")
-    for role in ("attention", "expert"):
-        planned = getattr(plan, f"{role}_precision")
-        if planned != precision:
-            problems.add(f"{flags.plan} has {role} ranks in {planned}, Megatron's flags say {precision}: change one")
+    if plan.attention_precision != precision:
+        problems.add(f"{flags.plan} has attention in {plan.attention_precision}, Megatron's flags say {precision}: "
+                     f"change one")
     return plan
 
 
@@ -105,6 +105,10 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
     _check_world(plan.attention_ranks, plan.expert_ranks, world_size, problems)
     if plan.schedule not in SCHEDULES:
         problems.add(f"the plan's schedule is {plan.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+    beside = EXPERT_PRECISIONS.get(plan.attention_precision, ())
+    if plan.expert_precision not in beside:
+        problems.add(f"experts in {plan.expert_precision} beside attention in {plan.attention_precision} are not supported: "
+                     f"{PREFIX}-expert-precision may be {' or '.join(beside)} there")
     for role, kernel, allowed in (
         ("attention", plan.attention_kernel, ATTENTION_KERNELS), ("expert", plan.expert_kernel, EXPERT_KERNELS),
     ):
