@@ -17,6 +17,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 EXPERT_PRECISIONS = {"fp32": ("fp32",), "bf16": ("bf16", "fp16", "fp32"), "fp16": ("fp16",)}  # beside attention's
 ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
 EXPERT_KERNELS = ("auto", "sequential", "grouped")
+WEIGHT_GRADIENTS = ("together", "delayed")
 _PARTS = {kind.__name__: kind for kind in (ModelShape, Step, Prediction)}  # of a plan, each a mapping in its file
 
 
@@ -37,6 +38,7 @@ class Plan:
         expert_precision: of the experts, whichever rank they are on, one of EXPERT_PRECISIONS.
         attention_kernel: one of ATTENTION_KERNELS, where there is no transformer-engine.
         expert_kernel: one of EXPERT_KERNELS: one expert after the other, or all as grouped matrix products.
+        weight_gradients: one of WEIGHT_GRADIENTS: with those of activations, or in tasks of their own after these.
         pools: for each member of a ZP group, the pool of the cluster file that it is of; empty when no cluster file
             was there.
         step: the step that was planned for, None when nothing was predicted.
@@ -54,9 +56,15 @@ class Plan:
     expert_precision: str = "fp32"
     attention_kernel: str = "auto"
     expert_kernel: str = "auto"
+    weight_gradients: str = "together"
     pools: tuple[str, ...] = ()
     step: Step | None = None
     predicted: Prediction | None = None
+
+    @property
+    def delayed(self) -> bool:
+        """Whether schedules have W tasks."""
+        return self.weight_gradients == "delayed"
 
     @property
     def has_loss_scale(self) -> bool:

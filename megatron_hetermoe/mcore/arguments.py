@@ -102,6 +102,11 @@ def disaggregated_arguments(
         if plan is not None:
             for problem in device_problems(plan, args.add_bias_linear, capabilities_here(args)):
                 problems.add(problem)
+            if plan.delayed and args.tensor_model_parallel_size > 1:
+                problems.add("--hetermoe-weight-gradients delayed is not supported with tensor parallelism: leave it out")
+            if plan.delayed and args.transformer_impl != "local":
+                problems.add(f"--hetermoe-weight-gradients delayed is for --transformer-impl local, this is "
+                             f"{args.transformer_impl}: change one")
             if args.loss_scale and plan.expert_precision == "fp32" != plan.attention_precision:
                 problems.add("--loss-scale is not supported with experts in fp32: leave it out")
     _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)

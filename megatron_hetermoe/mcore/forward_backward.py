@@ -17,6 +17,7 @@ from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, Numbers, report
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
+from megatron_hetermoe.mcore.weights import WeightGradients, delay
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
@@ -42,6 +43,7 @@ class ForwardBackward:
         self._recorder = recorder
         self._streams = streams_for(session.device)
         self._recorded = streams_for(session.device, recorder.observe) if recorder else self._streams
+        self._weights: WeightGradients | None = None
         self._schedules: dict[tuple[int, bool], tuple[Schedule, MemberSchedule]] = {}
 
     def __call__(
@@ -65,7 +67,7 @@ class ForwardBackward:
         inputs = StepInputs(
             unwrap_model(wrapped), config, schedule, forward_step_func,
             data_iterator[0] if isinstance(data_iterator, list) else data_iterator,
-            forward_only, collect_non_loss_data,
+            forward_only, collect_non_loss_data, None if forward_only else self._delayed(wrapped),
         )
         self._marks.enter("evaluation" if forward_only else "a training step")
         numbers = Numbers(self._session, get_args().check_for_nan_in_loss_and_grad and not forward_only)
@@ -86,6 +88,13 @@ class ForwardBackward:
         shared = share_losses(losses, self._session)
         self._marks.enter("what follows an evaluation step" if forward_only else "what follows a step's gradients")
         return shared
+
+    def _delayed(self, wrapped: Any) -> WeightGradients | None:
+        """What W tasks do, if there are any. The model is told once, when it has all its wrappers."""
+        if self._session.plan.delayed and self._weights is None:
+            self._weights = WeightGradients()
+            delay(unwrap_model(wrapped), self._weights)
+        return self._weights
 
     def _finalize(self, wrapped: Any, tokens: torch.Tensor, force_all_reduce: bool) -> None:
         """After a training step's last task: Megatron's reduction of gradients."""

@@ -83,5 +83,5 @@ class Session:
         """The ZP group's schedule for so many microbatches of each attention rank."""
         return build(
             self.plan.schedule, self.plan.model.layers, self.placement, self.layout.m, microbatches, self.plan.wave,
-            forward_only,
+            forward_only, self.plan.delayed,
         )

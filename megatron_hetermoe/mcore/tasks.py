@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from megatron_hetermoe.mcore.attention import ModelTasks, PlanningModel
 from megatron_hetermoe.mcore.experts import HeldExperts
 from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.recompute import experts_again, rerun
+from megatron_hetermoe.mcore.weights import WeightGradients
 from megatron_hetermoe.runtime.executor import Table
 from megatron_hetermoe.runtime.transfers import Routed, Transfers
 from megatron_hetermoe.schedule.orders import Schedule
@@ -35,6 +36,7 @@ class StepInputs:
         data_iterator: of this rank; None on expert ranks.
         forward_only: evaluation.
         collect_non_loss_data: passed through to the loss function.
+        delayed: what W tasks do; None without them.
     """
 
     model: Any
@@ -44,6 +46,7 @@ class StepInputs:
     data_iterator: Iterator[Any] | None
     forward_only: bool
     collect_non_loss_data: bool
+    delayed: WeightGradients | None = None
 
     @property
     def microbatches(self) -> int:
@@ -54,6 +57,17 @@ class StepInputs:
         if self.config.no_sync_func is None or task.microbatch == self.schedule.last_microbatch:
             return nullcontext()
         return self.config.no_sync_func()
+
+    @contextmanager
+    def backward_of(self, task: Task) -> Iterator[None]:
+        """What a backward task runs in."""
+        with self.gradient_sync(task), self.delayed.left_by(task) if self.delayed else nullcontext():
+            yield
+
+    def weights(self, task: Task) -> None:
+        """A W task."""
+        with self.gradient_sync(task):
+            self.delayed.run(task)
 
 
 @dataclass
@@ -102,7 +116,10 @@ class AttentionTasks:
 
     def table(self) -> Table:
         """What the executor calls for A tasks."""
-        return {(Kind.ATTENTION, Pass.FORWARD): self._forward, (Kind.ATTENTION, Pass.BACKWARD): self._backward}
+        return {
+            (Kind.ATTENTION, Pass.FORWARD): self._forward, (Kind.ATTENTION, Pass.BACKWARD): self._backward,
+            (Kind.ATTENTION, Pass.WEIGHT): self.inputs.weights,
+        }
 
     def _forward(self, task: Task) -> None:
         set_current_microbatch(self.inputs.model, task.microbatch)
@@ -162,7 +179,7 @@ class AttentionTasks:
         self.tokens += tokens
 
     def _backward(self, task: Task) -> None:
-        with self.inputs.gradient_sync(task):
+        with self.inputs.backward_of(task):
             microbatch = self._microbatches[task.microbatch]
             if task.layer > self._layers:
                 grad = self._head_backward(microbatch)
@@ -224,7 +241,10 @@ class ExpertTasks:
 
     def table(self) -> Table:
         """What the executor calls for E tasks."""
-        return {(Kind.EXPERT, Pass.FORWARD): self._forward, (Kind.EXPERT, Pass.BACKWARD): self._backward}
+        return {
+            (Kind.EXPERT, Pass.FORWARD): self._forward, (Kind.EXPERT, Pass.BACKWARD): self._backward,
+            (Kind.EXPERT, Pass.WEIGHT): self.inputs.weights,
+        }
 
     def _forward(self, task: Task) -> None:
         """Runs the experts; without a token too, since gradients of all experts are reduced together."""
@@ -245,7 +265,7 @@ class ExpertTasks:
         routed = self.transfers.held[task.layer, task.microbatch]
         node = self._nodes.pop((task.layer, task.microbatch))
         grads, routed.output_grads = routed.output_grads.to(self.experts(task.layer).dtype), None
-        with self.inputs.gradient_sync(task):
+        with self.inputs.backward_of(task):
             token_grads, routed.prob_grads = node.backward(grads)
         routed.token_grads = token_grads.to(self.transfers.dtype)
 

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
-from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, Plan, plan_from_json
+from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS, Plan, plan_from_json
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.layout import Layout, layout_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document
@@ -18,7 +18,7 @@ from megatron_hetermoe.topology.placement import even_placement, placement_from_
 _PLANNED = {
     "attention_ranks": "attention_ranks", "expert_ranks": "expert_ranks", "groups": "groups", "schedule": "schedule",
     "wave": "wave", "attention": "attention_kernel", "experts": "expert_kernel",
-    "expert_precision": "expert_precision",
+    "expert_precision": "expert_precision", "weight_gradients": "weight_gradients",
 }
 
 
@@ -75,6 +75,7 @@ def _from_flags(
     return Plan(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
         flags.wave, precision, flags.expert_precision or precision, flags.attention or "auto", flags.experts or "auto",
+        flags.weight_gradients or "together",
     )
 
 
@@ -109,11 +110,12 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
     if plan.expert_precision not in beside:
         problems.add(f"experts in {plan.expert_precision} beside attention in {plan.attention_precision} are not supported: "
                      f"{PREFIX}-expert-precision may be {' or '.join(beside)} there")
-    for role, kernel, allowed in (
-        ("attention", plan.attention_kernel, ATTENTION_KERNELS), ("expert", plan.expert_kernel, EXPERT_KERNELS),
+    for name, allowed in (
+        ("attention_kernel", ATTENTION_KERNELS), ("expert_kernel", EXPERT_KERNELS),
+        ("weight_gradients", WEIGHT_GRADIENTS),
     ):
-        if kernel not in allowed:
-            problems.add(f"the plan's {role}_kernel is {kernel!r}; it must be one of {', '.join(allowed)}")
+        if getattr(plan, name) not in allowed:
+            problems.add(f"the plan's {name} is {getattr(plan, name)!r}; it must be one of {', '.join(allowed)}")
     if plan.wave is not None and plan.wave < 1:
         problems.add(f"the plan's wave is {plan.wave}; it must be from 1 on, or null for all of a step")
     if problems:
