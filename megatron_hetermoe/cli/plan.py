@@ -16,8 +16,8 @@ from megatron_hetermoe.config.recipe import load_recipe, override
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
-NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism, CPU offload of the optimizer and precision by role " \
-               "were not searched; routing is taken to be balanced"
+NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism and CPU offload of the optimizer were not searched; " \
+               "routing is taken to be balanced"
 _RUNNERS_UP = 5
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_hetermoe.config.errors import Problems
-from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, SCHEDULES
+from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS
 
 PREFIX = "--hetermoe"
 STALL_TIMEOUT = 30  # seconds
@@ -29,6 +29,8 @@ class Flags:
         wave: the most microbatches on the way together.
         attention: one of ``config.plan.ATTENTION_KERNELS``.
         experts: one of ``config.plan.EXPERT_KERNELS``.
+        expert_precision: one of ``config.plan.PRECISIONS``.
+        weight_gradients: one of ``config.plan.WEIGHT_GRADIENTS``.
         plan: plan file, in place of the flags above or beside ones that agree with it.
         trace: folder to record task times into.
         stall_timeout: seconds within which all ranks end after one has died or stopped.
@@ -43,6 +45,8 @@ class Flags:
     wave: int | None = None
     attention: str | None = None
     experts: str | None = None
+    expert_precision: str | None = None
+    weight_gradients: str | None = None
     plan: str | None = None
     trace: str | None = None
     stall_timeout: int | None = None
@@ -65,6 +69,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        help="attention where there is no transformer-engine: torch's kernels, or Megatron's own")
     group.add_argument("--hetermoe-experts", metavar="|".join(EXPERT_KERNELS), help="experts of a rank one after the "
                        "other, or as grouped matrix products (default: where the GPU has them)")
+    group.add_argument("--hetermoe-expert-precision", metavar="|".join(PRECISIONS), help="of the experts beside "
+                       "attention in bf16, for GPUs without bf16 (default: that of all else)")
+    group.add_argument("--hetermoe-weight-gradients", metavar="|".join(WEIGHT_GRADIENTS), help="with those of "
+                       "activations (default), or after these have gone out")
     group.add_argument("--hetermoe-plan", metavar="FILE", help="plan.json of an earlier run or of `hetermoe plan`")
     group.add_argument("--hetermoe-trace", metavar="DIR", help="record every task's start and end there")
     group.add_argument("--hetermoe-stall-timeout", metavar="SECONDS", help="all ranks end within so many seconds after "
@@ -95,9 +103,10 @@ def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[st
     flags = Flags(**values)
     for name, allowed in (
         ("schedule", SCHEDULES), ("attention", ATTENTION_KERNELS), ("experts", EXPERT_KERNELS),
+        ("expert_precision", PRECISIONS), ("weight_gradients", WEIGHT_GRADIENTS),
     ):
         if getattr(flags, name) not in (None, *allowed):
-            problems.add(f"{PREFIX}-{name} is {getattr(flags, name)!r}; it must be one of {', '.join(allowed)}")
+            problems.add(f"{PREFIX}-{name.replace('_', '-')} is {getattr(flags, name)!r}; it must be one of {', '.join(allowed)}")
     given = [f"{PREFIX}-{name.replace('_', '-')}" for name, value in vars(flags).items()
              if name != "enabled" and value is not None]
     if given and not flags.enabled:

@@ -17,11 +17,11 @@ from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, Numbers, report
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
+from megatron_hetermoe.mcore.weights import WeightGradients, delay
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.streams import streams_for
-from megatron_hetermoe.runtime.transfers import Transfers
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
 
 
@@ -42,6 +42,7 @@ class ForwardBackward:
         self._recorder = recorder
         self._streams = streams_for(session.device)
         self._recorded = streams_for(session.device, recorder.observe) if recorder else self._streams
+        self._weights: WeightGradients | None = None
         self._schedules: dict[tuple[int, bool], tuple[Schedule, MemberSchedule]] = {}
 
     def __call__(
@@ -65,7 +66,7 @@ class ForwardBackward:
         inputs = StepInputs(
             unwrap_model(wrapped), config, schedule, forward_step_func,
             data_iterator[0] if isinstance(data_iterator, list) else data_iterator,
-            forward_only, collect_non_loss_data,
+            forward_only, collect_non_loss_data, None if forward_only else self._delayed(wrapped),
         )
         self._marks.enter("evaluation" if forward_only else "a training step")
         numbers = Numbers(self._session, get_args().check_for_nan_in_loss_and_grad and not forward_only)
@@ -86,6 +87,13 @@ class ForwardBackward:
         shared = share_losses(losses, self._session)
         self._marks.enter("what follows an evaluation step" if forward_only else "what follows a step's gradients")
         return shared
+
+    def _delayed(self, wrapped: Any) -> WeightGradients | None:
+        """What W tasks do, if there are any. The model is told once, when it has all its wrappers."""
+        if self._session.plan.delayed and self._weights is None:
+            self._weights = WeightGradients()
+            delay(unwrap_model(wrapped), self._weights)
+        return self._weights
 
     def _finalize(self, wrapped: Any, tokens: torch.Tensor, force_all_reduce: bool) -> None:
         """After a training step's last task: Megatron's reduction of gradients."""
@@ -110,10 +118,7 @@ class ForwardBackward:
 
     def _run(self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
-        transfers = Transfers(
-            session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
-            config.params_dtype, session.device, tuple(map(session.layout.members_of, range(session.layout.holders))),
-        )
+        transfers = session.transfers(config.hidden_size)
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:

@@ -70,9 +70,14 @@ class Priced:
         )
         return Plan(
             group.shape, option.m * option.groups, option.n * option.groups, option.groups,
-            placement_of(self.assignment.experts).holders, "zebra", self.wave, group.precision, group.precision,
+            placement_of(self.assignment.experts).holders, "zebra", self.wave, group.precision, _expert_precision(group),
             pools=tuple(seat.pool.name for seat in group.seats), step=group.step, predicted=prediction,
         )
+
+
+def _expert_precision(group: GroupCosts) -> str:
+    """That of all else, but fp16 where a rank for experts has no bf16."""
+    return "fp16" if group.precision == "bf16" and not all(seat.kind.bf16 for seat in group.seats) else group.precision
 
 
 def _members(group: GroupCosts, role: str) -> range:
