@@ -110,7 +110,7 @@ def search(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thor
         thorough: whether placements are searched in full.
     """
     considered = list(options(question, cluster, kinds))
-    fitting = [option for option in considered if option.wave]
+    fitting = [option for option in considered if option.fits(1)]
     # Copies of a layout with more ZP groups have the same bound; the smaller groups waste less on what does not divide.
     fitting.sort(key=lambda option: (-float(f"{option.bound:.2g}"), option.group.members, -option.bound))
     priced: list[Priced] = []
@@ -155,10 +155,8 @@ def _best_wave(option: Option) -> list[Priced]:
     ramps, but leaves more room for experts where they are done sooner."""
     total = option.group.step.microbatches
     priced: list[Priced] = []
-    for count in range(-(-total // option.wave), total + 1):
-        wave = -(-total // count)
-        if priced and wave == priced[-1].wave:
-            continue
+    # Waves are as equal as can be, so only these sizes differ.
+    for wave in sorted({-(-total // count) for count in range(-(-total // option.wave), total + 1)}, reverse=True):
         found = _price(option, wave, thorough=False)
         if found is None:
             continue
