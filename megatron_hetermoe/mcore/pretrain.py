@@ -78,7 +78,7 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
     provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
     provider.is_distributed = True
     pretrain(
-        config, provider, ModelType.encoder_or_decoder, gpt.forward_step, model_provider=_model_provider(args, session)
+        config, provider, ModelType.encoder_or_decoder, gpt.forward_step, model_provider=model_provider(args, session)
     )
     # A rank that leaves early takes down those that still talk to it.
     watch.marks.enter("the end of all ranks")
@@ -122,7 +122,7 @@ def announce(session: Session) -> None:
     print("hetermoe plan: " + json.dumps({"schedule": plan.schedule, "wave": plan.wave, "ranks": ranks}), flush=True)
 
 
-def _model_provider(args: argparse.Namespace, session: Session) -> Callable[..., Any]:
+def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., Any]:
     """What builds this rank's part of the model, in Megatron's form of a provider."""
 
     def provide(

@@ -1,7 +1,7 @@
-"""One rank of a benchmark: ``rank.py RECORD KERNEL FLAGS...`` trains and writes the seconds and loss of each step.
+"""One rank of a benchmark: ``rank.py RECORD KERNEL SECONDS FLAGS...`` trains and writes the seconds and loss of each step.
 
 With ``--hetermoe`` among the flags it is the plugin's run, without it stock Megatron's, whose own attention is replaced by
-the same kernel, so that no kernel of ours is measured against none.
+KERNEL, which the plugin's flags name, so that no kernel of ours is measured against none.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def run_stock(flags: list[str], kernel: str) -> None:
 
 
 def main() -> int:
-    record, kernel, *flags = sys.argv[1:]
+    record, kernel, limit, *flags = sys.argv[1:]
     # A hang ends with the stacks of all threads in the log.
-    faulthandler.dump_traceback_later(float(os.environ["BENCH_RANK_SECONDS"]), exit=True)
+    faulthandler.dump_traceback_later(float(limit), exit=True)
     record_steps(Path(f"{record}.{os.environ['RANK']}"))
     if "--hetermoe" in flags:
-        return pretrain_gpt.main([*flags, "--hetermoe-attention", kernel])
+        return pretrain_gpt.main(flags)
     run_stock(flags, kernel)
     return 0
 
