@@ -30,6 +30,7 @@ class Flags:
         attention: one of ``config.plan.ATTENTION_KERNELS``.
         plan: plan file, in place of the flags above or beside ones that agree with it.
         trace: folder to record task times into.
+        dry_run: train a few steps, print what was predicted beside what was measured, leave nothing behind.
         stall_timeout: seconds within which all ranks end after one has died or stopped.
     """
 
@@ -43,6 +44,7 @@ class Flags:
     attention: str | None = None
     plan: str | None = None
     trace: str | None = None
+    dry_run: bool = False
     stall_timeout: int | None = None
 
 
@@ -63,6 +65,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        help="attention where there is no transformer-engine: torch's kernels, or Megatron's own")
     group.add_argument("--hetermoe-plan", metavar="FILE", help="plan.json of an earlier run or of `hetermoe plan`")
     group.add_argument("--hetermoe-trace", metavar="DIR", help="record every task's start and end there")
+    group.add_argument("--hetermoe-dry-run", action="store_true", help="train three steps, print what the plan predicted "
+                       "beside what was measured, save nothing")
     group.add_argument("--hetermoe-stall-timeout", metavar="SECONDS", help="all ranks end within so many seconds after "
                        f"one has died or stopped (default {STALL_TIMEOUT})")
 
@@ -92,8 +96,10 @@ def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[st
     for name, allowed in (("schedule", SCHEDULES), ("attention", ATTENTION_KERNELS)):
         if getattr(flags, name) not in (None, *allowed):
             problems.add(f"{PREFIX}-{name} is {getattr(flags, name)!r}; it must be one of {', '.join(allowed)}")
+    if flags.dry_run and flags.trace:
+        problems.add(f"{PREFIX}-trace beside {PREFIX}-dry-run: one run is timed for either; leave one out")
     given = [f"{PREFIX}-{name.replace('_', '-')}" for name, value in vars(flags).items()
-             if name != "enabled" and value is not None]
+             if name != "enabled" and value not in (None, False)]
     if given and not flags.enabled:
         problems.add(f"{', '.join(given)} without {PREFIX}: add {PREFIX}, or leave them out for plain Megatron")
     return flags, rest

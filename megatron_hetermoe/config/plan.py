@@ -9,13 +9,13 @@ from typing import Any
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.config.step import Prediction, Step
+from megatron_hetermoe.config.step import Prediction, Step, TaskSeconds
 
 FORMAT = 1
 SCHEDULES = ("zebra", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16")
 ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
-_PARTS = {kind.__name__: kind for kind in (ModelShape, Step, Prediction)}  # of a plan, each a mapping in its file
+_PARTS = {kind.__name__: kind for kind in (ModelShape, Step, Prediction, TaskSeconds)}  # of a plan, each a mapping in its file
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Plan:
             was there.
         step: the step that was planned for, None when nothing was predicted.
         predicted: what is expected of it.
+        tasks: what is expected of its tasks.
     """
 
     model: ModelShape
@@ -52,6 +53,7 @@ class Plan:
     pools: tuple[str, ...] = ()
     step: Step | None = None
     predicted: Prediction | None = None
+    tasks: TaskSeconds | None = None
 
     def to_json(self) -> str:
         """The plan as the text of a plan file."""

@@ -12,6 +12,7 @@ from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machin
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args
 
+from megatron_hetermoe.mcore.dry_run import Measurements
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
 from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, Numbers, report
@@ -36,7 +37,7 @@ class ForwardBackward:
         recorder: told of each task of a training step with its times.
     """
 
-    def __init__(self, session: Session, marks: Marks, recorder: Recorder | None = None):
+    def __init__(self, session: Session, marks: Marks, recorder: Recorder | Measurements | None = None):
         self._session = session
         self._marks = marks
         self._recorder = recorder

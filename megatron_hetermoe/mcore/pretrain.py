@@ -23,7 +23,7 @@ from megatron.training.models.gpt import GPTModelBuilder, default_layer_spec
 
 from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
 from megatron_hetermoe.config.plan import Plan
-from megatron_hetermoe.mcore import gpt, patches
+from megatron_hetermoe.mcore import dry_run, gpt, patches
 from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
         flags: the ``--hetermoe`` ones, for what is no part of a plan.
     """
     patches.check()
+    if flags.dry_run:
+        dry_run.prepare(args)
     set_global_variables(args)
     store = _meet(args)
     layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
@@ -65,7 +67,7 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
         # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
         args.no_save_rng = args.no_load_rng = True
     announce(session)
-    recorder = None
+    recorder = dry_run.Measurements() if flags.dry_run else None
     if flags.trace:
         recorder = Recorder(Path(flags.trace), session.rank)
         if session.rank == 0:
@@ -77,9 +79,14 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
     config = pretrain_cfg_container_from_args(args, None)
     provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
     provider.is_distributed = True
-    pretrain(
-        config, provider, ModelType.encoder_or_decoder, gpt.forward_step, model_provider=model_provider(args, session)
+    train = partial(
+        pretrain, config, provider, ModelType.encoder_or_decoder, gpt.forward_step,
+        model_provider=model_provider(args, session),
     )
+    if isinstance(recorder, dry_run.Measurements):
+        dry_run.run(train, session, recorder)
+    else:
+        train()
     # A rank that leaves early takes down those that still talk to it.
     watch.marks.enter("the end of all ranks")
     dist.barrier()
@@ -149,7 +156,7 @@ def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., 
 
 
 def _replacements(
-    session: Session, recorder: Recorder | None, marks: Marks
+    session: Session, recorder: Recorder | dry_run.Measurements | None, marks: Marks
 ) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
     forward_backward = ForwardBackward(session, marks, recorder)

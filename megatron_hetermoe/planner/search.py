@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.cost.cluster import Cluster, Kind
-from megatron_hetermoe.cost.tasks import GroupCosts
+from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
 from megatron_hetermoe.planner.asym_ea import Assignment, balance, placement_of
 from megatron_hetermoe.planner.memory import member_memory
 from megatron_hetermoe.planner.options import Option, Question, options
@@ -68,10 +68,12 @@ class Priced:
             self.assignment.seconds, self.tokens_per_second, self.busy(ATTENTION), self.busy(EXPERT),
             self.bytes_of(ATTENTION), self.bytes_of(EXPERT), any(seat.kind.estimated for seat in group.seats),
         )
+        placement = placement_of(self.assignment.experts)
         return Plan(
             group.shape, option.m * option.groups, option.n * option.groups, option.groups,
-            placement_of(self.assignment.experts).holders, "zebra", self.wave, group.precision, group.precision,
+            placement.holders, "zebra", self.wave, group.precision, group.precision,
             pools=tuple(seat.pool.name for seat in group.seats), step=group.step, predicted=prediction,
+            tasks=TaskCosts(group, placement).typical(),
         )
 
 
