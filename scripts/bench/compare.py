@@ -9,7 +9,7 @@ stock Megatron too, so the default is 25%. A cell whose loss is no number is not
 First every rank is profiled while all run, and the channel between the pools; the planner's placements and all
 predictions come from that. Cells are interleaved, a repetition of all before the next; each is a line of the output file,
 and what is there is not measured again. The table gives medians over repetitions of the median step (optimizer
-included, the first two steps left out) with their spread, as sequences a second, what was predicted, and the ratios
+included, the first ones left out) with their spread, as sequences a second, what was predicted, and the ratios
 that matter: over stock expert parallelism on all ranks, and over the sum of what the two pools do alone.
 
 NCCL must let ranks share a GPU (2.30 with NCCL_MULTI_RANK_GPU_ENABLE=1; preload it where torch's is older).
@@ -35,7 +35,7 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
 
 SHARE, KERNELS = 25, {FAST: "flash", SLOW: "efficient"}  # percent of the GPU; attention kernel of each pool
-STEPS, WARM_UP = 7, 2
+STEPS, WARM_UP = 14, 8  # routing is uneven at first
 VOCABULARY = 32_000
 
 # The paper's models: layers, width, experts. Its file names no more; widths inside an expert are Mixtral's 3.5 x hidden.
@@ -55,26 +55,32 @@ class System:
     flags: Callable[[str], tuple[str, ...]]
 
 
-def stock(*pools: str) -> System:
+def stock(pools: Sequence[str]) -> System:
     """Stock expert parallelism over ranks of these pools."""
-    return System(pools, lambda kernel: ("--expert-model-parallel-size", str(len(pools))))
+    return System(tuple(pools), lambda kernel: ("--expert-model-parallel-size", str(len(pools))))
 
 
-def disaggregated(*flags: str) -> System:
-    """Two attention ranks, fast, and two expert ranks, slow."""
-    layout = ("--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2")
-    return System((FAST, FAST, SLOW, SLOW), lambda kernel: (*layout, "--hetermoe-attention", kernel, *flags))
+def disaggregated(fast: Sequence[str], slow: Sequence[str], *flags: str) -> System:
+    """The fast ranks have attention, the slow ones experts."""
+    layout = ("--hetermoe", "--hetermoe-attention-ranks", str(len(fast)), "--hetermoe-expert-ranks", str(len(slow)))
+    return System((*fast, *slow), lambda kernel: (*layout, "--hetermoe-attention", kernel, *flags))
 
 
-SYSTEMS = {
-    "EP, all ranks": stock(FAST, FAST, SLOW, SLOW),
-    "EP, fast pool alone": stock(FAST, FAST),
-    "EP, slow pool alone": stock(SLOW, SLOW),
-    "naive disaggregation": disaggregated("--hetermoe-schedule", "sequential"),
-    "zebra": disaggregated(),
-}
+def systems(fast: int, slow: int) -> dict[str, System]:
+    """What needs no plan, with so many ranks of each pool."""
+    pools = (FAST,) * fast, (SLOW,) * slow
+    return {
+        "EP, all ranks": stock((*pools[0], *pools[1])),
+        "EP, fast pool alone": stock(pools[0]),
+        "EP, slow pool alone": stock(pools[1]),
+        "naive disaggregation": disaggregated(*pools, "--hetermoe-schedule", "sequential"),
+        "zebra": disaggregated(*pools),
+    }
+
+
 # Planned when profiles are there: the placement for attention on the fast pool, and the planner's own choice of layout.
 PLANNED = ("zebra, Asym-EA", "zebra, planned")
+NAMES = (*systems(1, 1), *PLANNED)
 
 
 def planned(plan: Plan, folder: Path) -> System:
@@ -152,24 +158,28 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["D1"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096])
-    parser.add_argument("--systems", nargs="+", choices=[*SYSTEMS, *PLANNED], default=[*SYSTEMS, *PLANNED])
+    parser.add_argument("--systems", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME",
+                        help=f"of {', '.join(map(repr, NAMES))}")
+    parser.add_argument("--ranks", nargs=2, type=int, default=(2, 2), metavar=("FAST", "SLOW"), help="of each pool")
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--slow-share", type=int, default=SHARE, help="percent of the GPU for a slow rank")
-    parser.add_argument("--memory-gb", type=float, default=18, help="that a rank may take, for the planner")
+    parser.add_argument("--memory-gb", nargs=2, type=float, default=(16, 20), metavar=("FAST", "SLOW"),
+                        help="that a rank of each pool may take, for the planner")
     parser.add_argument("--profile-lengths", nargs="+", type=int, help="to profile at (default: --lengths)")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a cell may take")
     args = parser.parse_args()
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    keys = {(cell["model"], cell["length"], cell["system"], cell["repeat"]) for cell in done}
+    keys = {(cell["model"], cell["length"], tuple(cell["ranks"]), cell["system"], cell["repeat"]) for cell in done}
     prices = {(model, length): _prices(args, model, length) for model in args.models for length in args.lengths}
     for repeat in range(args.repeats):
         for (model, length), priced in prices.items():
             for name in args.systems:
-                if (model, length, name, repeat) in keys:
+                if (model, length, tuple(args.ranks), name, repeat) in keys or name not in priced.predicted:
                     continue
-                cell = {"model": model, "length": length, "system": name, "repeat": repeat, "batch": args.batch,
-                        "predicted": priced.predicted[name], **_cell(args, priced, model, length, name)}
+                cell = {"model": model, "length": length, "ranks": args.ranks, "system": name, "repeat": repeat,
+                        "batch": args.batch, "predicted": priced.predicted[name],
+                        **_cell(args, priced, model, length, name)}
                 done.append(cell)
                 with args.out.open("a") as file:
                     file.write(json.dumps(cell) + "\n")
@@ -180,7 +190,7 @@ def main() -> int:
 
 def _cell(args: argparse.Namespace, priced: Prices, model: str, length: int, name: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        system = planned(priced.plans[name], Path(folder)) if name in PLANNED else SYSTEMS[name]
+        system = planned(priced.plans[name], Path(folder)) if name in PLANNED else systems(*args.ranks)[name]
         figures = measure(system, words(model_flags(model, length, args.batch)), args.slow_share, args.limit)
     return {**figures, "pools": system.pools}
 
@@ -188,31 +198,35 @@ def _cell(args: argparse.Namespace, priced: Prices, model: str, length: int, nam
 def _prices(args: argparse.Namespace, model: str, length: int) -> Prices:
     """Profiles the model, once for all its lengths, beside the output file."""
     lengths = sorted(args.profile_lengths or args.lengths)
-    ranks = [Rank(args.slow_share if pool == SLOW else SHARE, KERNELS[pool], pool) for pool in (FAST, FAST, SLOW, SLOW)]
+    fast, slow = args.ranks
+    ranks = [Rank(args.slow_share if pool == SLOW else SHARE, KERNELS[pool], pool)
+             for pool in (FAST,) * fast + (SLOW,) * slow]
     flags = model_flags(model, lengths[-1], args.batch)
+    memory = {pool: size * 1e9 for pool, size in zip((FAST, SLOW), args.memory_gb)}
     cluster = take_profiles(
-        args.out.with_name(f"{args.out.stem}-{model}"), flags, ranks, lengths, args.memory_gb * 1e9, args.limit)
+        args.out.with_name(f"{args.out.stem}-{model}-{fast}-{slow}"), flags, ranks, lengths, memory, args.limit)
     return price(cluster, model_shape(model, length), args.batch, VOCABULARY)
 
 
 def table(cells: list[dict]) -> str:
     """The figures as Markdown."""
-    lines = ["| model | tokens | system | sequences/s | spread | predicted | over EP | over the sum of pools |",
-             "|---|---|---|---|---|---|---|---|"]
-    groups: dict[tuple[str, int], dict[str, list[dict]]] = {}
+    lines = ["| model | tokens | ranks | system | sequences/s | spread | predicted | over EP | over the sum of pools |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    groups: dict[tuple[str, int, str], dict[str, list[dict]]] = {}
     for cell in cells:
         if "seconds" in cell:
-            groups.setdefault((cell["model"], cell["length"]), {}).setdefault(cell["system"], []).append(cell)
-    for (model, length), systems in groups.items():
-        rates = {name: [cell["batch"] / cell["seconds"] for cell in found] for name, found in systems.items()}
+            key = cell["model"], cell["length"], "{}:{}".format(*cell["ranks"])
+            groups.setdefault(key, {}).setdefault(cell["system"], []).append(cell)
+    for (model, length, ranks), by_system in groups.items():
+        rates = {name: [cell["batch"] / cell["seconds"] for cell in found] for name, found in by_system.items()}
         median = {name: statistics.median(values) for name, values in rates.items()}
         pools = [median.get(f"EP, {pool} pool alone") for pool in (FAST, SLOW)]
         for name, values in rates.items():
             over = [median[name] / base if base else None
                     for base in (median.get("EP, all ranks"), sum(pools) if all(pools) else None)]
             ratios = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in over)
-            predicted = systems[name][0]["batch"] / systems[name][0]["predicted"]
-            lines.append(f"| {model} | {length} | {name} | {median[name]:.2f} | {min(values):.2f} to {max(values):.2f} "
+            predicted = by_system[name][0]["batch"] / by_system[name][0]["predicted"]
+            lines.append(f"| {model} | {length} | {ranks} | {name} | {median[name]:.2f} | {min(values):.2f} to {max(values):.2f} "
                          f"| {predicted:.2f} | {ratios} |")
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +39,8 @@ class Prices:
 
 
 def take_profiles(
-    folder: Path, model_flags: dict[str, object], ranks: Sequence[lab.Rank], lengths: Sequence[int], memory: float,
-    limit: float,
+    folder: Path, model_flags: dict[str, object], ranks: Sequence[lab.Rank], lengths: Sequence[int],
+    memory: Mapping[str, float], limit: float,
 ) -> Path:
     """Profiles every rank while all run, and the channel between the pools; returns the cluster file.
 
@@ -49,7 +49,7 @@ def take_profiles(
         model_flags: Megatron's, as in a recipe.
         ranks: the attention ranks' pool first.
         lengths: of sequences.
-        memory: bytes of a rank.
+        memory: bytes of a rank of each pool.
         limit: seconds for each of the two measurements.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def take_profiles(
     for index, rank in enumerate(ranks):
         pools.setdefault(rank.pool, {
             "kind": outs[index].name, "nodes": 1, "gpus_per_node": sum(other.pool == rank.pool for other in ranks),
-            "memory_gb": memory / 1e9, "intra_node": link, "inter_node": link,
+            "memory_gb": memory[rank.pool] / 1e9, "intra_node": link, "inter_node": link,
         })
     cluster.write_text(yaml.safe_dump({"pools": pools}, sort_keys=False))
     _succeed(lab.run(ranks, lambda index: [
@@ -93,8 +93,8 @@ def price(path: Path, shape: ModelShape, batch: int, vocabulary: int) -> Prices:
     kinds = kinds_of(cluster, shape, _PRECISION, notes)
     question = Question(shape, _PRECISION, 1, batch, vocabulary, ("none",), (False,))
     by_kind = _by_kind(question, cluster, kinds)
-    asymmetric = _priced(by_kind)
-    best = search(question, cluster, kinds).best[0]
+    found = {"zebra, Asym-EA": _priced(by_kind), "zebra, planned": next(iter(search(question, cluster, kinds).best), None)}
+    chosen = {name: priced for name, priced in found.items() if priced is not None}
     group, tokens = by_kind.group, batch * shape.sequence
     even = spread(group, range(group.attention_members, group.members))
     pools = [[seat for seat in group.seats if seat.pool.name == name] for name in (FAST, SLOW)]
@@ -104,10 +104,9 @@ def price(path: Path, shape: ModelShape, batch: int, vocabulary: int) -> Prices:
         "EP, slow pool alone": tokens / expert_parallel_tokens_per_second(group, pools[1]),
         "naive disaggregation": zebra_seconds(group, even, "sequential"),
         "zebra": zebra_seconds(group, even),
-        "zebra, Asym-EA": asymmetric.assignment.seconds,
-        "zebra, planned": best.assignment.seconds,
+        **{name: priced.assignment.seconds for name, priced in chosen.items()},
     }
-    return Prices(predicted, {"zebra, Asym-EA": asymmetric.plan(), "zebra, planned": best.plan()})
+    return Prices(predicted, {name: priced.plan() for name, priced in chosen.items()})
 
 
 def _by_kind(question: Question, cluster: Cluster, kinds: dict[str, Kind]) -> Option:
@@ -117,8 +116,7 @@ def _by_kind(question: Question, cluster: Cluster, kinds: dict[str, Kind]) -> Op
                 if (*option.attention, *option.expert) == wanted and option.groups == 1)
 
 
-def _priced(option: Option) -> Priced:
-    """With all microbatches on the way and the placement that is fastest then."""
-    assignment = balance(option.group, option.limits(option.wave), option.wave)
-    assert assignment is not None
-    return Priced(option, option.wave, assignment, option.tokens / assignment.seconds)
+def _priced(option: Option) -> Priced | None:
+    """With as many microbatches on the way as fit, and the placement that is fastest then; None if nothing fits."""
+    assignment = balance(option.group, option.limits(option.wave), option.wave) if option.wave else None
+    return assignment and Priced(option, option.wave, assignment, option.tokens / assignment.seconds)
