@@ -21,8 +21,10 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelBuilder, default_layer_spec
 
+from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
 from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.slow_down import parse_slow_down
 from megatron_hetermoe.mcore import dry_run, gpt, patches
 from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, sealing
@@ -38,7 +40,8 @@ from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.watch import Watch
 from megatron_hetermoe.runtime.watched import watched
-from megatron_hetermoe.topology.layout import Layout
+from megatron_hetermoe.schedule.tasks import Kind
+from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, Layout
 
 
 def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
@@ -73,7 +76,7 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
         recorder = Recorder(Path(flags.trace), session.rank)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    patches.apply(_replacements(session, recorder, watch.marks))
+    patches.apply(_replacements(session, recorder, watch.marks, slow_down(flags, session)))
     watch.marks.enter("the check of the checkpoint")
     check_load(args.load, args.ckpt_step, session)
     watch.marks.enter("start-up")
@@ -113,6 +116,17 @@ def _join_world(args: argparse.Namespace, store: dist.Store) -> None:
         args.distributed_backend, store=dist.PrefixStore("default_pg", store), rank=args.rank,
         world_size=args.world_size, timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
+
+
+def slow_down(flags: Flags, session: Session) -> dict[Kind, float]:
+    """How many times as long this rank's tasks are to take, by kind."""
+    if flags.slow_down is None:
+        return {}
+    factors = parse_slow_down(flags.slow_down, Problems())
+    if session.rank == 0 and factors[ATTENTION, EXPERT] != factors[EXPERT, EXPERT]:
+        print("hetermoe: --hetermoe-slow-down: expert ranks have no attention tasks, so what it says of these changes "
+              "nothing", flush=True)
+    return {kind: factors[name, session.role] for kind, name in ((Kind.ATTENTION, ATTENTION), (Kind.EXPERT, EXPERT))}
 
 
 def announce(session: Session) -> None:
@@ -157,10 +171,10 @@ def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., 
 
 
 def _replacements(
-    session: Session, recorder: Recorder | dry_run.Measurements | None, marks: Marks
+    session: Session, recorder: Recorder | dry_run.Measurements | None, marks: Marks, factors: dict[Kind, float]
 ) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
-    forward_backward = ForwardBackward(session, marks, recorder)
+    forward_backward = ForwardBackward(session, marks, recorder, factors)
 
     def schedule(original: Any) -> Any:
         return lambda *args, **kwargs: forward_backward
