@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.config.step import Prediction, Step
+from megatron_hetermoe.config.step import Prediction, Step, TaskSeconds
 
 FORMAT = 1
 SCHEDULES = ("zebra", "sequential")
@@ -18,7 +18,7 @@ EXPERT_PRECISIONS = {"fp32": ("fp32",), "bf16": ("bf16", "fp16", "fp32"), "fp16"
 ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
 EXPERT_KERNELS = ("auto", "sequential", "grouped")
 WEIGHT_GRADIENTS = ("together", "delayed")
-_PARTS = {kind.__name__: kind for kind in (ModelShape, Step, Prediction)}  # of a plan, each a mapping in its file
+_PARTS = {part.__name__: part for part in (ModelShape, Step, Prediction, TaskSeconds)}  # of a plan, mappings in its file
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Plan:
             was there.
         step: the step that was planned for, None when nothing was predicted.
         predicted: what is expected of it.
+        tasks: what is expected of its tasks.
     """
 
     model: ModelShape
@@ -65,6 +66,7 @@ class Plan:
     pools: tuple[str, ...] = ()
     step: Step | None = None
     predicted: Prediction | None = None
+    tasks: TaskSeconds | None = None
 
     @property
     def delayed(self) -> bool:

@@ -23,9 +23,11 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelBuilder, default_layer_spec
 
+from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
 from megatron_hetermoe.config.plan import Plan
-from megatron_hetermoe.mcore import gpt, patches
+from megatron_hetermoe.config.slow_down import parse_slow_down
+from megatron_hetermoe.mcore import dry_run, gpt, patches
 from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
@@ -40,7 +42,8 @@ from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.watch import Watch
 from megatron_hetermoe.runtime.watched import watched
-from megatron_hetermoe.topology.layout import layout_of
+from megatron_hetermoe.schedule.tasks import Kind
+from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, layout_of
 
 
 def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
@@ -52,6 +55,8 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
         flags: the ``--hetermoe`` ones, for what is no part of a plan.
     """
     patches.check()
+    if flags.dry_run:
+        dry_run.prepare(args)
     set_global_variables(args)
     store = _meet(args)
     layout = layout_of(plan)
@@ -68,21 +73,26 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
         # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
         args.no_save_rng = args.no_load_rng = True
     announce(session)
-    recorder = None
+    recorder = dry_run.Measurements() if flags.dry_run else None
     if flags.trace:
         recorder = Recorder(Path(flags.trace), session.rank)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    patches.apply(_replacements(session, recorder, watch.marks))
+    patches.apply(_replacements(session, recorder, watch.marks, slow_down(flags, session)))
     watch.marks.enter("the check of the checkpoint")
     check_load(args.load, args.ckpt_step, session)
     watch.marks.enter("start-up")
     config = pretrain_cfg_container_from_args(args, None)
     provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
     provider.is_distributed = True
-    pretrain(
-        config, provider, ModelType.encoder_or_decoder, gpt.forward_step, model_provider=model_provider(args, session)
+    train = partial(
+        pretrain, config, provider, ModelType.encoder_or_decoder, gpt.forward_step,
+        model_provider=model_provider(args, session),
     )
+    if isinstance(recorder, dry_run.Measurements):
+        dry_run.run(train, session, recorder)
+    else:
+        train()
     # A rank that leaves early takes down those that still talk to it.
     watch.marks.enter("the end of all ranks")
     dist.barrier()
@@ -108,6 +118,17 @@ def _join_world(args: argparse.Namespace, store: dist.Store) -> None:
         args.distributed_backend, store=dist.PrefixStore("default_pg", store), rank=args.rank,
         world_size=args.world_size, timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
+
+
+def slow_down(flags: Flags, session: Session) -> dict[Kind, float]:
+    """How many times as long this rank's tasks are to take, by kind."""
+    if flags.slow_down is None:
+        return {}
+    factors = parse_slow_down(flags.slow_down, Problems())
+    if session.rank == 0 and factors[ATTENTION, EXPERT] != factors[EXPERT, EXPERT]:
+        print("hetermoe: --hetermoe-slow-down: expert ranks have no attention tasks, so what it says of these changes "
+              "nothing", flush=True)
+    return {kind: factors[name, session.role] for kind, name in ((Kind.ATTENTION, ATTENTION), (Kind.EXPERT, EXPERT))}
 
 
 def announce(session: Session) -> None:
@@ -161,10 +182,10 @@ def _of_expert_pool(config: TransformerConfig, plan: Plan) -> TransformerConfig:
 
 
 def _replacements(
-    session: Session, recorder: Recorder | None, marks: Marks
+    session: Session, recorder: Recorder | dry_run.Measurements | None, marks: Marks, factors: dict[Kind, float]
 ) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
-    forward_backward = ForwardBackward(session, marks, recorder)
+    forward_backward = ForwardBackward(session, marks, recorder, factors)
 
     def schedule(original: Any) -> Any:
         return lambda *args, **kwargs: forward_backward
