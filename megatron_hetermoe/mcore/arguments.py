@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import sys
 import traceback
@@ -122,9 +123,11 @@ def disaggregated_arguments(
                              f"{args.transformer_impl}: change one")
             if args.loss_scale and plan.expert_precision == "fp32" != plan.attention_precision:
                 problems.add("--loss-scale is not supported with experts in fp32: leave it out")
+    _check_saves(args, flags, problems)
     _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
     _check_divisible(args, problems)
     _check_warm_up(args, problems)
+    _check_sinkhorn(args, problems)
     try:
         check_args(args)
     except UsageError as error:
@@ -238,6 +241,18 @@ def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> Non
                          "for it")
 
 
+def _check_saves(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:
+    """What saving in the background needs."""
+    if not args.async_save:
+        return
+    if flags.on_save_failure == "continue":
+        problems.add("--hetermoe-on-save-failure continue with --async-save: a save in the background fails in a later "
+                     "step, when its data is gone; leave one out")
+    if args.async_strategy == "nvrx" and not importlib.util.find_spec("nvidia_resiliency_ext"):
+        problems.add("--async-save with --async-strategy nvrx needs nvidia-resiliency-ext, which is not installed: "
+                     "install it, or use --async-strategy mcore")
+
+
 def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems: Problems) -> None:
     """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
     if not attention_ranks or not args.micro_batch_size:
@@ -282,6 +297,13 @@ def _check_warm_up(args: argparse.Namespace, problems: Problems) -> None:
         if end and warm_up >= end:
             problems.add(f"--lr-warmup-{unit} {warm_up} does not end before --{flag}-{unit} {end}: make it smaller, or "
                          "give --lr-warmup-fraction")
+
+
+def _check_sinkhorn(args: argparse.Namespace, problems: Problems) -> None:
+    """Sinkhorn balances without a loss; Megatron asserts it in the first step."""
+    kinds, weights = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    if "sinkhorn" in (kinds if isinstance(kinds, list) else [kinds]) and weights not in (0, 0.0, [0.0], None):
+        problems.add(f"--moe-router-load-balancing-type sinkhorn does not take --moe-aux-loss-coeff {weights}: set it to 0")
 
 
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:

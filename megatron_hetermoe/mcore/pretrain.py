@@ -29,7 +29,7 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.slow_down import parse_slow_down
 from megatron_hetermoe.mcore import dry_run, gpt, patches
 from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
-from megatron_hetermoe.mcore.checkpoints import check_load, sealing
+from megatron_hetermoe.mcore.checkpoints import check_load, going_on, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.grouped import build_held
@@ -38,6 +38,7 @@ from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
 from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.mcore.trust import SWITCH, load_weights_only
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.watch import Watch
@@ -78,9 +79,11 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
         recorder = Recorder(Path(flags.trace), session.rank)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    patches.apply(_replacements(session, recorder, watch.marks, slow_down(flags, session)))
+    patches.apply(_replacements(session, flags, recorder, watch.marks))
     watch.marks.enter("the check of the checkpoint")
-    check_load(args.load, args.ckpt_step, session)
+    if not load_weights_only() and session.rank == 0:
+        print(f"hetermoe: warning: {SWITCH} is off: a checkpoint may run a program as it is loaded", flush=True)
+    check_load(args, session)
     watch.marks.enter("start-up")
     config = pretrain_cfg_container_from_args(args, None)
     provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
@@ -182,10 +185,10 @@ def _of_expert_pool(config: TransformerConfig, plan: Plan) -> TransformerConfig:
 
 
 def _replacements(
-    session: Session, recorder: Recorder | dry_run.Measurements | None, marks: Marks, factors: dict[Kind, float]
+    session: Session, flags: Flags, recorder: Recorder | dry_run.Measurements | None, marks: Marks
 ) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
-    forward_backward = ForwardBackward(session, marks, recorder, factors)
+    forward_backward = ForwardBackward(session, marks, recorder, slow_down(flags, session), flags.self_check)
 
     def schedule(original: Any) -> Any:
         return lambda *args, **kwargs: forward_backward
@@ -206,6 +209,9 @@ def _replacements(
     def save(original: Any) -> Any:
         return sealing(original, session)
 
+    def save_checkpoint(original: Any) -> Any:
+        return going_on(original, session) if flags.on_save_failure == "continue" else original
+
     training = "megatron.training.training"
     distributed = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
     return {
@@ -215,4 +221,5 @@ def _replacements(
         f"{distributed}._set_main_param_and_optimizer_states": with_step,
         "megatron.core.datasets.utils.compile_helpers": without_makefile,
         "megatron.core.dist_checkpointing.save": save,
+        f"{training}.save_checkpoint": save_checkpoint,
     }
