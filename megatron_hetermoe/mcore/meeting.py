@@ -1,0 +1,66 @@
+"""How processes meet: the run's store, which rank each one becomes, the world's process group."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_hetermoe.config.errors import Problems
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.mcore.platform import cpu
+from megatron_hetermoe.runtime.roll_call import all_started, started_here
+from megatron_hetermoe.runtime.watched import attempt, store_is_launchers
+from megatron_hetermoe.topology.layout import Layout
+from megatron_hetermoe.topology.order import (
+    POOL_VARIABLE, POOLS_VARIABLE, describe_order, parse_patterns, pool_order,
+)
+
+
+def meet(args: argparse.Namespace) -> dist.Store:
+    """The run's store, in a launcher or in rank 0. It comes before all else, since ranks learn through it of each
+    other's end; so it does not wait for all of them to be there."""
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), args.world_size,
+        is_master=not store_is_launchers() and args.rank == 0, wait_for_workers=False, multi_tenant=True,
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+    )
+
+
+def take_rank(args: argparse.Namespace, plan: Plan, layout: Layout, store: dist.Store) -> int | None:
+    """Changes this process's rank to that in pool order.
+
+    Returns:
+        The rank whose process has the run's store; None where it is the launcher's.
+
+    Raises:
+        UsageError: on all ranks, when the processes do not fit the layout.
+    """
+    started = all_started(
+        dist.PrefixStore(attempt(), store), args.rank, args.world_size, not store_is_launchers() and args.rank == 0,
+        started_here(not cpu.needed(), args.local_rank),
+    )
+    # Only now may a rank refuse: nobody waits for the store of one that has left.
+    problems = Problems()
+    patterns = parse_patterns(os.environ.get(POOLS_VARIABLE, ""), problems)
+    problems.raise_if_any()
+    ranks = pool_order(started, layout, plan.pools, patterns)
+    args.rank = ranks[args.rank]
+    os.environ["RANK"] = str(args.rank)
+    if args.rank == 0 and list(ranks) != sorted(ranks):
+        print(f"hetermoe: the launcher's order is not that of the pools; ranks are now {describe_order(started, ranks)}. "
+              f"Where this is not meant, {POOL_VARIABLE} says each one's pool.", flush=True)
+    return None if store_is_launchers() else ranks[0]
+
+
+def join_world(args: argparse.Namespace, store: dist.Store) -> None:
+    """The world's group. Megatron finds it made, and skips its own set-up of it and of the groups inside."""
+    # Ranks may share a GPU where NCCL lets them; without that NCCL names the GPU that is there twice.
+    torch.cuda.set_device(args.local_rank % torch.cuda.device_count())
+    dist.init_process_group(
+        args.distributed_backend, store=dist.PrefixStore("default_pg", store), rank=args.rank,
+        world_size=args.world_size, timeout=timedelta(minutes=args.distributed_timeout_minutes),
+    )
