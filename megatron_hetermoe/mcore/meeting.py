@@ -16,7 +16,7 @@ from megatron_hetermoe.runtime.roll_call import all_started, started_here
 from megatron_hetermoe.runtime.watched import attempt, store_is_launchers
 from megatron_hetermoe.topology.layout import Layout
 from megatron_hetermoe.topology.order import (
-    POOL_VARIABLE, POOLS_VARIABLE, describe_order, parse_patterns, pool_order,
+    POOLS_VARIABLE, describe_order, parse_patterns, pool_order,
 )
 
 
@@ -50,9 +50,9 @@ def take_rank(args: argparse.Namespace, plan: Plan, layout: Layout, store: dist.
     ranks = pool_order(started, layout, plan.pools, patterns)
     args.rank = ranks[args.rank]
     os.environ["RANK"] = str(args.rank)
-    if args.rank == 0 and list(ranks) != sorted(ranks):
-        print(f"hetermoe: the launcher's order is not that of the pools; ranks are now {describe_order(started, ranks)}. "
-              f"Where this is not meant, {POOL_VARIABLE} says each one's pool.", flush=True)
+    if args.rank == 0 and len(set(map(str, started))) > 1:
+        order = "the launcher's order" if list(ranks) == sorted(ranks) else "pool order, which is not the launcher's"
+        print(f"hetermoe: ranks are in {order}: {describe_order(started, ranks)}", flush=True)
     return None if store_is_launchers() else ranks[0]
 
 

@@ -40,7 +40,8 @@ class Started:
     pool: str = ""
 
     def __str__(self) -> str:
-        return f"{self.gpu or 'no GPU'} of {self.node}"
+        pool = f" ({self.pool})" if self.pool else ""
+        return f"{self.gpu or 'no GPU'} of {self.node}{pool}"
 
 
 def parse_patterns(text: str, problems: Problems) -> dict[str, tuple[str, ...]]:
