@@ -38,6 +38,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--container", default="", metavar="pyxis:IMAGE|apptainer:IMAGE",
                         help="run the ranks in it; hetermoe must be installed there")
     parser.add_argument("--mounts", default="", metavar="FROM:TO,...", help="folders for the container, beside this one")
+    parser.add_argument("--hetermoe", metavar="COMMAND", help="how a rank starts this package on its node "
+                        "(default: this Python, or the container's hetermoe)")
     parser.add_argument("--time", metavar="HH:MM:SS", help="the job's time limit")
     parser.add_argument("--notice", type=int, default=NOTICE, metavar="SECONDS",
                         help=f"save and queue again so long before the time limit (default {NOTICE})")
@@ -78,6 +80,8 @@ def batch_script(args: argparse.Namespace) -> str:
         problems.extend(error)
     if args.container and not any(args.container.startswith(kind) and args.container != kind for kind in _CONTAINERS):
         problems.add(f"--container is {args.container!r}; write pyxis:IMAGE or apptainer:IMAGE")
+    if args.hetermoe and not _splits(args.hetermoe):
+        problems.add(f"--hetermoe {args.hetermoe!r} has a quote that does not end")
     if args.notice < 1:
         problems.add(f"--notice is {args.notice}; it must be 1 or more seconds")
     plan, flags = _plan(args, problems)
@@ -99,7 +103,7 @@ def batch_script(args: argparse.Namespace) -> str:
         "# " + _shown(["hetermoe", "submit", *_given(args)]),
         f"RECIPE={_array([args.recipe, *(word for flag in args.drop for word in ('--drop', flag))])}",
         f"FLAGS={_array([*args.overrides, *flags])}",
-        f"HETERMOE={_array(_command(bool(args.container)))}",
+        f"HETERMOE={_array(_command(args))}",
         f"CONTAINER={shlex.quote(args.container)}   # pyxis:IMAGE, apptainer:IMAGE, or nothing",
         f"MOUNTS={shlex.quote(args.mounts)}   # for the container, beside this folder: FROM:TO,...",
         f"POOLS={_array([part.pool for part in parts] if len(parts) > 1 else [])}   # of each component's ranks",
@@ -135,15 +139,24 @@ def _plan(args: argparse.Namespace, problems: Problems) -> tuple[Any, list[str]]
     return plan, shlex.split(flags_of(asdict(plan.step))) if plan and plan.step else []
 
 
-def _command(in_container: bool) -> list[str]:
+def _command(args: argparse.Namespace) -> list[str]:
     """How a rank starts this package."""
-    return ["hetermoe"] if in_container else [sys.executable, "-m", "megatron_hetermoe"]
+    if args.hetermoe:
+        return shlex.split(args.hetermoe)
+    return ["hetermoe"] if args.container else [sys.executable, "-m", "megatron_hetermoe"]
+
+
+def _splits(text: str) -> bool:
+    try:
+        return bool(shlex.split(text))
+    except ValueError:
+        return False
 
 
 def _given(args: argparse.Namespace) -> list[str]:
     """The words of this command, so that a script says how it was made."""
     words = [args.recipe, "--cluster", args.cluster]
-    for name in ("container", "mounts", "time"):
+    for name in ("container", "mounts", "hetermoe", "time"):
         words += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
     words += ["--mixed"] if args.mixed else []
     words += ["--notice", str(args.notice)] if args.notice != NOTICE else []

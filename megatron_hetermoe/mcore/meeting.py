@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore.platform import cpu
-from megatron_hetermoe.runtime.roll_call import all_started, started_here
+from megatron_hetermoe.runtime.roll_call import all_started, open_store, started_here
 from megatron_hetermoe.runtime.watched import attempt, store_is_launchers
 from megatron_hetermoe.topology.layout import Layout
 from megatron_hetermoe.topology.order import (
@@ -20,29 +20,18 @@ from megatron_hetermoe.topology.order import (
 )
 
 
-def meet(args: argparse.Namespace) -> dist.Store:
-    """The run's store, in a launcher or in rank 0. It comes before all else, since ranks learn through it of each
-    other's end; so it does not wait for all of them to be there."""
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), args.world_size,
-        is_master=not store_is_launchers() and args.rank == 0, wait_for_workers=False, multi_tenant=True,
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
-    )
-
-
-def take_rank(args: argparse.Namespace, plan: Plan, layout: Layout, store: dist.Store) -> int | None:
-    """Changes this process's rank to that in pool order.
+def meet(args: argparse.Namespace, plan: Plan, layout: Layout) -> tuple[dist.Store, int | None]:
+    """Opens the run's store, and changes this process's rank to that in pool order. It comes before all else.
 
     Returns:
-        The rank whose process has the run's store; None where it is the launcher's.
+        The store, and the rank whose process has it; None where it is the launcher's.
 
     Raises:
         UsageError: on all ranks, when the processes do not fit the layout.
     """
-    started = all_started(
-        dist.PrefixStore(attempt(), store), args.rank, args.world_size, not store_is_launchers() and args.rank == 0,
-        started_here(not cpu.needed(), args.local_rank),
-    )
+    store, is_host = open_store(args.rank, args.world_size, timedelta(minutes=args.distributed_timeout_minutes))
+    here = started_here(not cpu.needed(), args.local_rank)
+    started = all_started(dist.PrefixStore(attempt(), store), args.rank, args.world_size, is_host, here)
     # Only now may a rank refuse: nobody waits for the store of one that has left.
     problems = Problems()
     patterns = parse_patterns(os.environ.get(POOLS_VARIABLE, ""), problems)
@@ -53,7 +42,7 @@ def take_rank(args: argparse.Namespace, plan: Plan, layout: Layout, store: dist.
     if args.rank == 0 and len(set(map(str, started))) > 1:
         order = "the launcher's order" if list(ranks) == sorted(ranks) else "pool order, which is not the launcher's"
         print(f"hetermoe: ranks are in {order}: {describe_order(started, ranks)}", flush=True)
-    return None if store_is_launchers() else ranks[0]
+    return store, None if store_is_launchers() else ranks[0]
 
 
 def join_world(args: argparse.Namespace, store: dist.Store) -> None:

@@ -26,7 +26,7 @@ from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
-from megatron_hetermoe.mcore.meeting import join_world, meet, take_rank
+from megatron_hetermoe.mcore.meeting import join_world, meet
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
@@ -48,9 +48,8 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
         flags: the ``--hetermoe`` ones, for what is no part of a plan.
     """
     patches.check()
-    store = meet(args)
     layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
-    store_rank = take_rank(args, plan, layout, store)
+    store, store_rank = meet(args, plan, layout)
     set_global_variables(args)
     with watched(
         args.rank, [layout.role(rank) for rank in range(layout.world_size)], flags.stall_timeout or STALL_TIMEOUT,

@@ -6,10 +6,12 @@ import json
 import os
 import socket
 from dataclasses import asdict
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from megatron_hetermoe.runtime.watched import store_is_launchers
 from megatron_hetermoe.topology.order import POOL_VARIABLE, Started
 
 FEATURES_VARIABLE = "HETERMOE_FEATURES"  # of all nodes, as `a40-0:a40,big v100-0:v100`; batch scripts know it
@@ -29,18 +31,40 @@ def started_here(has_gpu: bool, local_rank: int) -> Started:
                    os.environ.get(POOL_VARIABLE, ""))
 
 
+def open_store(rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, bool]:
+    """The run's store at MASTER_ADDR and MASTER_PORT, in a launcher or in its rank 0.
+
+    It does not wait for all ranks to be there, for they learn through it of each other's end.
+
+    Returns:
+        The store, and whether it is in this process.
+    """
+    is_host = rank == 0 and not store_is_launchers()
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=is_host,
+                          wait_for_workers=False, multi_tenant=True, timeout=timeout)
+    return store, is_host
+
+
 def roll_call(store: dist.Store, rank: int, world: int, is_host: bool, said: str) -> list[str]:
     """What every process says, by the launcher's number. All call it, and it returns when all have.
 
     Args:
-        store: the run's.
+        store: for this roll call alone, so with a prefix of its own.
         rank, world: the launcher's numbers.
         is_host: the store is in this process, so this one goes on when all others have read.
         said: this process's text.
+
+    Raises:
+        TimeoutError: when processes do not come within the store's time-out; names them.
     """
     keys = [f"said/{index}" for index in range(world)]
     store.set(keys[rank], said)
-    store.wait(keys)
+    try:
+        store.wait(keys)
+    except dist.DistStoreError:
+        absent = [str(index) for index, key in enumerate(keys) if not store.check([key])]
+        raise TimeoutError(f"processes {', '.join(absent)} of {world} have not come within "
+                           f"{store.timeout.total_seconds():.0f} s") from None
     answers = [answer.decode() for answer in store.multi_get(keys)]
     if store.add("heard", 1) == world:
         store.set("all heard", "")
