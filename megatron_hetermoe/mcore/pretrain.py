@@ -26,6 +26,7 @@ from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
+from megatron_hetermoe.mcore.grouped import build_held
 from megatron_hetermoe.mcore.meeting import join_world, meet
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
@@ -78,7 +79,7 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
     provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
     provider.is_distributed = True
     pretrain(
-        config, provider, ModelType.encoder_or_decoder, gpt.forward_step, model_provider=_model_provider(args, session)
+        config, provider, ModelType.encoder_or_decoder, gpt.forward_step, model_provider=model_provider(args, session)
     )
     # A rank that leaves early takes down those that still talk to it.
     watch.marks.enter("the end of all ranks")
@@ -101,7 +102,7 @@ def announce(session: Session) -> None:
     print("hetermoe plan: " + json.dumps({"schedule": plan.schedule, "wave": plan.wave, "ranks": ranks}), flush=True)
 
 
-def _model_provider(args: argparse.Namespace, session: Session) -> Callable[..., Any]:
+def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., Any]:
     """What builds this rank's part of the model, in Megatron's form of a provider."""
 
     def provide(
@@ -117,12 +118,12 @@ def _model_provider(args: argparse.Namespace, session: Session) -> Callable[...,
             spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, args.seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
-        builders = {
-            layer: submodules.experts
+        held = {
+            layer: build_held(submodules.experts, model_config.transformer, session, layer, args.seed, groups)
             for layer, layer_spec in enumerate(spec.layer_specs, start=1)
-            if (submodules := moe_submodules(layer_spec)) is not None
+            if (submodules := moe_submodules(layer_spec)) is not None and session.held(layer)
         }
-        return ExpertModel(model_config.transformer, builders, session, args.seed, groups)
+        return ExpertModel(model_config.transformer, held, groups)
 
     return provide
 
