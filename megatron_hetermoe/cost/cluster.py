@@ -58,7 +58,7 @@ class ClusterPool:
     memory: float
     intra: Link
     inter: Link
-    slurm: Mapping[str, str] = field(default_factory=dict)
+    slurm: Mapping[str, str] = field(default_factory=dict, hash=False)
     channel: Curve | None = None
 
     @property
@@ -84,7 +84,7 @@ class Cluster:
 
     pools: dict[str, ClusterPool]
     origin: str = "the cluster"
-    slurm: Mapping[str, str] = field(default_factory=dict)
+    slurm: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def gpus(self) -> int:
