@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,15 @@ def components(cluster: Cluster, plan: Plan, problems: Problems) -> list[Compone
             expert ranks to the second, or both to the only one.
         problems: gets what does not fit.
     """
+    pools = [pool for _, pool, _ in _ranks_of(cluster, plan, Problems())]
+    for first, second in itertools.combinations(pools, 2):
+        if first.slurm == second.slurm:
+            problems.add(f"{cluster.origin}: nothing tells Slurm which nodes are of pool {first.name} and which of "
+                         f"{second.name}: give each its own, as slurm: {{partition: {first.name}}} or a constraint")
+    return _components(cluster, plan, problems)
+
+
+def _components(cluster: Cluster, plan: Plan, problems: Problems) -> list[Component]:
     result = []
     for name, pool, ranks in _ranks_of(cluster, plan, problems):
         if ranks > pool.gpus:
@@ -62,7 +72,7 @@ def one_component(cluster: Cluster, plan: Plan, problems: Problems) -> tuple[Com
 
     The arguments are those of ``components``.
     """
-    parts = components(cluster, plan, problems)
+    parts = _components(cluster, plan, problems)
     pools = {name: pool for name, pool, _ in _ranks_of(cluster, plan, Problems())}
     if problems or len(parts) < 2:
         return (parts or [Component("", 0, {})])[0], ""
