@@ -23,7 +23,7 @@ from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.mcore.session import DTYPES
 from megatron_hetermoe.planner.resolve import resolve
-from megatron_hetermoe.topology.layout import EXPERT, Layout
+from megatron_hetermoe.topology.layout import EXPERT, layout_of
 
 
 def _not_recomputed(args: argparse.Namespace) -> bool:
@@ -327,7 +327,7 @@ def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
 
 def _set_precision(args: argparse.Namespace, plan: Plan) -> None:
     """Megatron's precision of this rank, whose role may have another one than the flags say."""
-    if Layout(plan.attention_ranks, plan.expert_ranks, plan.groups).role(args.rank) == EXPERT:
+    if layout_of(plan).role(args.rank) == EXPERT:
         args.fp16, args.bf16 = plan.expert_precision == "fp16", plan.expert_precision == "bf16"
         args.params_dtype = DTYPES[plan.expert_precision]
     if plan.has_loss_scale and not args.loss_scale:

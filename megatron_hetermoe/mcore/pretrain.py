@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable
 from copy import copy
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from megatron_hetermoe.mcore.checkpoints import check_load, going_on, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.grouped import build_held
+from megatron_hetermoe.mcore.meeting import join_world, meet
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
@@ -58,17 +57,18 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
     patches.check()
     if flags.dry_run:
         dry_run.prepare(args)
-    set_global_variables(args)
-    store = _meet(args)
     layout = layout_of(plan)
+    store, store_rank = meet(args, plan, layout)
+    set_global_variables(args)
     with watched(
-        args.rank, [layout.role(rank) for rank in range(layout.world_size)], flags.stall_timeout or STALL_TIMEOUT
+        args.rank, [layout.role(rank) for rank in range(layout.world_size)], flags.stall_timeout or STALL_TIMEOUT,
+        store_rank,
     ) as watch:
         _train(args, plan, flags, store, watch)
 
 
 def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store, watch: Watch) -> None:
-    _join_world(args, store)
+    join_world(args, store)
     session = join_pools(plan)
     if not session.is_attention:
         # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
@@ -100,27 +100,6 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
     watch.marks.enter("the end of all ranks")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _meet(args: argparse.Namespace) -> dist.Store:
-    """The run's store, in a launcher or in rank 0. It comes before all else, since ranks learn through it of each
-    other's end; so it does not wait for all of them to be there."""
-    in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), args.world_size,
-        is_master=not in_launcher and args.rank == 0, wait_for_workers=False, multi_tenant=True,
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
-    )
-
-
-def _join_world(args: argparse.Namespace, store: dist.Store) -> None:
-    """The world's group. Megatron finds it made, and skips its own set-up of it and of the groups inside."""
-    # Ranks may share a GPU where NCCL lets them; without that NCCL names the GPU that is there twice.
-    torch.cuda.set_device(args.local_rank % torch.cuda.device_count())
-    dist.init_process_group(
-        args.distributed_backend, store=dist.PrefixStore("default_pg", store), rank=args.rank,
-        world_size=args.world_size, timeout=timedelta(minutes=args.distributed_timeout_minutes),
-    )
 
 
 def slow_down(flags: Flags, session: Session) -> dict[Kind, float]:
