@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from megatron_hetermoe.config.recipe import load_recipe, override
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
-NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism, CPU offload of the optimizer and precision by role " \
-               "were not searched; routing is taken to be balanced"
+NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism and CPU offload of the optimizer were not searched; " \
+               "routing is taken to be balanced"
 _RUNNERS_UP = 5
 
 
@@ -174,7 +175,7 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     if out:
         console.print(f"written to {out}; the step task by task: hetermoe simulate {out} --cluster ...", soft_wrap=True)
         console.print(f"to train it, with the recipe's ranks left out: hetermoe train ... -- --hetermoe --hetermoe-plan {out}"
-                      f"{_flags_of(plan['step'])}", soft_wrap=True)
+                      f"{flags_of(plan['step'])}", soft_wrap=True)
 
 
 _RECOMPUTE_FLAGS = {
@@ -183,7 +184,7 @@ _RECOMPUTE_FLAGS = {
 }
 
 
-def _flags_of(step: dict[str, Any]) -> str:
+def flags_of(step: Mapping[str, Any]) -> str:
     """Megatron's flags that the plan's times and memory were reckoned with."""
     distributed = " --use-distributed-optimizer" if step["distributed_optimizer"] else ""
     return f" --micro-batch-size {step['micro_batch']}{distributed}{_RECOMPUTE_FLAGS[step['recompute']]}"

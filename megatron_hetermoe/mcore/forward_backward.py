@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,18 +11,21 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 from megatron.core.utils import get_model_config, unwrap_model
 
+from megatron_hetermoe.mcore.dry_run import Measurements
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
 from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, report
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.step_checks import Checker, StepChecks
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
+from megatron_hetermoe.mcore.weights import WeightGradients, delay
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.streams import streams_for
-from megatron_hetermoe.runtime.transfers import Transfers
+from megatron_hetermoe.runtime.stretch import stretched
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
+from megatron_hetermoe.schedule.tasks import Kind
 
 
 class ForwardBackward:
@@ -34,18 +37,22 @@ class ForwardBackward:
         session: this rank's.
         marks: told what runs.
         recorder: told of each task of a training step with its times.
+        slow_down: how many times as long this rank's tasks take, by kind; only without a GPU.
         self_check: training steps from one comparison of what was sent with what came to the next; None for never.
     """
 
     def __init__(
-        self, session: Session, marks: Marks, recorder: Recorder | None = None, self_check: int | None = None
+        self, session: Session, marks: Marks, recorder: Recorder | Measurements | None = None,
+        slow_down: Mapping[Kind, float] | None = None, self_check: int | None = None,
     ):
         self._session = session
         self._checker = Checker(session, marks, self_check)
         self._marks = marks
         self._recorder = recorder
+        self._slow_down = slow_down or {}
         self._streams = streams_for(session.device)
         self._recorded = streams_for(session.device, recorder.observe) if recorder else self._streams
+        self._weights: WeightGradients | None = None
         self._schedules: dict[tuple[int, bool], tuple[Schedule, MemberSchedule]] = {}
 
     def __call__(
@@ -69,7 +76,7 @@ class ForwardBackward:
         inputs = StepInputs(
             unwrap_model(wrapped), config, schedule, forward_step_func,
             data_iterator[0] if isinstance(data_iterator, list) else data_iterator,
-            forward_only, collect_non_loss_data,
+            forward_only, collect_non_loss_data, None if forward_only else self._delayed(wrapped),
         )
         self._marks.enter("evaluation" if forward_only else "a training step")
         checks = self._checker.evaluation_step() if forward_only else self._checker.training_step()
@@ -92,6 +99,13 @@ class ForwardBackward:
         self._marks.enter("what follows an evaluation step" if forward_only else "what follows a step's gradients")
         return shared
 
+    def _delayed(self, wrapped: Any) -> WeightGradients | None:
+        """What W tasks do, if there are any. The model is told once, when it has all its wrappers."""
+        if self._session.plan.delayed and self._weights is None:
+            self._weights = WeightGradients()
+            delay(unwrap_model(wrapped), self._weights)
+        return self._weights
+
     def _finalize(self, wrapped: Any, tokens: torch.Tensor, force_all_reduce: bool) -> None:
         """After a training step's last task: Megatron's reduction of gradients."""
         self._marks.enter("the reduction of gradients")
@@ -110,22 +124,19 @@ class ForwardBackward:
         key = (microbatches, forward_only)
         if key not in self._schedules:
             schedule = self._session.schedule(microbatches, forward_only)
-            self._schedules[key] = schedule, schedule.member(self._session.member)
+            self._schedules[key] = schedule, schedule.member(self._session.holder)
         return self._schedules[key]
 
     def _run(self, inputs: StepInputs, member: MemberSchedule, checks: StepChecks) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
-        transfers = Transfers(
-            session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
-            config.params_dtype, session.device, checks.checksums,
-        )
+        transfers = session.transfers(config.hidden_size, checksums=checks.checksums)
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:
-            executor.run(member, table, streams, self._marks)
+            executor.run(member, stretched(table, self._slow_down), streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
         attention = AttentionTasks(inputs, transfers, checks.numbers, checks.load)
-        executor.run(member, {**table, **attention.table()}, streams, self._marks)
+        executor.run(member, stretched({**table, **attention.table()}, self._slow_down), streams, self._marks)
         return attention.losses, attention.tokens
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -133,7 +144,7 @@ class ForwardBackward:
 
         Megatron divides gradients by the tokens of all ranks of a pool, and expert ranks have none of their own.
         """
-        total = tokens.cpu().clone()
+        total = tokens.cpu() * self._session.owns_microbatches
         dist.all_reduce(total, group=self._session.control)
         first = self._session.layout.pool(self._session.role)[0]
         if self._session.is_attention or self._session.rank != first:
