@@ -253,7 +253,8 @@ def _same_shards(folder: Path, plan: Plan) -> bool:
     """Whether a checkpoint was saved by a plan whose ranks have the same parts of the optimizer's state."""
     saved = plan_from_json((folder / PLAN).read_text(encoding="utf-8"), str(folder / PLAN))
     return all(getattr(saved, field) == getattr(plan, field)
-               for field in ("attention_ranks", "expert_ranks", "groups", "placement"))
+               for field in ("attention_ranks", "expert_ranks", "groups", "placement", "tensor_parallel",
+                             "expert_tensor_parallel"))
 
 
 def _look(folder: Path) -> tuple[str, list[int]] | None:

@@ -47,17 +47,17 @@ class Load:
             ]
             idle = set(self._session.placement.holders_of(layer)) - {
                 holder for holder, got in zip(self._session.placement.holders[layer - 1], rows) if got}
-            found += [(0.0, ("holder", layer, holder), f"no token of layer {layer} goes to {self._of_member(holder)}")
+            found += [(0.0, ("holder", layer, holder), f"no token of layer {layer} goes to {self._of_holder(holder)}")
                       for holder in sorted(idle) if tokens]
         return {key: said for _, key, said in sorted(found, key=lambda one: (-one[0], one[1]))}
 
     def _ranks(self, layer: int, expert: int) -> str:
-        return self._of_member(self._session.placement.holders[layer - 1][expert])
+        return self._of_holder(self._session.placement.holders[layer - 1][expert])
 
-    def _of_member(self, member: int) -> str:
-        """A holder's rank in each ZP group."""
+    def _of_holder(self, holder: int) -> str:
+        """A holder's ranks in each ZP group."""
         layout = self._session.layout
-        ranks = [layout.rank_of(group, member) for group in range(layout.groups)]
+        ranks = [layout.rank_of(group, member) for group in range(layout.groups) for member in layout.members_of(holder)]
         word = "rank" if len(ranks) == 1 else "ranks"
         return f"{word} {', '.join(map(str, ranks))} ({layout.role(ranks[0])})"
 

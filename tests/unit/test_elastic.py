@@ -114,3 +114,18 @@ def test_memory_decides_how_many_microbatches_are_on_the_way():
     assert smaller.plan.wave == 2 and "2 microbatches on the way together in place of 4, for memory" in smaller.said[-1]
     with pytest.raises(UsageError, match="with 16 experts of all layers a GPU of old lacks"):
         priced(1.67e9)
+
+
+def test_ranks_that_share_weights_stay_together():
+    """Two attention ranks share the dense part and two expert ranks their experts: of three of each, two are used."""
+    layout = Layout(4, 4, 1, tensor=2, expert_tensor=2)
+    before = plan(4, 4, placement=even_placement(SHAPE, layout).holders, tensor_parallel=2, expert_tensor_parallel=2)
+    found = refit(before, 3, 3, 8).plan
+    now = Layout(found.attention_ranks, found.expert_ranks, found.groups, 2, 2)
+    assert (now.attention_ranks, now.expert_ranks, now.holders) == (2, 2, 3)
+    assert {holder for layer in found.placement for holder in layer} == {2}
+    grown = refit(before, 8, 6, 8).plan
+    assert (grown.attention_ranks, grown.expert_ranks) == (8, 6)
+    Placement(grown.placement, Layout(8, 6, grown.groups, 2, 2).holders)
+    with pytest.raises(UsageError, match="2 and 2 of them, which share weights, are needed"):
+        refit(before, 1, 4, 8)
