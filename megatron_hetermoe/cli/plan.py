@@ -13,6 +13,7 @@ from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
 from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
@@ -51,7 +52,14 @@ def run(args: argparse.Namespace) -> int:
         cluster = read_cluster(args.cluster, notes)
     except UsageError as error:
         problems.extend(error)
-    question = _question(args, problems, notes)
+    if args.vocabulary is not None and args.vocabulary < 1:
+        problems.add(f"--vocabulary is {args.vocabulary}; it must be from 1 on")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
+        problems.add(f"--out {args.out}: there is no folder {Path(args.out).parent}, or it is a folder itself; name a file")
+    try:
+        question = _question(args, problems, notes)
+    except UsageError as error:  # of the recipe's file
+        problems.extend(error)
     problems.raise_if_any()
     kinds = kinds_of(cluster, question.shape, question.precision, notes)
     found = search(question, cluster, kinds)
@@ -59,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(nothing_fits(question, cluster, kinds))
     answer = _answer(question, cluster, kinds, found, notes)
     if args.out:
-        Path(args.out).write_text(found.best[0].plan().to_json(), encoding="utf-8")
+        try:
+            Path(args.out).write_text(found.best[0].plan().to_json(), encoding="utf-8")
+        except OSError as error:
+            raise UsageError([f"cannot write the plan to {args.out}: {error.strerror}"]) from None
     if args.json:
         print(json.dumps(answer, indent=1))
     else:
@@ -85,7 +96,8 @@ def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
         notes.add(f"the recipe's vocabulary is known to its tokenizer only: {vocabulary:,} taken; "
                   f"--vocabulary N says it")
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
-    recompute = ("none", "core_attn") if parsed.recompute_granularity is None else ("core_attn",)
+    least = {None: "none", "selective": "core_attn", "full": "full"}[parsed.recompute_granularity]
+    recompute = RECOMPUTE[RECOMPUTE.index(least):]  # more than the recipe asks for, where memory asks for it
     distributed = bool(parsed.use_distributed_optimizer)
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
                     (distributed,) if distributed else (False, True))

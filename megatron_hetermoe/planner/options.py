@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import product
 
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.config.step import Step
+from megatron_hetermoe.config.step import RECOMPUTE, Step
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
 from megatron_hetermoe.planner.asym_ea import Limits, limits_of
@@ -39,7 +39,7 @@ class Question:
     micro_batch: int
     global_batch: int
     vocabulary: int
-    recompute: tuple[str, ...] = ("none", "core_attn")
+    recompute: tuple[str, ...] = RECOMPUTE
     distributed_optimizer: tuple[bool, ...] = (False, True)
 
 
