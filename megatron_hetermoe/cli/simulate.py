@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hetermoe.schedule.trace import write_chrome, write_jsonl
     from megatron_hetermoe.simulator.events import simulate
     from megatron_hetermoe.simulator.summary import summarise
-    from megatron_hetermoe.topology.layout import Layout
+    from megatron_hetermoe.topology.layout import layout_of
 
     try:
         text = Path(args.plan).read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     _check(plan, cluster, args.plan)
     kinds = kinds_of(cluster, plan.model, plan.attention_precision, notes)
     costs = costs_of_plan(plan, cluster, kinds)
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    layout = layout_of(plan)
     schedule = build(plan.schedule, plan.model.layers, costs.placement, layout.m, plan.step.microbatches, plan.wave)
     result = simulate(schedule, costs)
     summary = summarise(result)
@@ -89,6 +89,8 @@ def _check(plan: Plan, cluster, origin: str) -> None:
     if plan.step is None or not plan.pools:
         problems.add(f"{origin} says no step and no pools: make it with `hetermoe plan --cluster`, or there is nothing "
                      f"to price")
+    if max(plan.tensor_parallel, plan.expert_tensor_parallel) > 1:
+        problems.add(f"{origin} has tensor parallelism, which nothing prices yet: simulate a plan without it")
     for name in sorted(set(plan.pools) - cluster.pools.keys()):
         problems.add(f"{origin} uses the pool {name}, {cluster.origin} has {', '.join(cluster.pools)}: give the "
                      f"cluster file that it was made for")
