@@ -18,9 +18,10 @@ from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
-NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism and CPU offload of the optimizer were not searched; " \
+NOT_SEARCHED = "expert-tensor and pipeline parallelism and CPU offload of the optimizer were not searched; " \
                "routing is taken to be balanced"
 _RUNNERS_UP = 5
+_TENSOR = (1, 2, 4, 8)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -101,7 +102,15 @@ def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
     recompute = RECOMPUTE[RECOMPUTE.index(least):]  # more than the recipe asks for, where memory asks for it
     distributed = bool(parsed.use_distributed_optimizer)
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
-                    (distributed,) if distributed else (False, True))
+                    (distributed,) if distributed else (False, True), _tensor(parsed))
+
+
+def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
+    """How many attention ranks may share a microbatch: what the recipe says, or any number where it can run that."""
+    if parsed.tensor_model_parallel_size > 1:
+        return (parsed.tensor_model_parallel_size,)
+    # Without transformer-engine tensor parallelism does not run on a GPU (mcore/arguments.py).
+    return (1,) if parsed.transformer_impl == "local" else _TENSOR
 
 
 def _answer(question, cluster, kinds, found, notes) -> dict[str, Any]:
@@ -187,7 +196,7 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     if out:
         console.print(f"written to {out}; the step task by task: hetermoe simulate {out} --cluster ...", soft_wrap=True)
         console.print(f"to train it, with the recipe's ranks left out: hetermoe train ... -- --hetermoe --hetermoe-plan {out}"
-                      f"{flags_of(plan['step'])}", soft_wrap=True)
+                      f"{flags_of(plan['step'], plan['tensor_parallel'])}", soft_wrap=True)
 
 
 _RECOMPUTE_FLAGS = {
@@ -196,7 +205,8 @@ _RECOMPUTE_FLAGS = {
 }
 
 
-def flags_of(step: Mapping[str, Any]) -> str:
+def flags_of(step: Mapping[str, Any], tensor: int) -> str:
     """Megatron's flags that the plan's times and memory were reckoned with."""
+    shared = f" --tensor-model-parallel-size {tensor} --sequence-parallel" if tensor > 1 else ""
     distributed = " --use-distributed-optimizer" if step["distributed_optimizer"] else ""
-    return f" --micro-batch-size {step['micro_batch']}{distributed}{_RECOMPUTE_FLAGS[step['recompute']]}"
+    return f" --micro-batch-size {step['micro_batch']}{shared}{distributed}{_RECOMPUTE_FLAGS[step['recompute']]}"
