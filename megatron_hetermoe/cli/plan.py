@@ -88,7 +88,9 @@ def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
     recompute = ("none", "core_attn") if parsed.recompute_granularity is None else ("core_attn",)
     distributed = bool(parsed.use_distributed_optimizer)
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
-                    (distributed,) if distributed else (False, True))
+                    (distributed,) if distributed else (False, True),
+                    # Megatron's own linear layers; the weight gradients of others are not split off.
+                    ("together", "delayed") if parsed.transformer_impl == "local" else ("together",))
 
 
 def _answer(question, cluster, kinds, found, notes) -> dict[str, Any]:

@@ -45,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
     _check(plan, cluster, args.plan)
     costs = costs_of_plan(plan, cluster, kinds_of(cluster, plan.model, plan.attention_precision, notes))
     layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
-    schedule = build(plan.schedule, plan.model.layers, costs.placement, layout.m, plan.step.microbatches, plan.wave)
+    schedule = build(
+        plan.schedule, plan.model.layers, costs.placement, layout.m, plan.step.microbatches, plan.wave,
+        delayed=plan.delayed,
+    )
     result = simulate(schedule, costs)
     summary = summarise(result)
     if args.timeline:

@@ -32,6 +32,7 @@ class Question:
         vocabulary: rows of the output layer.
         recompute: choices, from the least recomputation on.
         distributed_optimizer: choices, the user's first.
+        weight_gradients: choices, of ``config.plan.WEIGHT_GRADIENTS``.
     """
 
     shape: ModelShape
@@ -41,6 +42,7 @@ class Question:
     vocabulary: int
     recompute: tuple[str, ...] = ("none", "core_attn")
     distributed_optimizer: tuple[bool, ...] = (False, True)
+    weight_gradients: tuple[str, ...] = ("together",)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from megatron_hetermoe.cost.cluster import Cluster, kinds_of
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.tasks import costs_of_plan
 from megatron_hetermoe.planner.advice import alone, baselines, nothing_fits
-from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds
+from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds, placement_of
 from megatron_hetermoe.planner.memory import member_memory, usable
 from megatron_hetermoe.planner.options import Question, options
 from megatron_hetermoe.planner.search import after_losing_a_node, left_out, search
@@ -147,3 +147,19 @@ def test_attention_in_bf16_needs_a_pool_that_has_it():
     on = Cluster({"old": pool("old", 4, 1)})
     [said] = nothing_fits(question(), on, kinds(on, old=without))
     assert "no pool has bf16" in said and "--fp16" in said
+
+
+def test_weight_tasks_are_planned_where_they_are_worth_it():
+    """With one microbatch each rank waits for the other, with many the slower one never does."""
+    on = cluster(1, 1, bandwidth=1e10)
+    experts_on_old = {"new": profile(OF, (1e-3, 2e-3), (4e-3, 8e-3)), "old": profile(OF, (5e-3, 1e-2), (3e-4, 7e-4))}
+    of_pool = kinds_of(on, OF, PRECISION, Notes(), experts_on_old)
+    for batch, chosen in ((1, "delayed"), (32, "together")):
+        asked = replace(question(batch=batch), weight_gradients=("together", "delayed"))
+        best = search(asked, on, of_pool).best[0]
+        plan = best.plan()
+        assert plan.weight_gradients == chosen
+        orders = build("zebra", plan.model.layers, placement_of(best.assignment.experts), 1, plan.step.microbatches,
+                       plan.wave, delayed=plan.delayed)
+        assert simulate(orders, costs_of_plan(plan, on, of_pool)).seconds == pytest.approx(plan.predicted.step_seconds)
+        assert search(question(batch=batch), on, of_pool).best[0].plan().weight_gradients == "together"
