@@ -22,6 +22,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "shows how training goes. Flags after -- replace those of the recipe, as in `-- --num-layers 4`.")
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks, for a recipe without HETERMOE (stock Megatron)")
+    parser.add_argument("--dry-run", action="store_true", help="train three steps, print what the plan predicted beside "
+                        "what was measured, save nothing")
     parser.add_argument("--drop", action="append", default=[], metavar="FLAG",
                         help="leave out a flag of the recipe, as `--drop bf16`; may be given again")
     parser.add_argument("--keep-logs", metavar="DIR",
@@ -32,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     recipe = load_recipe(args.recipe, os.environ)
-    argv = override(recipe.argv, args.overrides, args.drop)
+    argv = override(recipe.argv, args.overrides, args.drop) + ([f"{PREFIX}-dry-run"] if args.dry_run else [])
     problems = Problems()
     flags, _ = parse_flags(argv, problems)
     problems.raise_if_any()
@@ -99,7 +101,10 @@ def _train(command: list[str], overrides: list[str], world: int, argv: list[str]
         display.update(watch)
     code = ranks.exit_code()
     if ranks.failed is None:
-        print_summary(console, watch, command, overrides, logs)
+        if watch.report:
+            console.print("\n".join(watch.report), highlight=False, markup=False, soft_wrap=True)
+        else:
+            print_summary(console, watch, command, overrides, logs)
         return 0
     log = ranks.log(ranks.failed if ranks.witness is None else ranks.witness)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

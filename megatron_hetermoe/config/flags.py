@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS
+from megatron_hetermoe.config.slow_down import EXAMPLE, parse_slow_down
 
 PREFIX = "--hetermoe"
 STALL_TIMEOUT = 30  # seconds
@@ -33,6 +34,8 @@ class Flags:
         weight_gradients: one of ``config.plan.WEIGHT_GRADIENTS``.
         plan: plan file, in place of the flags above or beside ones that agree with it.
         trace: folder to record task times into.
+        dry_run: train a few steps, print what was predicted beside what was measured, leave nothing behind.
+        slow_down: see ``config.slow_down``.
         stall_timeout: seconds within which all ranks end after one has died or stopped.
     """
 
@@ -49,6 +52,8 @@ class Flags:
     weight_gradients: str | None = None
     plan: str | None = None
     trace: str | None = None
+    dry_run: bool = False
+    slow_down: str | None = None
     stall_timeout: int | None = None
 
 
@@ -75,6 +80,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        "activations (default), or after these have gone out")
     group.add_argument("--hetermoe-plan", metavar="FILE", help="plan.json of an earlier run or of `hetermoe plan`")
     group.add_argument("--hetermoe-trace", metavar="DIR", help="record every task's start and end there")
+    group.add_argument("--hetermoe-dry-run", action="store_true", help="train three steps, print what the plan predicted "
+                       "beside what was measured, save nothing")
+    group.add_argument("--hetermoe-slow-down", metavar="WHAT=FACTOR,...", help="without a GPU: tasks wait until they took "
+                       f"so many times as long, by role or by task and role ({EXAMPLE})")
     group.add_argument("--hetermoe-stall-timeout", metavar="SECONDS", help="all ranks end within so many seconds after "
                        f"one has died or stopped (default {STALL_TIMEOUT})")
 
@@ -107,9 +116,14 @@ def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[st
         ("expert_precision", PRECISIONS), ("weight_gradients", WEIGHT_GRADIENTS),
     ):
         if getattr(flags, name) not in (None, *allowed):
-            problems.add(f"{PREFIX}-{name.replace('_', '-')} is {getattr(flags, name)!r}; it must be one of {', '.join(allowed)}")
+            problems.add(f"{PREFIX}-{name.replace('_', '-')} is {getattr(flags, name)!r}; it must be one of "
+                         f"{', '.join(allowed)}")
+    if flags.slow_down is not None:
+        parse_slow_down(flags.slow_down, problems)
+    if flags.dry_run and flags.trace:
+        problems.add(f"{PREFIX}-trace beside {PREFIX}-dry-run: one run is timed for either; leave one out")
     given = [f"{PREFIX}-{name.replace('_', '-')}" for name, value in vars(flags).items()
-             if name != "enabled" and value is not None]
+             if name != "enabled" and value not in (None, False)]
     if given and not flags.enabled:
         problems.add(f"{', '.join(given)} without {PREFIX}: add {PREFIX}, or leave them out for plain Megatron")
     return flags, rest

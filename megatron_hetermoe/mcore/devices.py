@@ -11,7 +11,7 @@ import torch
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore.grouped import grouped_obstacle
 from megatron_hetermoe.mcore.platform import cpu
-from megatron_hetermoe.topology.layout import ATTENTION, Layout
+from megatron_hetermoe.topology.layout import ATTENTION, layout_of
 from megatron_hetermoe.topology.placement import Placement
 
 _BF16_CAPABILITY = (8, 0)  # Ampere; torch.cuda.is_bf16_supported() counts emulation too
@@ -41,11 +41,11 @@ def device_problems(
         has_biases: whether linear layers have biases.
         capabilities: by rank.
     """
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
-    placement = Placement(plan.placement, layout.m + layout.n)
+    layout = layout_of(plan)
+    placement = Placement(plan.placement, layout.holders)
     problems = []
     for rank, found in capabilities.items():
-        holds = bool(placement.layers_of(layout.member_of(rank)))
+        holds = bool(placement.layers_of(layout.holder_of(rank)))
         lacks_bf16 = found is not None and found < _BF16_CAPABILITY
         if lacks_bf16 and plan.attention_precision == "bf16" and layout.role(rank) == ATTENTION:
             problems.append(f"rank {rank} has a GPU without bf16 ({_version(found)}) for attention in bf16: train with "

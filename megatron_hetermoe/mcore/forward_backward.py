@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machin
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args
 
+from megatron_hetermoe.mcore.dry_run import Measurements
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
 from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, Numbers, report
@@ -22,8 +23,9 @@ from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.streams import streams_for
-from megatron_hetermoe.runtime.transfers import Transfers
+from megatron_hetermoe.runtime.stretch import stretched
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
+from megatron_hetermoe.schedule.tasks import Kind
 
 
 class ForwardBackward:
@@ -35,12 +37,15 @@ class ForwardBackward:
         session: this rank's.
         marks: told what runs.
         recorder: told of each task of a training step with its times.
+        slow_down: how many times as long this rank's tasks take, by kind; only without a GPU.
     """
 
-    def __init__(self, session: Session, marks: Marks, recorder: Recorder | None = None):
+    def __init__(self, session: Session, marks: Marks, recorder: Recorder | Measurements | None = None,
+                 slow_down: Mapping[Kind, float] | None = None):
         self._session = session
         self._marks = marks
         self._recorder = recorder
+        self._slow_down = slow_down or {}
         self._streams = streams_for(session.device)
         self._recorded = streams_for(session.device, recorder.observe) if recorder else self._streams
         self._weights: WeightGradients | None = None
@@ -114,22 +119,19 @@ class ForwardBackward:
         key = (microbatches, forward_only)
         if key not in self._schedules:
             schedule = self._session.schedule(microbatches, forward_only)
-            self._schedules[key] = schedule, schedule.member(self._session.member)
+            self._schedules[key] = schedule, schedule.member(self._session.holder)
         return self._schedules[key]
 
     def _run(self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
-        transfers = Transfers(
-            session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
-            session.wire_dtype, session.device,
-        )
+        transfers = session.transfers(config.hidden_size)
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:
-            executor.run(member, table, streams, self._marks)
+            executor.run(member, stretched(table, self._slow_down), streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
         attention = AttentionTasks(inputs, transfers, numbers)
-        executor.run(member, {**table, **attention.table()}, streams, self._marks)
+        executor.run(member, stretched({**table, **attention.table()}, self._slow_down), streams, self._marks)
         return attention.losses, attention.tokens
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -137,7 +139,7 @@ class ForwardBackward:
 
         Megatron divides gradients by the tokens of all ranks of a pool, and expert ranks have none of their own.
         """
-        total = tokens.cpu().clone()
+        total = tokens.cpu() * self._session.owns_microbatches
         dist.all_reduce(total, group=self._session.control)
         first = self._session.layout.pool(self._session.role)[0]
         if self._session.is_attention or self._session.rank != first:

@@ -73,10 +73,12 @@ class Priced:
             self.assignment.seconds, self.tokens_per_second, self.busy(ATTENTION), self.busy(EXPERT),
             self.bytes_of(ATTENTION), self.bytes_of(EXPERT), any(seat.kind.estimated for seat in group.seats),
         )
+        placement = placement_of(self.assignment.experts)
         return Plan(
             group.shape, option.m * option.groups, option.n * option.groups, option.groups,
-            placement_of(self.assignment.experts).holders, "zebra", self.wave, group.precision, _expert_precision(group),
-            weight_gradients=self.weight_gradients, pools=tuple(seat.pool.name for seat in group.seats), step=group.step, predicted=prediction,
+            placement.holders, "zebra", self.wave, group.precision, _expert_precision(group),
+            weight_gradients=self.weight_gradients, pools=tuple(seat.pool.name for seat in group.seats), step=group.step,
+            predicted=prediction, tasks=TaskCosts(group, placement).typical(),
         )
 
 
@@ -120,7 +122,7 @@ def search(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thor
         thorough: whether placements are searched in full.
     """
     considered = list(options(question, cluster, kinds))
-    fitting = [option for option in considered if option.wave]
+    fitting = [option for option in considered if option.fits(1)]
     # Copies of a layout with more ZP groups have the same bound; the smaller groups waste less on what does not divide.
     fitting.sort(key=lambda option: (-float(f"{option.bound:.2g}"), option.group.members, -option.bound))
     priced: list[Priced] = []
@@ -182,10 +184,8 @@ def _best_wave(option: Option) -> list[Priced]:
     ramps, but leaves more room for experts where they are done sooner."""
     total = option.group.step.microbatches
     priced: list[Priced] = []
-    for count in range(-(-total // option.wave), total + 1):
-        wave = -(-total // count)
-        if priced and wave == priced[-1].wave:
-            continue
+    # Waves are as equal as can be, so only these sizes differ.
+    for wave in sorted({-(-total // count) for count in range(-(-total // option.wave), total + 1)}, reverse=True):
         found = _price(option, wave, thorough=False)
         if found is None:
             continue

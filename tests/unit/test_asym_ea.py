@@ -94,6 +94,21 @@ def test_better_than_the_paper_where_m_and_n_do_not_divide():
     assert best.seconds < ideal_seconds(priced)
 
 
+def test_ranks_with_little_memory_leave_experts_to_those_with_much():
+    """Equally fast, so only memory tells them apart; everything fits in one way."""
+    limits = Limits((0, 4, 4, 12, 12))
+    best = balance(slow_experts(1, 4, layers=4, experts=8), limits, None)
+    assert (best.experts == [0, 1, 1, 3, 3]).all()
+
+
+def test_what_does_not_divide_goes_round_where_memory_asks_for_it():
+    """Large groups keep ranks alike where they can; 13 ranks with room for 20 pairs take 5 x 32 of 12 in turn."""
+    of = shape(layers=12, experts=20)
+    priced = slow_experts(1, 13, layers=12, experts=20)
+    best = balance(priced, Limits((0, *(19,) * 13)), None)
+    assert of.layers * of.experts > 13 * 18 and feasible(best.experts, Limits((0, *(19,) * 13)))
+
+
 def test_memory_counts_what_a_rank_holds():
     priced = group(2, 2, microbatches=4)
     few, many = (member_memory(priced, 2, experts, 4) for experts in (3, 6))
