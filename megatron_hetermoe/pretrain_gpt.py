@@ -20,11 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _train(argv)
     except UsageError as error:
-        # All ranks find the same; one a machine says it.
-        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-            print(error.message(), file=sys.stderr, flush=True)
-        return EXIT_CODE
+        return refuse(error)
     return 0
+
+
+def refuse(error: UsageError) -> int:
+    """Says what is wrong, once a machine since all ranks find the same. Returns the exit code."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        print(error.message(), file=sys.stderr, flush=True)
+    return EXIT_CODE
 
 
 def _train(argv: list[str]) -> None:

@@ -28,6 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
                         help="leave out a flag of the recipe, as `--drop bf16`; may be given again")
     parser.add_argument("--keep-logs", metavar="DIR",
                         help="folder for the ranks' output (default: runs/RECIPE/logs, written over by each run)")
+    parser.add_argument("--elastic", nargs=2, type=int, metavar=("M", "N"), help="go on from the last checkpoint with at "
+                        "most M attention and N expert ranks, whatever layout it was saved under")
     parser.set_defaults(run=run)
 
 
@@ -35,14 +37,29 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     recipe = load_recipe(args.recipe, os.environ)
     argv = override(recipe.argv, args.overrides, args.drop) + ([f"{PREFIX}-dry-run"] if args.dry_run else [])
+    logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(args.recipe).stem, "logs")
+    if args.elastic:
+        argv = _elastic(argv, *args.elastic, logs)
     problems = Problems()
     flags, _ = parse_flags(argv, problems)
     problems.raise_if_any()
     world = world_size(flags, args.nproc)
-    logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(args.recipe).stem, "logs")
     command = [_own_name(), "train", args.recipe, *(["--nproc", str(args.nproc)] if args.nproc else []),
                *(word for flag in args.drop for word in ("--drop", flag))]
     return _train(command, args.overrides, world, argv, recipe.env, logs, flags.enabled)
+
+
+def _elastic(argv: list[str], attention_ranks: int, expert_ranks: int, logs: Path) -> list[str]:
+    """The flags that go on from the last checkpoint, with the plan nearest to its own in the logs' folder."""
+    from megatron_hetermoe.cli.elastic import fitted, with_plan, write_plan
+
+    found = fitted(argv, attention_ranks, expert_ranks)
+    logs.mkdir(parents=True, exist_ok=True)
+    path = logs / "plan.json"
+    write_plan(found.plan, path)
+    for line in found.said:
+        print(f"elastic: {line}", flush=True)
+    return with_plan(argv, str(path))
 
 
 def _own_name() -> str:

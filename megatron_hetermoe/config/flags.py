@@ -14,6 +14,7 @@ from megatron_hetermoe.config.slow_down import EXAMPLE, parse_slow_down
 
 PREFIX = "--hetermoe"
 STALL_TIMEOUT = 30  # seconds
+ON_SAVE_FAILURE = ("stop", "continue")
 MOST = 10**6  # of anything that is counted here
 
 
@@ -37,6 +38,8 @@ class Flags:
         dry_run: train a few steps, print what was predicted beside what was measured, leave nothing behind.
         slow_down: see ``config.slow_down``.
         stall_timeout: seconds within which all ranks end after one has died or stopped.
+        self_check: training steps from one comparison of what was sent with what came to the next.
+        on_save_failure: one of ON_SAVE_FAILURE, "stop" where nothing was said.
     """
 
     enabled: bool = False
@@ -55,6 +58,8 @@ class Flags:
     dry_run: bool = False
     slow_down: str | None = None
     stall_timeout: int | None = None
+    self_check: int | None = None
+    on_save_failure: str | None = None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +91,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        f"so many times as long, by role or by task and role ({EXAMPLE})")
     group.add_argument("--hetermoe-stall-timeout", metavar="SECONDS", help="all ranks end within so many seconds after "
                        f"one has died or stopped (default {STALL_TIMEOUT})")
+    group.add_argument("--hetermoe-self-check", metavar="N", help="every N steps compare checksums of all that ranks "
+                       "sent to each other with what came (default: never)")
+    group.add_argument("--hetermoe-on-save-failure", metavar="|".join(ON_SAVE_FAILURE), help="end the run (default), or "
+                       "go on training, when a checkpoint cannot be written")
 
 
 def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]:
@@ -114,6 +123,7 @@ def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[st
     for name, allowed in (
         ("schedule", SCHEDULES), ("attention", ATTENTION_KERNELS), ("experts", EXPERT_KERNELS),
         ("expert_precision", PRECISIONS), ("weight_gradients", WEIGHT_GRADIENTS),
+        ("on_save_failure", ON_SAVE_FAILURE),
     ):
         if getattr(flags, name) not in (None, *allowed):
             problems.add(f"{PREFIX}-{name.replace('_', '-')} is {getattr(flags, name)!r}; it must be one of "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.mcore.session import DTYPES
 from megatron_hetermoe.planner.resolve import resolve
-from megatron_hetermoe.topology.layout import EXPERT, Layout
+from megatron_hetermoe.topology.layout import EXPERT, layout_of
 
 
 def _not_recomputed(args: argparse.Namespace) -> bool:
@@ -122,9 +124,11 @@ def disaggregated_arguments(
                              f"{args.transformer_impl}: change one")
             if args.loss_scale and plan.expert_precision == "fp32" != plan.attention_precision:
                 problems.add("--loss-scale is not supported with experts in fp32: leave it out")
+    _check_saves(args, flags, problems)
     _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
     _check_divisible(args, problems)
     _check_warm_up(args, problems)
+    _check_sinkhorn(args, problems)
     try:
         check_args(args)
     except UsageError as error:
@@ -238,6 +242,18 @@ def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> Non
                          "for it")
 
 
+def _check_saves(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:
+    """What saving in the background needs."""
+    if not args.async_save:
+        return
+    if flags.on_save_failure == "continue":
+        problems.add("--hetermoe-on-save-failure continue with --async-save: a save in the background fails in a later "
+                     "step, when its data is gone; leave one out")
+    if args.async_strategy == "nvrx" and not importlib.util.find_spec("nvidia_resiliency_ext"):
+        problems.add("--async-save with --async-strategy nvrx needs nvidia-resiliency-ext, which is not installed: "
+                     "install it, or use --async-strategy mcore")
+
+
 def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems: Problems) -> None:
     """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
     if not attention_ranks or not args.micro_batch_size:
@@ -284,6 +300,13 @@ def _check_warm_up(args: argparse.Namespace, problems: Problems) -> None:
                          "give --lr-warmup-fraction")
 
 
+def _check_sinkhorn(args: argparse.Namespace, problems: Problems) -> None:
+    """Sinkhorn balances without a loss; Megatron asserts it in the first step."""
+    kinds, weights = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    if "sinkhorn" in (kinds if isinstance(kinds, list) else [kinds]) and weights not in (0, 0.0, [0.0], None):
+        problems.add(f"--moe-router-load-balancing-type sinkhorn does not take --moe-aux-loss-coeff {weights}: set it to 0")
+
+
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
     """Megatron's own validation, which takes the world to be the ranks that have data: the attention ranks."""
     world_size, args.world_size = args.world_size, plan.attention_ranks
@@ -305,7 +328,7 @@ def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
 
 def _set_precision(args: argparse.Namespace, plan: Plan) -> None:
     """Megatron's precision of this rank, whose role may have another one than the flags say."""
-    if Layout(plan.attention_ranks, plan.expert_ranks, plan.groups).role(args.rank) == EXPERT:
+    if layout_of(plan).role(args.rank) == EXPERT:
         args.fp16, args.bf16 = plan.expert_precision == "fp16", plan.expert_precision == "bf16"
         args.params_dtype = DTYPES[plan.expert_precision]
     if plan.has_loss_scale and not args.loss_scale:

@@ -14,6 +14,7 @@ from megatron.training import get_args
 
 from megatron_hetermoe.mcore.dry_run import Measurements
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
+from megatron_hetermoe.mcore.load import Load, LoadWarnings
 from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, Numbers, report
 from megatron_hetermoe.mcore.session import Session
@@ -22,8 +23,10 @@ from megatron_hetermoe.mcore.weights import WeightGradients, delay
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
+from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.runtime.streams import streams_for
 from megatron_hetermoe.runtime.stretch import stretched
+from megatron_hetermoe.runtime.transfers import PARTS
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
 from megatron_hetermoe.schedule.tasks import Kind
 
@@ -38,11 +41,17 @@ class ForwardBackward:
         marks: told what runs.
         recorder: told of each task of a training step with its times.
         slow_down: how many times as long this rank's tasks take, by kind; only without a GPU.
+        self_check: training steps from one comparison of what was sent with what came to the next; None for never.
     """
 
-    def __init__(self, session: Session, marks: Marks, recorder: Recorder | Measurements | None = None,
-                 slow_down: Mapping[Kind, float] | None = None):
+    def __init__(
+        self, session: Session, marks: Marks, recorder: Recorder | Measurements | None = None,
+        slow_down: Mapping[Kind, float] | None = None, self_check: int | None = None,
+    ):
         self._session = session
+        self._self_check = self_check
+        self._load_warnings = LoadWarnings(session)
+        self._training_steps = 0
         self._marks = marks
         self._recorder = recorder
         self._slow_down = slow_down or {}
@@ -77,7 +86,14 @@ class ForwardBackward:
         self._marks.enter("evaluation" if forward_only else "a training step")
         numbers = Numbers(self._session, get_args().check_for_nan_in_loss_and_grad and not forward_only)
         try:
-            losses, tokens = self._run(inputs, member, numbers)
+            self._training_steps += not forward_only
+            checksums = None if forward_only else self._checksums()
+            load = None if forward_only else self._load_warnings.of_step(self._training_steps)
+            losses, tokens = self._run(inputs, member, numbers, checksums, load)
+            if checksums is not None:
+                self._compare(checksums)
+            if load is not None:
+                self._load_warnings.look(load, self._training_steps)
             if not forward_only:
                 self._finalize(wrapped, tokens, force_all_reduce)
         except RuntimeError as error:
@@ -122,15 +138,36 @@ class ForwardBackward:
             self._schedules[key] = schedule, schedule.member(self._session.holder)
         return self._schedules[key]
 
-    def _run(self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers) -> tuple[list[Any], torch.Tensor]:
+    def _checksums(self) -> Checksums | None:
+        """What to note a training step's messages in, where it is one that is checked."""
+        if not self._self_check or self._training_steps % self._self_check:
+            return None
+        session = self._session
+        return Checksums(session.layout.zp_group(session.layout.group_of(session.rank)), session.member)
+
+    def _compare(self, checksums: Checksums) -> None:
+        """Ends the run when a message did not come as it was sent; before the optimizer has used what came."""
+        self._marks.enter("the self-check")
+        wrong = checksums.mismatches(self._session.control)
+        if wrong and wrong[0].receiver == self._session.rank:  # one rank speaks; the others end because it does
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise RuntimeError(
+                f"self-check: what came is not what was sent: {wrong[0].describe(PARTS)}{more}. A link or a memory "
+                "corrupts data: leave these ranks' machines out, and go on from the last checkpoint"
+            )
+
+    def _run(
+        self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers, checksums: Checksums | None,
+        load: Load | None,
+    ) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
-        transfers = session.transfers(config.hidden_size)
+        transfers = session.transfers(config.hidden_size, checksums=checksums)
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:
             executor.run(member, stretched(table, self._slow_down), streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
-        attention = AttentionTasks(inputs, transfers, numbers)
+        attention = AttentionTasks(inputs, transfers, numbers, load)
         executor.run(member, stretched({**table, **attention.table()}, self._slow_down), streams, self._marks)
         return attention.losses, attention.tokens
 

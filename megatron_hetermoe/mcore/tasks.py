@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 
 from megatron_hetermoe.mcore.attention import ModelTasks, PlanningModel
 from megatron_hetermoe.mcore.experts import HeldExperts
+from megatron_hetermoe.mcore.load import Load
 from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.recompute import experts_again, rerun
 from megatron_hetermoe.mcore.weights import WeightGradients
@@ -99,6 +100,7 @@ class AttentionTasks:
         inputs: from the training loop.
         transfers: this member's.
         numbers: shown what goes to experts and comes back.
+        load: shown how many tokens go to each expert, in a step that is looked at.
         losses: for each microbatch, what the loss function reports, in the order of the heads.
         tokens: those that count in the loss, int.
     """
@@ -106,6 +108,7 @@ class AttentionTasks:
     inputs: StepInputs
     transfers: Transfers
     numbers: Numbers
+    load: Load | None = None
     losses: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -157,6 +160,8 @@ class AttentionTasks:
         if layer in self._moe_layers:
             routed = self.transfers.owned[layer, number]
             self.numbers.came(layer, number, routed)
+            if self.load is not None:
+                self.load.note(layer, routed.counts)
             outputs, routed.outputs = routed.outputs.to(self.inputs.config.params_dtype), None
             if self.inputs.forward_only:
                 del self.transfers.owned[layer, number]

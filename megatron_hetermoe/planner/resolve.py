@@ -15,7 +15,7 @@ from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document
 
 # Flags that a plan file decides, and the plan's field that each is shorthand for.
-_PLANNED = {
+PLANNED = {
     "attention_ranks": "attention_ranks", "expert_ranks": "expert_ranks", "groups": "groups", "schedule": "schedule",
     "wave": "wave", "attention": "attention_kernel", "experts": "expert_kernel",
     "expert_precision": "expert_precision", "weight_gradients": "weight_gradients",
@@ -87,7 +87,7 @@ def _from_file(
     flags: Flags, shape: ModelShape, precision: str, tensor: int, expert_tensor: int, problems: Problems
 ) -> Plan:
     plan = plan_from_json(_read(flags.plan), flags.plan)
-    for name, field in _PLANNED.items():
+    for name, field in PLANNED.items():
         said, planned = getattr(flags, name), getattr(plan, field)
         if said is not None and said != planned:
             problems.add(f"{_flag(name)} {said} disagrees with {planned} in {flags.plan}: leave one out")

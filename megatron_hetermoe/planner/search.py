@@ -10,7 +10,7 @@ from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
 from megatron_hetermoe.planner.asym_ea import LONG, Assignment, balance, placement_of
-from megatron_hetermoe.planner.memory import member_memory
+from megatron_hetermoe.planner.memory import imbalance_that_fits, member_memory, most_imbalance
 from megatron_hetermoe.planner.options import Option, Question, options
 from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.simulator.events import simulate
@@ -65,6 +65,16 @@ class Priced:
         group, experts = self.option.group, self.assignment.experts
         return max(member_memory(group, member, int(experts[:, member].sum()), self.wave).total
                    for member in _members(group, role))
+
+    @property
+    def imbalance(self) -> tuple[float, float]:
+        """How uneven routing may become before some GPU is full, and the most that it can become there: rows of a
+        member's experts, over those of balanced routing."""
+        group, held = self.option.group, self.assignment.experts.sum(axis=0)
+        return min(
+            (imbalance_that_fits(group, member, int(held[member]), self.wave), most_imbalance(group, int(held[member])))
+            for member in range(group.members) if held[member]
+        )
 
     def plan(self) -> Plan:
         """As a plan file has it."""

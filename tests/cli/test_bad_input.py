@@ -87,6 +87,7 @@ def test_placements(tmp_path, placement, document, said):
         ([*OURS, *tiny(context_parallel_size=2)], "--context-parallel-size above 1 is not supported"),
         ([*OURS, *tiny(train_iters=5, lr_warmup_iters=5)],
          "--lr-warmup-iters 5 does not end before --train-iters 5"),
+        ([*OURS, *tiny(moe_router_load_balancing_type="sinkhorn")], "sinkhorn does not take --moe-aux-loss-coeff"),
         ([*OURS[1:], *tiny()], "without --hetermoe: add --hetermoe"),
         ([*OURS, "--hetermoe-experts", "grouped", *tiny(hidden_size=36, bf16=True)],
          "--hetermoe-experts grouped cannot be on rank 2: hidden sizes 36 and 32 in bf16 are not"),

@@ -8,7 +8,9 @@ from pricing import cluster, group, profile, shape
 from megatron_hetermoe.planner.asym_ea import (
     Limits, balance, feasible, gather_and_squeeze, limits_of, placement_of,
 )
-from megatron_hetermoe.planner.memory import member_memory, most_experts, usable
+from megatron_hetermoe.planner.memory import (
+    imbalance_that_fits, member_memory, most_experts, most_imbalance, usable,
+)
 from megatron_hetermoe.simulator.baselines import ideal_seconds, zebra_seconds
 
 
@@ -115,6 +117,16 @@ def test_memory_counts_what_a_rank_holds():
     assert many.weights == 2 * few.weights and many.activations == 2 * few.activations
     assert member_memory(priced, 0, 0, 4).activations == 2 * member_memory(priced, 0, 0, 2).activations
     assert few.gradients == 2 * few.weights and few.optimizer == 6 * few.weights  # bf16: fp32 gradients, 12 bytes
+
+
+def test_memory_bounds_how_uneven_routing_may_become():
+    """Two of eight experts a token: one that gets every token has four times its part; a rank with four, twice."""
+    assert most_imbalance(group(2, 2), 3) == 4 and most_imbalance(group(2, 2), 4 * 3) == 2
+    roomy, tight = group(2, 2), group(2, 2, on=cluster(2, 2, memory=1.5105e9))
+    assert imbalance_that_fits(roomy, 2, 12, 4) == 2
+    fits = imbalance_that_fits(tight, 2, 12, 4)
+    assert 1 < fits < 2
+    assert member_memory(tight, 2, 12, 4, fits).total <= 1.5105e9 < member_memory(tight, 2, 12, 4, fits + 0.02).total
 
 
 def test_the_most_experts_fit_and_one_more_does_not():
