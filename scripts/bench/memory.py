@@ -96,7 +96,7 @@ def run(flags: Sequence[str], world: int) -> list[float]:
 def train_here(record: Path, flags: list[str]) -> int:
     """Trains as one rank, and writes what it took at most from when its model was built."""
     from megatron_hetermoe import pretrain_gpt
-    from megatron_hetermoe.mcore.platform import cpu
+    from megatron_hetermoe.mcore.platform import cpu, wheel
 
     if cpu.needed():
         cpu.install()
@@ -105,6 +105,8 @@ def train_here(record: Path, flags: list[str]) -> int:
         import torch
 
         before, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+        if "--hetermoe" not in flags:
+            wheel.install()  # stock Megatron could not start from its wheel otherwise
     from megatron.training import training
 
     start: list[int] = []
