@@ -102,7 +102,9 @@ def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
     recompute = RECOMPUTE[RECOMPUTE.index(least):]  # more than the recipe asks for, where memory asks for it
     distributed = bool(parsed.use_distributed_optimizer)
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
-                    (distributed,) if distributed else (False, True), _tensor(parsed))
+                    (distributed,) if distributed else (False, True), _tensor(parsed),
+                    # Megatron's own linear layers; the weight gradients of others are not split off.
+                    ("together", "delayed") if parsed.transformer_impl == "local" else ("together",))
 
 
 def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:

@@ -61,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
     kinds = kinds_of(cluster, plan.model, plan.attention_precision, notes)
     costs = costs_of_plan(plan, cluster, kinds)
     layout = layout_of(plan)
-    schedule = build(plan.schedule, plan.model.layers, costs.placement, layout.m, plan.step.microbatches, plan.wave)
+    schedule = build(
+        plan.schedule, plan.model.layers, costs.placement, layout.m, plan.step.microbatches, plan.wave,
+        delayed=plan.delayed,
+    )
     result = simulate(schedule, costs)
     summary = summarise(result)
     replayed = args.replay and replay.replayed(args.plan, args.cluster, replay.ways(plan, cluster, kinds), args.replay)

@@ -115,6 +115,7 @@ def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[st
     values = {}
     for field in fields(Flags):
         value = getattr(parsed, "enabled" if field.name == "enabled" else f"hetermoe_{field.name}")
+        value = "--" if value == [] else value  # argparse takes it for the end of flags, after "=" too
         if value is not None and field.type == "int | None":
             value = _positive(value, field.name, problems)
         values[field.name] = value

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SEARCH_MICROBATCHES = 8  # that the local search simulates; more change the ramps' share, not which neighbour is best
-_LONG = 300  # layers x microbatches of a step from which on the event simulator takes more than a moment
+LONG = 300  # layers x microbatches of a step from which on the event simulator takes more than a moment
 _ROUNDS = 40  # of local search, each with all neighbours
 _ROTATED = 12  # members of a ZP group up to which what does not divide goes round in every case
 _FAMILY = 96  # totals that are tried before it,
@@ -197,7 +197,7 @@ def _judge(group: GroupCosts, candidates: list[np.ndarray], wave: int | None, by
     ``long_step_seconds``."""
     import numpy as np
 
-    if not by_events or group.shape.layers * group.step.microbatches > _LONG:
+    if not by_events or group.shape.layers * group.step.microbatches > LONG:
         return [float(value) for value in long_step_seconds(group, np.array(candidates, float), wave)]
     result = []
     for experts in candidates:

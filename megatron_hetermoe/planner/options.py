@@ -33,6 +33,7 @@ class Question:
         recompute: choices, from the least recomputation on.
         distributed_optimizer: choices, the user's first.
         tensor: choices of how many attention ranks share the dense weights and a microbatch.
+        weight_gradients: choices, of ``config.plan.WEIGHT_GRADIENTS``.
     """
 
     shape: ModelShape
@@ -43,6 +44,7 @@ class Question:
     recompute: tuple[str, ...] = RECOMPUTE
     distributed_optimizer: tuple[bool, ...] = (False, True)
     tensor: tuple[int, ...] = (1,)
+    weight_gradients: tuple[str, ...] = ("together",)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megatron_hetermoe.cost.cluster import Cluster, kinds_of
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, costs_of_plan, seats_of
 from megatron_hetermoe.planner.advice import alone, baselines, nothing_fits
-from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds
+from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds, placement_of
 from megatron_hetermoe.planner.memory import member_memory, usable
 from megatron_hetermoe.planner.options import Question, options
 from megatron_hetermoe.planner.search import after_losing_a_node, left_out, search
@@ -240,3 +240,19 @@ def test_microbatches_are_shared_where_memory_needs_it():
     orders = build("zebra", of.layers, costs.placement, plan.attention_ranks // plan.groups, plan.step.microbatches,
                    plan.wave)
     assert simulate(orders, costs).seconds == pytest.approx(plan.predicted.step_seconds)
+
+
+def test_weight_tasks_are_planned_where_they_are_worth_it():
+    """With one microbatch each rank waits for the other, with many the slower one never does."""
+    on = cluster(1, 1, bandwidth=1e10)
+    experts_on_old = {"new": profile(OF, (1e-3, 2e-3), (4e-3, 8e-3)), "old": profile(OF, (5e-3, 1e-2), (3e-4, 7e-4))}
+    of_pool = kinds_of(on, OF, PRECISION, Notes(), experts_on_old)
+    for batch, chosen in ((1, "delayed"), (32, "together")):
+        asked = replace(question(batch=batch), weight_gradients=("together", "delayed"))
+        best = search(asked, on, of_pool).best[0]
+        plan = best.plan()
+        assert plan.weight_gradients == chosen
+        orders = build("zebra", plan.model.layers, placement_of(best.assignment.experts), 1, plan.step.microbatches,
+                       plan.wave, delayed=plan.delayed)
+        assert simulate(orders, costs_of_plan(plan, on, of_pool)).seconds == pytest.approx(plan.predicted.step_seconds)
+        assert search(question(batch=batch), on, of_pool).best[0].plan().weight_gradients == "together"
