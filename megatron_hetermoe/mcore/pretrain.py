@@ -30,6 +30,7 @@ from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
+from megatron_hetermoe.mcore.grouped import build_held
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
@@ -140,12 +141,13 @@ def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., 
             spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, args.seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
-        builders = {
-            layer: submodules.experts
+        pool_config = _of_expert_pool(model_config.transformer, session.plan)
+        held = {
+            layer: build_held(submodules.experts, pool_config, session, layer, args.seed, groups)
             for layer, layer_spec in enumerate(spec.layer_specs, start=1)
-            if (submodules := moe_submodules(layer_spec)) is not None
+            if (submodules := moe_submodules(layer_spec)) is not None and session.held(layer)
         }
-        return ExpertModel(_of_expert_pool(model_config.transformer, session.plan), builders, session, args.seed, groups)
+        return ExpertModel(pool_config, held, groups)
 
     return provide
 

@@ -25,12 +25,12 @@ def test_beside_tensor_parallelism_of_attention(parity):
 
 
 def test_uneven_holders(parity):
-    """One of two holders has no experts in a layer; two waves, experts run again, top 1, GELU."""
+    """Experts as grouped products. One of two holders has no experts in a layer; two waves, experts run again, top 1, GELU."""
     placement = placement_file(
         parity, experts=8, layers={1: {"e0": [0, 1, 2, 3, 5], "e1": [4, 6, 7]}, 2: {"e1": ["0-7"]}}
     )
     parity.check(
-        2, 4, hetermoe=["--hetermoe-placement", placement, "--hetermoe-wave", "2"], recompute_granularity="full",
+        2, 4, hetermoe=["--hetermoe-placement", placement, "--hetermoe-wave", "2", "--hetermoe-experts", "grouped"], recompute_granularity="full",
         recompute_method="uniform", recompute_num_layers=1, moe_router_topk=1, moe_router_pre_softmax=True, swiglu=None,
         calculate_per_token_loss=True, clip_grad=0.1, **SHARED,
     )
