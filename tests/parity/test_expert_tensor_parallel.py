@@ -8,11 +8,15 @@ from parity_cases import placement_file
 SHARED = {"expert_tensor_parallel_size": 2}
 
 
-@pytest.mark.parametrize("m, n, g, batch", [(2, 2, 1, 8), (1, 4, 1, 4), (3, 2, 2, 12)])
+@pytest.mark.parametrize(
+    "m, n, g, batch",
+    [pytest.param(2, 2, 1, 8, marks=pytest.mark.slow), (1, 4, 1, 4), pytest.param(3, 2, 2, 12, marks=pytest.mark.slow)],
+)
 def test_layout(parity, m, n, g, batch):
     parity.check(m, n, g, global_batch_size=batch, **SHARED)
 
 
+@pytest.mark.slow
 def test_beside_tensor_parallelism_of_attention(parity):
     """Three ranks share an expert, two attention ranks that share a microbatch; fp16 and the distributed optimizer.
 
@@ -36,6 +40,7 @@ def test_uneven_holders(parity):
     )
 
 
+@pytest.mark.slow
 def test_zeros_in_gradients(parity):
     """Each part of an expert's gradient is counted once."""
     reference = parity.stock(2, log_num_zeros_in_grad=True)

@@ -90,7 +90,9 @@ def test_from_stock_without_expert_parallelism(tmp_path, uneven, variant):
     assert_same_steps(journey.leg("ours", stock(2, 2), "stock", 9), expected[6:9], rel=rel)
 
 
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name != "distributed-adam" else []) for name in VARIANTS]
+)
 def test_between_tensor_parallel_sizes(tmp_path, variant):
     """From whole to split attention and experts, to stock Megatron, and back to whole ones."""
     journey = Journey(tmp_path, **VARIANTS[variant])
