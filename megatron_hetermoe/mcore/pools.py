@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore.session import Session
-from megatron_hetermoe.runtime.channels import Channel
+from megatron_hetermoe.runtime.channels import Channel, nccl_options
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, Layout, layout_of
 
 # Every group that Megatron made, whichever pool for; it walks them to set timeouts.
@@ -34,9 +34,12 @@ def join_pools(plan: Plan) -> Session:
     device = torch.device(torch.cuda.current_device())
     control = dist.new_group(backend="gloo")
     out = back = None
+    options = nccl_options() if dist.get_backend() == "nccl" else None
     for group in range(layout.groups):
         ranks = layout.zp_group(group)
-        pairs = [(dist.new_group(ranks), dist.new_group(ranks, backend="gloo")) for _ in range(2)]
+        pairs = [
+            (dist.new_group(ranks, pg_options=options), dist.new_group(ranks, backend="gloo")) for _ in range(2)
+        ]
         if rank in ranks:
             out, back = (Channel(*pair, ranks, layout.member_of(rank)) for pair in pairs)
             for payload, _ in pairs:

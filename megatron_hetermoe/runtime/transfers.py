@@ -7,17 +7,19 @@ front of the tokens. Nothing else is ever awaited in order to know a size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from megatron_hetermoe.runtime.channels import Channel, Message
+from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.topology.placement import Placement
 
 # Parts of a transfer.
 _HEADER, _TOKENS, _PROBS = range(3)
+PARTS = ("header", "tokens", "probabilities")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Counts = Callable[[], list[list[int]]]
 _HEADER_FIELDS = 5  # layer, microbatch, hidden, dtype of tokens, dtype of probabilities; then counts
@@ -71,9 +73,10 @@ class Transfers:
         hidden: width of a token.
         dtype: of tokens, on both ends.
         device: where buffers are.
-        holders: for each holder, the members that are it together; not given where each member is one. An owner's rows go to one of them, so that each
-            token crosses between the pools once, and its number in the holder is the owner's modulo their number; all
-            of them learn of all rows.
+        holders: for each holder, the members that are it together; not given where each member is one. An owner's rows
+            go to one of them, so that each token crosses between the pools once, and its number in the holder is the
+            owner's modulo their number; all of them learn of all rows.
+        checksums: told of every message of a step that is checked.
         owned, held: state by (layer, microbatch), for the A and E tasks to read and fill.
     """
 
@@ -86,6 +89,7 @@ class Transfers:
     dtype: torch.dtype
     device: torch.device
     holders: tuple[tuple[int, ...], ...] = ()
+    checksums: Checksums | None = None
     owned: dict[tuple[int, int], Routed] = field(default_factory=dict)
     held: dict[tuple[int, int], Routed] = field(default_factory=dict)
 
@@ -143,7 +147,7 @@ class Transfers:
             payload += self._parts(task, state, _TOKENS, state.tokens)
             payload += self._parts(task, state, _PROBS, state.probs)
         if not self._holds(task.layer):
-            self.out.exchange(headers + payload)
+            self._exchange(task, self.out, headers + payload)
         else:
             received = self._receive_headers(task, headers)
             buffers = [
@@ -151,7 +155,7 @@ class Transfers:
                 for part, tensor in ((_TOKENS, received.tokens), (_PROBS, received.probs))
                 for owner, rows in zip(self._owners, tensor.split(received.splits))
             ]
-            self.out.exchange(payload, buffers)
+            self._exchange(task, self.out, payload, buffers)
             self.held[task.layer, task.microbatch] = received
         if state:
             # Only their shape is read from here on, by the backward of the task that made them.
@@ -166,7 +170,7 @@ class Transfers:
         if state:
             state.outputs = self._empty(state.rows)
             buffers = self._parts(task, state, _TOKENS, state.outputs)
-        self.back.exchange(self._returned(task, _TOKENS, "outputs"), buffers)
+        self._exchange(task, self.back, self._returned(task, _TOKENS, "outputs"), buffers)
         if self._holds(task.layer):
             held = self.held[task.layer, task.microbatch]
             held.outputs.untyped_storage().resize_(0)
@@ -187,7 +191,7 @@ class Transfers:
                 Message(owner, _TOKENS, rows)
                 for owner, rows in zip(self._owners, held.output_grads.split(held.splits))
             ]
-        self.out.exchange(sends, buffers)
+        self._exchange(task, self.out, sends, buffers)
         if state:
             state.output_grads = None
 
@@ -202,8 +206,17 @@ class Transfers:
             buffers = self._parts(task, state, _TOKENS, state.token_grads)
             buffers += self._parts(task, state, _PROBS, state.prob_grads)
         sends = self._returned(task, _TOKENS, "token_grads") + self._returned(task, _PROBS, "prob_grads")
-        self.back.exchange(sends, buffers)
+        self._exchange(task, self.back, sends, buffers)
         self.held.pop((task.layer, task.microbatch), None)
+
+    def _exchange(
+        self, task: Task, channel: Channel, sends: Sequence[Message], receives: Sequence[Message] = ()
+    ) -> None:
+        if self.checksums is not None:
+            self.checksums.sending(task, sends)
+        channel.exchange(sends, receives)
+        if self.checksums is not None:
+            self.checksums.received(task, receives)
 
     def _owner(self, task: Task) -> Routed:
         return self.owned[task.layer, task.microbatch]
@@ -251,7 +264,8 @@ class Transfers:
         """Sends this member's headers, receives those for it, checks them, and makes buffers of their sizes."""
         local = len(self.placement.held(task.layer, self._holder))
         headers = [torch.empty(_HEADER_FIELDS + local, dtype=torch.int64) for _ in range(self.attention_members)]
-        self.out.exchange(own_headers, [Message(owner, _HEADER, header) for owner, header in enumerate(headers)])
+        buffers = [Message(owner, _HEADER, header) for owner, header in enumerate(headers)]
+        self._exchange(task, self.out, own_headers, buffers)
         expected = [task.layer, task.microbatch, self.hidden, _DTYPES.index(self.dtype)]
         probs_dtype = headers[0][_HEADER_FIELDS - 1].item()
         for owner, header in enumerate(headers):
