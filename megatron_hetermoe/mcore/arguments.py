@@ -42,7 +42,8 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
      lambda args: args.tensor_model_parallel_size > 1 and args.transformer_impl == "local" and not cpu.needed(),
      "use transformer_engine; torch's norms know no sequence parallelism, in stock Megatron too"),
     ("tensor or context parallelism on GPUs with CUDA_DEVICE_MAX_CONNECTIONS other than 1",
-     lambda args: max(args.tensor_model_parallel_size, args.context_parallel_size) > 1 and os.environ.get(_CONNECTIONS) != "1" and not cpu.needed(),
+     lambda args: max(args.tensor_model_parallel_size, args.context_parallel_size) > 1
+     and os.environ.get(_CONNECTIONS) != "1" and not cpu.needed(),
      f"export {_CONNECTIONS}=1 for all ranks; Megatron asks for it on GPUs before Blackwell, and pools may be of both"),
     ("--tp-comm-overlap", lambda args: args.tp_comm_overlap, "leave it out: the schedule overlaps"),
     ("--pipeline-model-parallel-size above 1", lambda args: args.pipeline_model_parallel_size > 1, "set it to 1"),

@@ -30,10 +30,10 @@ def test_beside_tensor_parallelism(parity):
 
 @pytest.mark.slow
 def test_experts_on_attention_ranks(parity):
-    """Query groups, learned positions, a dense layer, a shared expert and overlapped reduction."""
+    """Learned positions, a dense layer, a shared expert, overlapped reduction, gradients of weights in their own tasks."""
     placement = placement_file(parity, experts=8, layers={"all": {"a0": [0], "a1": [3], "e0": [1, 2, "4-7"]}})
     parity.check(
-        2, 1, hetermoe=["--hetermoe-placement", placement], global_batch_size=4, num_layers=3, moe_layer_freq="[1,0,1]",
+        2, 1, hetermoe=["--hetermoe-placement", placement, "--hetermoe-weight-gradients", "delayed"], global_batch_size=4, num_layers=3, moe_layer_freq="[1,0,1]",
         ffn_hidden_size=64, position_embedding_type="learned_absolute", moe_shared_expert_intermediate_size=32,
         use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, **CONTEXT,
     )
