@@ -128,15 +128,14 @@ def _plan(args: argparse.Namespace, problems: Problems) -> tuple[Any, list[str]]
 
     world = world_size(ours, None)
     with warnings.catch_warnings(action="ignore"):  # of libraries that the nodes may have
-        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for
+        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for, parallelism_of
     from megatron_hetermoe.planner.resolve import resolve
 
     parsed, shape = arguments_to_plan_for(rest, problems)
     if shape is None:
         return None, []
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
-    sharing = parsed.tensor_model_parallel_size, parsed.expert_tensor_parallel_size or 1
-    plan = resolve(ours, shape, precision, world, problems, *sharing)
+    plan = resolve(ours, shape, precision, world, problems, parallelism_of(parsed))
     return plan, shlex.split(flags_of(asdict(plan.step), plan.tensor_parallel)) if plan and plan.step else []
 
 

@@ -23,7 +23,7 @@ from megatron_hetermoe.mcore.gpt import check_args
 from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.mcore.session import DTYPES
-from megatron_hetermoe.planner.resolve import resolve
+from megatron_hetermoe.planner.resolve import Parallelism, resolve
 from megatron_hetermoe.topology.layout import EXPERT, layout_of
 
 
@@ -41,13 +41,14 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     ("--tensor-model-parallel-size above 1 with --transformer-impl local on a GPU",
      lambda args: args.tensor_model_parallel_size > 1 and args.transformer_impl == "local" and not cpu.needed(),
      "use transformer_engine; torch's norms know no sequence parallelism, in stock Megatron too"),
-    ("--tensor-model-parallel-size above 1 on GPUs with CUDA_DEVICE_MAX_CONNECTIONS other than 1",
-     lambda args: args.tensor_model_parallel_size > 1 and os.environ.get(_CONNECTIONS) != "1" and not cpu.needed(),
+    ("tensor or context parallelism on GPUs with CUDA_DEVICE_MAX_CONNECTIONS other than 1",
+     lambda args: max(args.tensor_model_parallel_size, args.context_parallel_size) > 1
+     and os.environ.get(_CONNECTIONS) != "1" and not cpu.needed(),
      f"export {_CONNECTIONS}=1 for all ranks; Megatron asks for it on GPUs before Blackwell, and pools may be of both"),
     ("--tp-comm-overlap", lambda args: args.tp_comm_overlap, "leave it out: the schedule overlaps"),
     ("--pipeline-model-parallel-size above 1", lambda args: args.pipeline_model_parallel_size > 1, "set it to 1"),
-    ("--context-parallel-size above 1", lambda args: args.context_parallel_size > 1,
-     "set it to 1: Megatron has it with transformer-engine's attention only"),
+    ("--hierarchical-context-parallel-sizes",
+     lambda args: getattr(args, "hierarchical_context_parallel_sizes", None), "leave it out"),
     ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
     ("--recompute-modules of what is not there", _not_recomputed, f"choose from {', '.join(sorted(SELECTIVE))}"),
     ("--moe-shared-expert-overlap", lambda args: args.moe_shared_expert_overlap,
@@ -110,8 +111,7 @@ def disaggregated_arguments(
     plan = None
     if shape is not None and flags.enabled:
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        sharing = args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1
-        plan = resolve(flags, shape, precision, args.world_size, problems, *sharing)
+        plan = resolve(flags, shape, precision, args.world_size, problems, parallelism_of(args))
         if plan is not None and plan.step is not None:
             _check_step(args, plan, problems)
         if plan is not None:
@@ -119,6 +119,8 @@ def disaggregated_arguments(
                 problems.add(problem)
             if plan.delayed and args.tensor_model_parallel_size > 1:
                 problems.add("--hetermoe-weight-gradients delayed is not supported with tensor parallelism: leave it out")
+            if plan.context_parallel > 1 and plan.attention_kernel == "megatron" and args.transformer_impl == "local":
+                problems.add("--hetermoe-attention megatron knows no context parallelism: leave it out")
             if plan.delayed and args.transformer_impl != "local":
                 problems.add(f"--hetermoe-weight-gradients delayed is for --transformer-impl local, this is "
                              f"{args.transformer_impl}: change one")
@@ -159,9 +161,6 @@ def arguments_to_plan_for(
     for name, asked, way_out in _UNSUPPORTED:
         if asked(args):
             problems.add(f"{name} is not supported with --hetermoe: {way_out}")
-    if max(args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1) > 1:
-        problems.add("no plan is made for tensor parallelism yet, which the recipe asks for: plan without it, or give "
-                     "ranks and placement by hand")
     for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
         if not value:
             problems.add(f"{flag} is missing: what fits and how long a step takes depends on it")
@@ -171,6 +170,13 @@ def arguments_to_plan_for(
         problems.add(f"--global-batch-size {args.global_batch_size} does not divide by --micro-batch-size "
                      f"{args.micro_batch_size}: take a multiple of it")
     return args, model_shape(args, problems)
+
+
+def parallelism_of(args: argparse.Namespace) -> Parallelism:
+    """What Megatron's flags, before their validation, say of ranks that share weights or sequences."""
+    return Parallelism(
+        args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1, args.context_parallel_size
+    )
 
 
 def _parse(rest: Sequence[str], problems: Problems) -> argparse.Namespace:
@@ -266,9 +272,9 @@ def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems
     """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
     if not attention_ranks or not args.micro_batch_size:
         return
-    tensor = max(1, args.tensor_model_parallel_size)
-    together = args.micro_batch_size * max(1, attention_ranks // tensor)
-    ranks = f"{attention_ranks} attention ranks" + (f" / {tensor} that share a microbatch" if tensor > 1 else "")
+    share = max(1, args.tensor_model_parallel_size * args.context_parallel_size)
+    together = args.micro_batch_size * max(1, attention_ranks // share)
+    ranks = f"{attention_ranks} attention ranks" + (f" / {share} that share a microbatch" if share > 1 else "")
     start, increment, _ = args.rampup_batch_size or (None, None, None)
     for name, batch in (
         ("--global-batch-size", args.global_batch_size), ("the start of --rampup-batch-size", start),
@@ -284,8 +290,11 @@ def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems
 def _check_divisible(args: argparse.Namespace, problems: Problems) -> None:
     """What tensor parallelism divides has to divide; Megatron would find it when ranks have met."""
     attention, experts = args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1
+    context = args.context_parallel_size
+    sequence = attention * (2 * context if context > 1 else 1)  # each rank has a part near the start and one near the end
     for flag, parts, size_flag, size in (
-        ("--tensor-model-parallel-size", attention, "--seq-length", args.seq_length),
+        ("--tensor-model-parallel-size by twice --context-parallel-size" if context > 1 else
+         "--tensor-model-parallel-size", sequence, "--seq-length", args.seq_length),
         ("--tensor-model-parallel-size", attention, "--ffn-hidden-size", args.ffn_hidden_size),
         ("--tensor-model-parallel-size", attention, "--moe-shared-expert-intermediate-size",
          args.moe_shared_expert_intermediate_size),

@@ -144,7 +144,7 @@ class ForwardBackward:
 
         Megatron divides gradients by the tokens of all ranks of a pool, and expert ranks have none of their own.
         """
-        total = tokens.cpu() * self._session.owns_microbatches
+        total = tokens.cpu() * self._session.reports
         dist.all_reduce(total, group=self._session.control)
         first = self._session.layout.pool(self._session.role)[0]
         if self._session.is_attention or self._session.rank != first:

@@ -140,7 +140,9 @@ def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., 
         spec = default_layer_spec(model_config, vp_stage)
         if session.is_attention:
             is_gpu = torch.empty(0, device=session.device).is_cuda
-            kernel = choose_kernel(session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu)
+            kernel = choose_kernel(
+                session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu, session.layout.context
+            )
             spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, args.seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
@@ -156,9 +158,9 @@ def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., 
 
 
 def _of_expert_pool(config: TransformerConfig, plan: Plan) -> TransformerConfig:
-    """The model's configuration as it is on expert ranks, which have a tensor parallelism of their own."""
+    """The model's configuration as it is on expert ranks, which have a parallelism of their own."""
     config = copy(config)
-    config.tensor_model_parallel_size, config.sequence_parallel = 1, False
+    config.tensor_model_parallel_size, config.sequence_parallel, config.context_parallel_size = 1, False, 1
     config.expert_tensor_parallel_size = plan.expert_tensor_parallel
     return config
 

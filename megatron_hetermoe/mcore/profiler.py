@@ -35,6 +35,9 @@ from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
 LAYERS = 2  # of the model that is built: A tasks with an embedding, with none, and with the head
 HELD = 8  # experts of a layer that are measured together, as a holder runs them
+# Tasks are measured whole, whatever a recipe splits: the planner looks at no tensor or context parallelism.
+_WHOLE = ("--tensor-model-parallel-size", "1", "--expert-tensor-parallel-size", "1",
+          "--context-parallel-size", "1")
 _ATTENTION, _EXPERT = 0, 1  # ranks of the session, of which only one is there at a time
 _WARM_UP = 2
 
@@ -69,7 +72,7 @@ def arguments(rest: Sequence[str], flags: Flags, problems: Problems) -> tuple[ar
     """
     alone = Flags(enabled=True, attention_ranks=1, expert_ranks=2, attention=flags.attention, experts=flags.experts)
     args, plan = disaggregated_arguments(
-        alone, [*rest, "--num-layers", str(LAYERS), "--moe-layer-freq", "1"], problems)
+        alone, [*rest, "--num-layers", str(LAYERS), "--moe-layer-freq", "1", *_WHOLE], problems)
     layer = tuple(_EXPERT if expert < HELD else _EXPERT + 1 for expert in range(plan.model.experts))
     return args, replace(plan, placement=(layer,) * LAYERS)
 

@@ -84,7 +84,8 @@ def test_placements(tmp_path, placement, document, said):
         ([*OURS, *tiny(lr_decay_style="zigzag")], "zigzag"),
         ([*OURS, *tiny(tensor_model_parallel_size=2)],
          "--tensor-model-parallel-size above 1 without --sequence-parallel is not supported with --hetermoe: add it"),
-        ([*OURS, *tiny(context_parallel_size=2)], "--context-parallel-size above 1 is not supported"),
+        ([*OURS, "--hetermoe-attention", "megatron", *tiny(context_parallel_size=2)],
+         "--hetermoe-attention megatron knows no context parallelism"),
         ([*OURS, *tiny(train_iters=5, lr_warmup_iters=5)],
          "--lr-warmup-iters 5 does not end before --train-iters 5"),
         ([*OURS, *tiny(moe_router_load_balancing_type="sinkhorn")], "sinkhorn does not take --moe-aux-loss-coeff"),
@@ -112,8 +113,8 @@ def test_tensor_parallelism_that_does_not_fit(tmp_path):
                micro_batch_size=2, moe_ffn_hidden_size=33)], tmp_path, 5,
     )
     for problem in (
-        "2 attention ranks do not divide into 1 ZP groups of 3 attention ranks a tensor-parallel group; take 3",
-        "3 expert ranks do not divide into 1 ZP groups of 2 expert ranks a tensor-parallel group; take 2 or 4",
+        "2 attention ranks do not divide into 1 ZP groups, each of them into groups of 3 that tensor",
+        "groups of 2 that tensor or context parallelism puts together; take 2 or 4",
         "--tensor-model-parallel-size 3 does not divide --seq-length 32",
         "--expert-tensor-parallel-size 2 does not divide --moe-ffn-hidden-size 33",
         "2 attention ranks / 3 that share a microbatch = 2: take 2 or 4",
