@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hetermoe import pretrain_gpt
 from megatron_hetermoe.cli.rank import take_place
 from megatron_hetermoe.config.errors import UsageError
 
@@ -41,12 +42,15 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from megatron_hetermoe.planner.diagnosis import ERROR, diagnose
 
-    under_launcher = "RANK" in os.environ or {"SLURM_PROCID", "MASTER_ADDR"} <= os.environ.keys()
-    if under_launcher:
-        take_place(os.environ)
-        machines, transfers, failures = _all_ranks(args)
+    machines, transfers, failures = [], [], {}
+    if not _under_launcher(os.environ):
+        machines = [_alone(args)]
     else:
-        machines, transfers, failures = [_alone(args)], [], {}
+        try:
+            take_place(os.environ)
+            machines, transfers, failures = _all_ranks(args)
+        except UsageError as error:
+            return pretrain_gpt.refuse(error)
     findings = diagnose(machines, transfers, failures)
     if os.environ.get("RANK", "0") == "0":
         if args.json:
@@ -55,6 +59,12 @@ def run(args: argparse.Namespace) -> int:
         else:
             _print(machines, findings)
     return int(any(finding.level == ERROR for finding in findings))
+
+
+def _under_launcher(environ: Mapping[str, str]) -> bool:
+    """Whether other ranks are started beside this one. Slurm sets most of its variables in a batch script too."""
+    return "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or (
+        {"SLURM_PROCID", "MASTER_ADDR"} <= environ.keys())
 
 
 def _alone(args: argparse.Namespace) -> Machine:

@@ -73,6 +73,17 @@ def test_two_ranks_measure_what_lies_between_them_and_one_prints(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_srun_without_an_address_is_one_message(capsys, monkeypatch):
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")  # so that what the command sets is taken back
+        monkeypatch.delenv(name)
+    assert main(["doctor"]) == 2
+    assert "MASTER_ADDR and MASTER_PORT not set" in capsys.readouterr().err
+
+
 def test_ranks_that_do_not_come_are_named():
     codes, outputs = ranks(3, "--timeout", "5", started=1)
     assert codes == [2] and "processes 1, 2 of 3 have not come within 5 s" in outputs[0][1]
