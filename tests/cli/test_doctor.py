@@ -1,4 +1,4 @@
-"""``hetermoe doctor`` on this machine, alone and with several ranks; what it makes of facts is tests/unit/test_diagnosis."""
+"""``hetermoe doctor`` on this machine, alone and with several ranks. What it makes of facts: tests/unit/test_diagnosis."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def test_two_ranks_measure_what_lies_between_them_and_one_prints(tmp_path):
 
 
 def test_srun_without_an_address_is_one_message(capsys, monkeypatch):
-    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}.items():
+    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    for name, value in step.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_PORT", raising=False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
