@@ -45,6 +45,8 @@ def _train(argv: list[str]) -> None:
         if os.environ.get("RANK", "0") == "0":
             for line in changes:
                 print(line, flush=True)
+    elif flags.slow_down is not None:
+        problems.add("--hetermoe-slow-down is for ranks without a GPU, whose tasks wait: leave it out")
     import torch
 
     if flags.enabled:

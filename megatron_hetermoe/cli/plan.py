@@ -17,8 +17,8 @@ from megatron_hetermoe.config.recipe import load_recipe, override
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
-NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism, CPU offload of the optimizer and precision by role " \
-               "were not searched; routing is taken to be balanced"
+NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism and CPU offload of the optimizer were not searched; " \
+               "routing is taken to be balanced"
 _RUNNERS_UP = 5
 
 
@@ -123,6 +123,7 @@ def _answer(question, cluster, kinds, found, notes) -> dict[str, Any]:
             cluster.pools[name].memory for name, _ in pools)} for role, pools in
             ((ATTENTION, best.option.attention), (EXPERT, best.option.expert))},
         "margin": MARGIN,
+        "imbalance": dict(zip(("fits", "most"), best.imbalance)),
         "notes": [*notes, NOT_SEARCHED],
     }
 
@@ -145,6 +146,8 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     for role, memory in answer["memory"].items():
         table.add_row(f"memory, {role}", f"{memory['bytes'] / 1e9:.1f} of {memory['of'] / 1e9:.0f} GB "
                                          f"({answer['margin']:.0%} is kept free)")
+    table.add_row("uneven routing", "memory is enough while no rank's experts get more than {fits:.1f} times their part of the "
+                                    "tokens; {most:.1f} if all that can go there do".format(**answer["imbalance"]))
     moved = list(answer["experts_on_attention_ranks"].values())
     table.add_row("experts on attention ranks", f"{min(moved)} to {max(moved)} of each layer, {sum(moved)} in all")
     if answer["assignment"]["gather_and_squeeze_seconds"]:

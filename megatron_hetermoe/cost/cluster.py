@@ -247,7 +247,8 @@ def kinds_of(
             elif pool.kind in device_table():
                 device = device_table()[pool.kind]
                 if precision == "bf16" and not device.bf16:
-                    notes.add(f"{pool.kind} has no bfloat16: its ranks need fp16, at the same speed as estimated here")
+                    notes.add(f"{pool.kind} has no bfloat16: it takes experts only, and a plan with them there has all "
+                              f"experts in fp16, at the same speed as estimated here")
                 kinds[name] = Estimate(device, shape, notes)
             else:
                 kinds[name] = Profiled(read_profile(pool.kind), shape, precision, notes)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.cost.cluster import Cluster, ClusterPool
-from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, Layout
+from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, layout_of
 
 _GPU_OPTIONS = {"gres", "gpus", "gpus-per-node", "gpus-per-task", "tres-per-node", "tres-per-task"}
 
@@ -106,7 +106,7 @@ def gpu_word(pool: ClusterPool) -> str:
 def _ranks_of(cluster: Cluster, plan: Plan, problems: Problems) -> list[tuple[str, ClusterPool, int]]:
     """(what its ranks call it, pool, ranks) for each pool with ranks."""
     if plan.pools:
-        layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+        layout = layout_of(plan)
         counts: Mapping[str, int] = Counter(plan.pools[layout.member_of(rank)] for rank in range(layout.world_size))
         for name in counts.keys() - cluster.pools.keys():
             problems.add(f"the plan has ranks on pool {name}, and {cluster.origin} has {', '.join(cluster.pools)}: name "
