@@ -1,4 +1,4 @@
-"""``hetermoe train``: one recipe, all of its ranks on this machine."""
+"""``hetermoe train``: a recipe or a training script, all of its ranks on this machine; or one rank of a launcher's."""
 
 from __future__ import annotations
 
@@ -6,22 +6,51 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hetermoe.cli.place import place_of_rank
 from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags, parse_flags
 from megatron_hetermoe.config.plan import plan_from_json
-from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.recipe import Recipe, load_recipe, override
+
+OWN_ENTRY = "megatron_hetermoe.pretrain_gpt"
+SCRIPT_ENTRY = "megatron_hetermoe.script"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to start on this machine.
+
+    Attributes:
+        world: number of ranks.
+        entry: module that a rank runs.
+        argv: its command line.
+        env: environment variables for it.
+        logs: folder for the ranks' output.
+        watched: the ranks watch each other.
+    """
+
+    world: int
+    entry: str
+    argv: list[str]
+    env: dict[str, str]
+    logs: Path
+    watched: bool
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
-        "train", help="train a recipe with all ranks on this machine", usage="hetermoe train RECIPE.yaml [options] "
-        "[-- Megatron's flags]", description="Starts the attention and expert ranks of a recipe on this machine and "
-        "shows how training goes. Flags after -- replace those of the recipe, as in `-- --num-layers 4`.")
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks, for a recipe without HETERMOE (stock Megatron)")
+        "train", help="train a recipe, or a script of Megatron-LM", usage="hetermoe train [SCRIPT.py] [RECIPE.yaml] "
+        "[options] [-- Megatron's flags]", description="Starts the attention and expert ranks of a recipe on this machine "
+        "and shows how training goes. Flags after -- replace those of the recipe, as in `-- --num-layers 4`. With a "
+        "training script, as pretrain_gpt.py in a checkout of Megatron-LM, that script is run as it is, with the "
+        "recipe's flags or those after -- alone. Under a launcher (torchrun --no-python, srun) it is one rank.")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="a recipe (.yaml), a training script (.py), or both")
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks, for a run without HETERMOE (stock Megatron)")
     parser.add_argument("--drop", action="append", default=[], metavar="FLAG",
                         help="leave out a flag of the recipe, as `--drop bf16`; may be given again")
     parser.add_argument("--keep-logs", metavar="DIR",
@@ -31,16 +60,63 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    recipe = load_recipe(args.recipe, os.environ)
+    script, recipe_path = _sorted(args.files)
+    recipe = Recipe({}, []) if recipe_path is None else load_recipe(recipe_path, os.environ)
     argv = override(recipe.argv, args.overrides, args.drop)
     problems = Problems()
     flags, _ = parse_flags(argv, problems)
     problems.raise_if_any()
+    place = place_of_rank(os.environ)
+    if place is not None:
+        os.environ.update({**recipe.env, **place})
+        return _as_rank(script, argv)
     world = world_size(flags, args.nproc)
-    logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(args.recipe).stem, "logs")
-    command = [_own_name(), "train", args.recipe, *(["--nproc", str(args.nproc)] if args.nproc else []),
+    logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(recipe_path or script).stem, "logs")
+    command = [_own_name(), "train", *args.files, *(["--nproc", str(args.nproc)] if args.nproc else []),
                *(word for flag in args.drop for word in ("--drop", flag))]
-    return _train(command, args.overrides, world, argv, recipe.env, logs, flags.enabled)
+    if script is None:
+        job = Job(world, OWN_ENTRY, argv, recipe.env, logs, flags.enabled)
+    else:
+        job = Job(world, SCRIPT_ENTRY, [script, *argv], _beside(script, recipe.env), logs, flags.enabled)
+    return _train(job, command, args.overrides)
+
+
+def _sorted(files: list[str]) -> tuple[str | None, str | None]:
+    """The script and the recipe among the files that were named.
+
+    Raises:
+        UsageError: if there are two of a kind, or no such script.
+    """
+    problems = Problems()
+    scripts = [file for file in files if file.endswith(".py")]
+    recipes = [file for file in files if not file.endswith(".py")]
+    for kind, found in (("training script", scripts), ("recipe", recipes)):
+        if len(found) > 1:
+            problems.add(f"{len(found)} files are each a {kind}: {', '.join(found)}; give one")
+    for script in scripts[:1]:
+        if not Path(script).is_file():
+            problems.add(f"there is no training script {script}; give its path, as Megatron-LM/pretrain_gpt.py")
+    problems.raise_if_any()
+    return next(iter(scripts), None), next(iter(recipes), None)
+
+
+def _beside(script: str, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a script: its folder comes first on the path, as when Python runs it. A process that is forked
+    imports Megatron before it knows of the script, and a checkout has a Megatron of its own."""
+    before = env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    folders = [str(Path(script).resolve().parent), *([before] if before else [])]
+    return {**env, "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def _as_rank(script: str | None, argv: list[str]) -> int:
+    """What one rank of a launcher's does."""
+    if script is None:
+        from megatron_hetermoe import pretrain_gpt
+
+        return pretrain_gpt.main(argv)
+    from megatron_hetermoe import script as of_script
+
+    return of_script.main([script, *argv])
 
 
 def _own_name() -> str:
@@ -74,13 +150,13 @@ def world_size(flags: Flags, nproc: int | None) -> int:
             problems.add(f"--nproc is {nproc}, but there are {attention} attention and {expert} expert ranks; "
                          "leave --nproc out")
     elif nproc is None:
-        problems.add("the recipe has no section HETERMOE; add one, or give --nproc N to train it with stock Megatron")
+        problems.add("the recipe has no section HETERMOE; add one, or --hetermoe flags after --, or give --nproc N to "
+                     "train with stock Megatron")
     problems.raise_if_any()
     return world
 
 
-def _train(command: list[str], overrides: list[str], world: int, argv: list[str], env: dict[str, str],
-           logs: Path, watched: bool) -> int:
+def _train(job: Job, command: list[str], overrides: list[str]) -> int:
     # imported here because rich takes a while and `hetermoe --help` needs none of it
     from rich.console import Console
 
@@ -89,9 +165,11 @@ def _train(command: list[str], overrides: list[str], world: int, argv: list[str]
     from megatron_hetermoe.cli.summary import failure, print_summary
 
     console = Console()
-    console.print(f"starting {world} ranks, logs in {logs}", highlight=False, markup=False)
-    with interruptible(), Display(console) as display, Ranks(world, argv, env, logs, watched=watched) as ranks:
-        watch = Watch([ranks.log(rank) for rank in range(world)])
+    console.print(f"starting {job.world} ranks, logs in {job.logs}", highlight=False, markup=False)
+    with interruptible(), Display(console) as display, Ranks(
+        job.world, job.argv, job.env, job.logs, entry=job.entry, watched=job.watched
+    ) as ranks:
+        watch = Watch([ranks.log(rank) for rank in range(job.world)])
         while ranks.wait(0.25):
             watch.read()
             display.update(watch)
@@ -99,7 +177,7 @@ def _train(command: list[str], overrides: list[str], world: int, argv: list[str]
         display.update(watch)
     code = ranks.exit_code()
     if ranks.failed is None:
-        print_summary(console, watch, command, overrides, logs)
+        print_summary(console, watch, command, overrides, job.logs)
         return 0
     log = ranks.log(ranks.failed if ranks.witness is None else ranks.witness)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

@@ -7,7 +7,9 @@ import contextlib
 import io
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -60,6 +62,10 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
      or getattr(args, "moe_router_padding_for_fp8", False), "leave it out"),
     ("--log-max-attention-logit", lambda args: getattr(args, "log_max_attention_logit", False), "leave it out"),
     ("--moe-use-upcycling", lambda args: args.moe_use_upcycling, "convert the checkpoint with stock Megatron first"),
+    ("--use-checkpoint-args", lambda args: args.use_checkpoint_args, "give the model's flags"),
+    ("--yaml-cfg", lambda args: args.yaml_cfg, "give flags, or a recipe"),
+    ("--spec", lambda args: args.spec, "leave it out: layers are Megatron's own"),
+    ("--inprocess-restart", lambda args: args.inprocess_restart, "leave it out: let the launcher start all ranks again"),
     ("--optimizer other than adam and sgd", lambda args: args.optimizer not in ("adam", "sgd"), "use adam or sgd"),
 )
 
@@ -70,8 +76,21 @@ _SUPERSEDED = {
 }
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How a training script asks Megatron for its arguments.
+
+    Attributes:
+        extra_args_provider: adds the script's own to the parser, and returns it.
+        args_defaults: values for arguments that the user leaves out.
+    """
+
+    extra_args_provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None = None
+    args_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
 def disaggregated_arguments(
-    flags: Flags, rest: Sequence[str], problems: Problems
+    flags: Flags, rest: Sequence[str], problems: Problems, asked: Asked = Asked()
 ) -> tuple[argparse.Namespace, Plan]:
     """Megatron's arguments, validated, and the run's plan.
 
@@ -81,14 +100,15 @@ def disaggregated_arguments(
         flags: the ``--hetermoe`` ones.
         rest: the command line without them.
         problems: what was found so far.
+        asked: by the training script.
 
     Raises:
         UsageError: with all problems.
     """
-    args = _parse(rest, problems)
+    args = _parse(rest, problems, asked)
     shape = model_shape(args, problems)
-    for name, asked, way_out in _UNSUPPORTED:
-        if asked(args):
+    for name, is_asked, way_out in _UNSUPPORTED:
+        if is_asked(args):
             problems.add(f"{name} is not supported with --hetermoe: {way_out}")
     plan = None
     if shape is not None and flags.enabled:
@@ -104,7 +124,7 @@ def disaggregated_arguments(
     problems.raise_if_any()
     superseded = [f"hetermoe: {flag} is superseded: {reason}" for flag, reason in _SUPERSEDED.items()
                   if any(word == flag or word.startswith(f"{flag}=") for word in rest)]
-    _validate(args, plan, problems)
+    _validate(args, plan, problems, asked)
     if args.rank == 0:
         for line in superseded:
             print(line, flush=True)
@@ -120,9 +140,9 @@ def arguments_to_plan_for(
         rest: a recipe's command line without the ``--hetermoe`` flags.
         problems: gets what keeps it from being a model to plan for.
     """
-    args = _parse(rest, problems)
-    for name, asked, way_out in _UNSUPPORTED:
-        if asked(args):
+    args = _parse(rest, problems, Asked())
+    for name, is_asked, way_out in _UNSUPPORTED:
+        if is_asked(args):
             problems.add(f"{name} is not supported with --hetermoe: {way_out}")
     for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
         if not value:
@@ -130,13 +150,13 @@ def arguments_to_plan_for(
     return args, model_shape(args, problems)
 
 
-def _parse(rest: Sequence[str], problems: Problems) -> argparse.Namespace:
+def _parse(rest: Sequence[str], problems: Problems, asked: Asked) -> argparse.Namespace:
     """Megatron's parser on our words. It exits at its first fault; that becomes the last problem of the list."""
     sys.argv = [sys.argv[0], *rest]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return parse_args()
+            return parse_args(asked.extra_args_provider)
     except SystemExit as exit_:
         if not exit_.code:
             raise  # --help
@@ -221,12 +241,12 @@ def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems
                          f"{attention_ranks} attention ranks = {together}: take {near}")
 
 
-def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
+def _validate(args: argparse.Namespace, plan: Plan, problems: Problems, asked: Asked) -> None:
     """Megatron's own validation, which takes the world to be the ranks that have data: the attention ranks."""
     world_size, args.world_size = args.world_size, plan.attention_ranks
     args.expert_model_parallel_size, args.moe_token_dispatcher_type = 1, "alltoall"
     try:
-        validate_args(args, {})
+        validate_args(args, dict(asked.args_defaults))
         core_transformer_config_from_args(args)  # has checks of its own, which would come after the ranks have met
     except (AssertionError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         problems.add(f"Megatron does not accept these flags: {str(error) or _assertion(error)}")
