@@ -173,18 +173,19 @@ def check(part: tuple[Patch, ...]) -> None:
         UsageError: naming each symbol whose source is not as it was when its patch was written.
     """
     problems = [
-        f"{patch.symbol} cannot be patched: {problem} (this is {imported_megatron()}); the patch was written for "
-        f"{patch.written_for}: install megatron-core=={patch.written_for}, or take the checkout of that release"
-        for patch in part for problem in unmet(patch)
+        f"{patch.symbol} cannot be patched: {problem}" for patch in part for problem in unmet(patch)
     ]
     if problems:
-        raise UsageError(problems)
+        raise UsageError([
+            f"{imported_megatron()} is not one that this plugin can work with, which was written for {_WRITTEN_FOR}: install "
+            f"megatron-core=={_WRITTEN_FOR}, or take a checkout of core_v0.19.0", *problems,
+        ])
 
 
 def unmet(patch: Patch) -> list[str]:
     """What a patch relies on and the imported source does not have."""
     problems = []
-    for name in (patch.symbol, *patch.also, *patch.relies_on):
+    for name in dict.fromkeys((patch.symbol, *patch.also, *patch.relies_on)):
         try:
             _, _, target = _find(name)
         except (ImportError, AttributeError):
