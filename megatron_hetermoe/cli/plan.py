@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
-from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
@@ -69,14 +70,20 @@ def run(args: argparse.Namespace) -> int:
 def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
     """What the recipe asks to train; Megatron parses its flags, which takes some seconds to import."""
     recipe = load_recipe(args.recipe, os.environ)
-    _, rest = parse_flags(override(recipe.argv, args.overrides, args.drop), problems)
+    argv = override(recipe.argv, args.overrides, args.drop)
+    with locating(places_left(recipe, args.overrides)):
+        return _question_of(argv, args.vocabulary, problems, notes)
+
+
+def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems, notes: Any) -> Any:
+    _, rest = parse_flags(argv, problems)
     os.environ.setdefault("WORLD_SIZE", "1")
     from megatron_hetermoe.mcore.arguments import arguments_to_plan_for
     from megatron_hetermoe.planner.options import Question
 
     parsed, shape = arguments_to_plan_for(rest, problems)
     problems.raise_if_any()
-    vocabulary = args.vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
+    vocabulary = vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
     if vocabulary is None:
         vocabulary = DEFAULT_VOCABULARY
         notes.add(f"the recipe's vocabulary is known to its tokenizer only: {vocabulary:,} taken; "

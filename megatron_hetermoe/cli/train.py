@@ -14,7 +14,7 @@ from megatron_hetermoe.cli.place import place_of_rank
 from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags, parse_flags
 from megatron_hetermoe.config.plan import plan_from_json
-from megatron_hetermoe.config.recipe import Recipe, load_recipe, override
+from megatron_hetermoe.config.recipe import Recipe, load_recipe, located, locating, override, places_left
 
 OWN_ENTRY = "megatron_hetermoe.pretrain_gpt"
 SCRIPT_ENTRY = "megatron_hetermoe.script"
@@ -29,6 +29,7 @@ class Job:
         entry: module that a rank runs.
         argv: its command line.
         env: environment variables for it.
+        places: where in a recipe a flag of ``argv`` stands.
         logs: folder for the ranks' output.
         watched: the ranks watch each other.
     """
@@ -37,6 +38,7 @@ class Job:
     entry: str
     argv: list[str]
     env: dict[str, str]
+    places: dict[str, str]
     logs: Path
     watched: bool
 
@@ -61,11 +63,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     script, recipe_path = _sorted(args.files)
-    recipe = Recipe({}, []) if recipe_path is None else load_recipe(recipe_path, os.environ)
+    recipe = Recipe() if recipe_path is None else load_recipe(recipe_path, os.environ)
     argv = override(recipe.argv, args.overrides, args.drop)
     problems = Problems()
     flags, _ = parse_flags(argv, problems)
-    problems.raise_if_any()
+    places = places_left(recipe, args.overrides)
+    with locating(places):
+        problems.raise_if_any()
     place = place_of_rank(os.environ)
     if place is not None:
         os.environ.update({**recipe.env, **place})
@@ -75,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
     command = [_own_name(), "train", *args.files, *(["--nproc", str(args.nproc)] if args.nproc else []),
                *(word for flag in args.drop for word in ("--drop", flag))]
     if script is None:
-        job = Job(world, OWN_ENTRY, argv, recipe.env, logs, flags.enabled)
+        job = Job(world, OWN_ENTRY, argv, recipe.env, places, logs, flags.enabled)
     else:
-        job = Job(world, SCRIPT_ENTRY, [script, *argv], _beside(script, recipe.env), logs, flags.enabled)
+        job = Job(world, SCRIPT_ENTRY, [script, *argv], _beside(script, recipe.env), places, logs, flags.enabled)
     return _train(job, command, args.overrides)
 
 
@@ -106,6 +110,15 @@ def _beside(script: str, env: Mapping[str, str]) -> dict[str, str]:
     before = env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
     folders = [str(Path(script).resolve().parent), *([before] if before else [])]
     return {**env, "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def _located(said: str, places: Mapping[str, str]) -> str:
+    """A rank's message, with the place in the recipe of each flag that has a problem: the rank knows flags only."""
+    lines = []
+    for line in said.splitlines():
+        bullet = "  - " if line.startswith("  - ") else ""
+        lines.append(bullet + located(line.removeprefix(bullet), places))
+    return "\n".join(lines)
 
 
 def _as_rank(script: str | None, argv: list[str]) -> int:
@@ -182,7 +195,8 @@ def _train(job: Job, command: list[str], overrides: list[str]) -> int:
     log = ranks.log(ranks.failed if ranks.witness is None else ranks.witness)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     said_with = code if ranks.witness is None else PEER_LOST_CODE
-    errors.print(failure(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "", said_with))
+    said = failure(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "", said_with)
+    errors.print(_located(said, job.places) if code == EXIT_CODE else said)
     if code != EXIT_CODE:
         errors.print(f"rank {ranks.failed} ended with exit code {code}; all of its output is in "
                      f"{ranks.log(ranks.failed)}")

@@ -9,14 +9,15 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.recipe import by_flag, hint
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.mcore.gpt import check_args
 from megatron_hetermoe.mcore.recompute import SELECTIVE
@@ -151,7 +152,7 @@ def arguments_to_plan_for(
 
 
 def _parse(rest: Sequence[str], problems: Problems, asked: Asked) -> argparse.Namespace:
-    """Megatron's parser on our words. It exits at its first fault; that becomes the last problem of the list."""
+    """Megatron's parser on our words."""
     sys.argv = [sys.argv[0], *rest]
     said = io.StringIO()
     try:
@@ -160,10 +161,40 @@ def _parse(rest: Sequence[str], problems: Problems, asked: Asked) -> argparse.Na
     except SystemExit as exit_:
         if not exit_.code:
             raise  # --help
-        _, _, fault = said.getvalue().rpartition("error: ")
-        problems.add(f"Megatron does not accept these flags: {fault.strip()}")
-        problems.raise_if_any()
-        raise AssertionError("unreachable") from None
+    # It exits at its first fault. All are wanted, and making the parser again takes a second.
+    for fault in _faults(rest, asked, said.getvalue()):
+        problems.add(f"Megatron does not accept these flags: {fault}")
+    problems.raise_if_any()
+    raise AssertionError("unreachable")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that does not exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def _faults(rest: Sequence[str], asked: Asked, said: str) -> list[str]:
+    """What Megatron's parser has against each flag, or else what it ``said`` of all."""
+    parser = add_megatron_arguments(_Parser(add_help=False, allow_abbrev=False))
+    if asked.extra_args_provider is not None:
+        parser = asked.extra_args_provider(parser)
+    known = parser._option_string_actions
+    faults = []
+    for flag, words in by_flag(rest, Problems()):
+        if flag not in known:
+            faults.append(f"unrecognized arguments: {flag}{hint(flag, known)}")
+            continue
+        try:
+            _, more = parser.parse_known_args(words)
+        except ValueError as error:
+            faults.append(str(error))
+        else:
+            if more:
+                most = "no value; write `true` for it in a recipe" if known[flag].nargs == 0 else "one value"
+                faults.append(f"{flag} takes {most}, and is given {' '.join(words[1:])}")
+    return faults or [said.rpartition("error: ")[2].strip()]
 
 
 def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | None:
