@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
@@ -46,11 +47,11 @@ def run(args: argparse.Namespace) -> int:
 
     problems = Problems()
     cluster = None
+    notes = Notes()
     try:
-        cluster = read_cluster(args.cluster)
+        cluster = read_cluster(args.cluster, notes)
     except UsageError as error:
         problems.extend(error)
-    notes = Notes()
     question = _question(args, problems, notes)
     problems.raise_if_any()
     kinds = kinds_of(cluster, question.shape, question.precision, notes)
@@ -78,10 +79,12 @@ def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
 def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems, notes: Any) -> Any:
     _, rest = parse_flags(argv, problems)
     os.environ.setdefault("WORLD_SIZE", "1")
-    from megatron_hetermoe.mcore.arguments import arguments_to_plan_for
     from megatron_hetermoe.planner.options import Question
 
-    parsed, shape = arguments_to_plan_for(rest, problems)
+    with quiet():
+        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for
+
+        parsed, shape = arguments_to_plan_for(rest, problems)
     problems.raise_if_any()
     vocabulary = vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
     if vocabulary is None:

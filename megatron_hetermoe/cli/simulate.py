@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError([f"cannot read {args.plan}: {getattr(error, 'strerror', None) or 'it is not text'}"]) from None
     plan = plan_from_json(text, args.plan)
-    cluster = read_cluster(args.cluster)
-    _check(plan, cluster, args.plan)
     notes = Notes()
+    cluster = read_cluster(args.cluster, notes)
+    _check(plan, cluster, args.plan)
     costs = costs_of_plan(plan, cluster, kinds_of(cluster, plan.model, plan.attention_precision, notes))
     layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
     schedule = build(plan.schedule, plan.model.layers, costs.placement, layout.m, plan.step.microbatches, plan.wave)

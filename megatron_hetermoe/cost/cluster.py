@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.cost.curves import Notes
+from megatron_hetermoe.cost.curves import Curve, Notes
 from megatron_hetermoe.cost.devices import device_table
 from megatron_hetermoe.cost.estimate import Estimate
 from megatron_hetermoe.cost.profile import Profile, Profiled, read_profile
@@ -44,6 +44,8 @@ class ClusterPool:
         memory: of one GPU, bytes.
         intra: link of a GPU to others of its node.
         inter: link of a node to other nodes, which its GPUs share.
+        channel: of the cluster, measured: seconds of a transfer by the bytes of its busiest rank. It replaces what
+            links say of transfers between roles.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ClusterPool:
     memory: float
     intra: Link
     inter: Link
+    channel: Curve | None = None
 
     @property
     def gpus(self) -> int:
@@ -91,8 +94,12 @@ class Cluster:
         return Cluster({name: self.pools[name]}, f"{name} of {self.origin}")
 
 
-def read_cluster(path: str | Path) -> Cluster:
+def read_cluster(path: str | Path, notes: Notes | None = None) -> Cluster:
     """Reads a cluster file.
+
+    Args:
+        path: the file.
+        notes: gets what is read beyond the measurements of a channel.
 
     Raises:
         UsageError: as ``cluster_from_document``, or when the file is no YAML.
@@ -105,10 +112,10 @@ def read_cluster(path: str | Path) -> Cluster:
         raise UsageError([f"cannot read the cluster file {path}: {error.strerror}"]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError([f"the cluster file {path} is not YAML: {' '.join(str(error).split())}"]) from None
-    return cluster_from_document(document, str(path))
+    return cluster_from_document(document, str(path), notes)
 
 
-def cluster_from_document(document: Any, origin: str) -> Cluster:
+def cluster_from_document(document: Any, origin: str, notes: Notes | None = None) -> Cluster:
     """A cluster as a user writes it, see EXAMPLE. ``memory_gb`` may be left out for a row of the device table that is
     sold with one size only.
 
@@ -119,15 +126,28 @@ def cluster_from_document(document: Any, origin: str) -> Cluster:
     pools = document.get("pools") if isinstance(document, dict) else None
     if not isinstance(pools, dict) or not pools:
         raise UsageError([f"{origin} names no pools; write it as {EXAMPLE}"])
-    for key in sorted(document.keys() - {"pools"}):
-        problems.add(f"{origin}: unknown key {key!r}; a cluster has 'pools'")
+    for key in sorted(document.keys() - {"pools", "channel"}):
+        problems.add(f"{origin}: unknown key {key!r}; a cluster has 'pools' and, where it was measured, 'channel'")
+    channel = _channel(document.get("channel"), origin, notes or Notes(), problems)
     result = {}
     for name, entry in pools.items():
         pool = _pool(str(name), entry, f"{origin}, pool {name}", Path(origin).parent, problems)
         if pool:
-            result[pool.name] = pool
+            result[pool.name] = replace(pool, channel=channel)
     problems.raise_if_any()
     return Cluster(result, origin)
+
+
+def _channel(points: Any, origin: str, notes: Notes, problems: Problems) -> Curve | None:
+    """What ``hetermoe profile --network`` measured, as {bytes: seconds}."""
+    if points is None:
+        return None
+    figures = [*points.keys(), *points.values()] if isinstance(points, dict) else []
+    if not figures or not all(isinstance(one, (int, float)) and 0 < one < float("inf") for one in figures):
+        problems.add(f"{origin}: channel must map bytes to seconds, all positive; `hetermoe profile --network` "
+                     f"measures it")
+        return None
+    return Curve("channel", "bytes", points, notes)
 
 
 _KEYS = ("kind", "nodes", "gpus_per_node", "memory_gb", "intra_node", "inter_node")

@@ -48,7 +48,6 @@ class Estimate:
     """
 
     estimated = True
-    measured_channel = None
 
     def __init__(self, device: Device, shape: ModelShape, notes: Notes, efficiency: Efficiency = Efficiency()):
         self.name = device.name

@@ -35,7 +35,6 @@ class Profile:
             recomputation), "expert" (one expert, by its tokens), "head" and "embedding" (by tokens): seconds of
             forward and backward.
         optimizer: seconds a parameter, or None.
-        alltoallv: seconds by bytes that a rank sends, or empty.
         memory: bytes, see _MEMORY.
     """
 
@@ -43,7 +42,6 @@ class Profile:
     taken_for: dict[str, Any]
     parts: dict[str, Points]
     optimizer: float | None = None
-    alltoallv: dict[float, float] | None = None
     memory: dict[str, float] | None = None
 
     def to_json(self) -> str:
@@ -73,7 +71,7 @@ def read_profile(path: str | Path) -> Profile:
         raise UsageError([f"{path} is not a profile of format {FORMAT} (megatron_hetermoe/cost/profile.py says what one "
                           f"holds)"])
     problems = Problems()
-    known = {"format", "kind", "taken_for", "parts", "optimizer", "alltoallv", "memory"}
+    known = {"format", "kind", "taken_for", "parts", "optimizer", "memory"}
     for key in sorted(document.keys() - known):
         problems.add(f"{path}: unknown key {key!r}; a profile has {', '.join(sorted(known))}")
     for key, type_ in (("kind", str), ("taken_for", dict), ("parts", dict)):
@@ -87,24 +85,21 @@ def read_profile(path: str | Path) -> Profile:
     for name in _PARTS:
         points = document["parts"].get(name)
         if points or name in _REQUIRED:
-            parts[name] = _points(points, f"{path}: {name}", 2, problems)
+            parts[name] = _points(points, f"{path}: {name}", problems)
     optimizer = document.get("optimizer")
     if optimizer is not None and not _positive(optimizer):
         problems.add(f"{path}: optimizer is {optimizer!r}; it must be a positive number of seconds a parameter")
-    alltoallv = document.get("alltoallv")
-    if alltoallv:
-        alltoallv = {size: pair[0] for size, pair in _points(alltoallv, f"{path}: alltoallv", 1, problems).items()}
     memory = document.get("memory") or {}
     for name, value in memory.items() if isinstance(memory, dict) else ():
         if name not in _MEMORY or not _positive(value):
             problems.add(f"{path}: memory {name} is {value!r}; known are {', '.join(_MEMORY)}, in positive bytes")
     problems.raise_if_any()
-    return Profile(document["kind"], document["taken_for"], parts, optimizer, alltoallv or None, memory)
+    return Profile(document["kind"], document["taken_for"], parts, optimizer, memory)
 
 
-def _points(points: Any, where: str, count: int, problems: Problems) -> Points:
+def _points(points: Any, where: str, problems: Problems) -> Points:
     """Seconds by size; notes whatever is no positive number."""
-    wanted = "seconds of forward and backward" if count == 2 else "seconds"
+    wanted = "seconds of forward and backward"
     if not isinstance(points, Mapping) or not points:
         problems.add(f"{where} is missing: profile anew, it maps sizes to {wanted}")
         return {}
@@ -115,7 +110,7 @@ def _points(points: Any, where: str, count: int, problems: Problems) -> Points:
             number = float(size)
         except (TypeError, ValueError):
             number = 0.0
-        if number <= 0 or len(values) != count or not all(map(_positive, values)):
+        if number <= 0 or len(values) != 2 or not all(map(_positive, values)):
             problems.add(f"{where} has {size}: {value!r}; it must map a positive size to {wanted}, all positive")
         else:
             result[number] = tuple(map(float, values))
@@ -159,8 +154,6 @@ class Profiled:
             )
             for name, points in profile.parts.items()
         }
-        self.measured_channel = Curve(f"{profile.kind}, alltoallv", "bytes", profile.alltoallv, notes) \
-            if profile.alltoallv else None
 
     def attention(self, tokens: int, recompute: str) -> Seconds:
         """The attention part on one sequence."""

@@ -127,7 +127,9 @@ class GroupCosts:
 
     @cached_property
     def latency(self) -> float:
-        """Seconds until a transfer's first byte is there."""
+        """Seconds until a transfer's first byte is there; what was measured of a channel has it in it."""
+        if self.seats[0].pool.channel:
+            return 0.0
         across = len({(seat.pool.name, seat.node) for seat in self.seats}) > 1
         links = [seat.pool.inter if across else seat.pool.intra for seat in self.seats]
         return max(link.latency for link in links)
@@ -175,11 +177,11 @@ class GroupCosts:
             loads[..., :owners, at_owner] += size * (experts @ reach.T)
             loads[..., at_holder] += size * experts * reach.sum(axis=0)
         seconds = loads / self._bandwidth
-        curves = {seat.kind.measured_channel for seat in self.seats} - {None}
-        if curves:
-            # What was measured is the time of a rank that sends so many bytes; links keep their shares of it.
+        channel = self.seats[0].pool.channel
+        if channel:
+            # What was measured is the time by the bytes of the busiest rank; links keep their shares of it.
             most = loads.max(axis=(-1, -2))
-            measured = np.vectorize(lambda value: max(curve(value) for curve in curves), otypes=[float])(most)
+            measured = np.vectorize(channel, otypes=[float])(most)
             longest = seconds.max(axis=(-1, -2))
             seconds = seconds * np.where(longest > 0, measured / np.where(longest > 0, longest, 1), 0)[..., None, None]
         return seconds

@@ -31,6 +31,7 @@ from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
+from megatron_hetermoe.mcore.grouped import build_held
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
@@ -108,7 +109,7 @@ def _train(
     model, script.config.model = script.config.model, None  # Megatron then asks a function for the model
     pretrain(
         script.config, _datasets_provider(script.datasets_provider, session), script.model_type, script.forward_step,
-        model_provider=_model_provider(model, args.seed, session), **script.options,
+        model_provider=model_provider(model, args.seed, session), **script.options,
     )
     # A rank that leaves early takes down those that still talk to it.
     watch.marks.enter("the end of all ranks")
@@ -172,8 +173,14 @@ def _datasets_provider(provider: Callable[..., Any], session: Session) -> Callab
     return provide
 
 
-def _model_provider(model_config: GPTModelConfig, seed: int, session: Session) -> Callable[..., Any]:
-    """What builds this rank's part of the model, in Megatron's form of a provider."""
+def model_provider(model_config: GPTModelConfig, seed: int, session: Session) -> Callable[..., Any]:
+    """What builds this rank's part of the model, in Megatron's form of a provider.
+
+    Args:
+        model_config: the script's.
+        seed: of the run.
+        session: this rank's.
+    """
 
     def provide(
         pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, config: Any = None,
@@ -187,12 +194,12 @@ def _model_provider(model_config: GPTModelConfig, seed: int, session: Session) -
             spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
-        builders = {
-            layer: submodules.experts
+        held = {
+            layer: build_held(submodules.experts, model_config.transformer, session, layer, seed, groups)
             for layer, layer_spec in enumerate(spec.layer_specs, start=1)
-            if (submodules := moe_submodules(layer_spec)) is not None
+            if (submodules := moe_submodules(layer_spec)) is not None and session.held(layer)
         }
-        return ExpertModel(model_config.transformer, builders, session, seed, groups)
+        return ExpertModel(model_config.transformer, held, groups)
 
     return provide
 

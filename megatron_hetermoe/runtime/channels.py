@@ -39,7 +39,7 @@ class Channel:
 
     def __init__(self, group: dist.ProcessGroup, headers: dist.ProcessGroup, ranks: Sequence[int], member: int):
         self._group = group
-        self._headers = headers
+        self.headers = headers
         self._ranks = tuple(ranks)
         self._member = member
 
@@ -60,7 +60,7 @@ class Channel:
             if message.member != self._member and message.tensor.numel()
         ]
         works = [
-            operation(message.tensor, self._ranks[message.member], group=self._headers, tag=message.part)
+            operation(message.tensor, self._ranks[message.member], group=self.headers, tag=message.part)
             for operation, message in messages if not message.tensor.is_cuda
         ]
         # One launch for all, so that no order of sends and receives between pairs can block.

@@ -83,7 +83,11 @@ def test_placements(tmp_path, placement, document, said):
         ([*OURS, *tiny(moe_router_topk=1)], "Please use --moe-router-pre-softmax when topk is 1"),
         ([*OURS, *tiny(lr_decay_style="zigzag")], "zigzag"),
         ([*OURS, *tiny(tensor_model_parallel_size=2)], "--tensor-model-parallel-size above 1 is not supported"),
+        ([*OURS, *tiny(train_iters=5, lr_warmup_iters=5)],
+         "--lr-warmup-iters 5 does not end before --train-iters 5"),
         ([*OURS[1:], *tiny()], "without --hetermoe: add --hetermoe"),
+        ([*OURS, "--hetermoe-experts", "grouped", *tiny(hidden_size=36, bf16=True)],
+         "--hetermoe-experts grouped cannot be on rank 2: hidden sizes 36 and 32 in bf16 are not"),
         ([*OURS, "--hetermoe-schedule", "sequential", "--hetermoe-wave", "2", *tiny()], "contradicts"),
     ],
 )

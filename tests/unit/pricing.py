@@ -28,7 +28,7 @@ def profile(of, attention=(1e-3, 2e-3), expert=(1e-4, 2e-4), kind="test", head=N
     parts["expert"] = {1.0: tuple(x / 64 for x in expert), 4096.0: tuple(64 * x for x in expert)}
     if head:
         parts["head"] = {size / 2: tuple(x / 2 for x in head), size * 2: tuple(2 * x for x in head)}
-    return Profile(kind, taken_for(of, PRECISION), parts, optimizer, None, memory)
+    return Profile(kind, taken_for(of, PRECISION), parts, optimizer, memory)
 
 
 def pool(name, gpus_per_node=2, nodes=2, memory=40e9, bandwidth=1e9, latency=1e-5, kind="V100-SXM2"):

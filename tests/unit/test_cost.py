@@ -119,6 +119,18 @@ def test_experts_cost_by_their_number_and_bytes_by_their_holders():
     assert combine.seconds == pytest.approx(2 * 6 * rows * 64 * 2 / 1e9)
 
 
+def test_a_measured_channel_replaces_what_links_say(tmp_path):
+    measured = cluster_from_document({"pools": {"new": POOL, "old": POOL}, "channel": {1000: 1.0, 1e9: 2.0}}, "c.yaml")
+    assert all(pool.channel(1000) == 1.0 for pool in measured.pools.values())
+    priced = group(2, 2, microbatches=1, on=measured)
+    costs = TaskCosts(priced, Placement(((2, 2, 2, 2, 2, 2, 3, 3),) * 3, 4))
+    transfer = costs.transfer(Task(Kind.DISPATCH, Pass.FORWARD, 1, 0))
+    assert 1.0 < transfer.seconds < 2.0 and transfer.latency == 0
+    assert transfer.loads.max() == pytest.approx(transfer.seconds)
+    with pytest.raises(UsageError, match="channel must map bytes to seconds"):
+        cluster_from_document({"pools": {"new": POOL}, "channel": {1000: -1.0}}, "c.yaml")
+
+
 def test_what_a_member_sends_itself_is_no_traffic():
     alone = group(1, 1, microbatches=1)
     assert TaskCosts(alone, spread(alone, [0])).transfer(Task(Kind.DISPATCH, Pass.FORWARD, 1, 0)).seconds == 0

@@ -1,0 +1,324 @@
+"""Measures one kind of GPU (or the CPU): the tasks of attention and of experts, alone, as training runs them.
+
+Modules, tasks, wrappers and optimizer are those of a training run; only the peers are missing. An attention rank's
+tokens are answered at once with as many rows as it sent, a holder gets rows of balanced routing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.utils import get_model_config, unwrap_model
+from megatron.training import training
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.global_vars import set_global_variables
+
+from megatron_hetermoe.config.errors import Problems
+from megatron_hetermoe.config.flags import Flags
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.cost.profile import Points, Profile, taken_for
+from megatron_hetermoe.mcore import gpt
+from megatron_hetermoe.mcore.arguments import disaggregated_arguments, model_shape
+from megatron_hetermoe.mcore.numbers import Numbers
+from megatron_hetermoe.mcore.pretrain import model_provider
+from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
+from megatron_hetermoe.runtime.streams import streams_for
+from megatron_hetermoe.runtime.transfers import Counts, Routed, Transfers
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
+
+LAYERS = 2  # of the model that is built: A tasks with an embedding, with none, and with the head
+HELD = 8  # experts of a layer that are measured together, as a holder runs them
+_ATTENTION, _EXPERT = 0, 1  # ranks of the session, of which only one is there at a time
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What to measure at.
+
+    Attributes:
+        lengths: of sequences, in tokens, for attention, embedding and head.
+        expert_tokens: that one expert gets.
+        repeats: of which the median counts.
+    """
+
+    lengths: tuple[int, ...]
+    expert_tokens: tuple[int, ...]
+    repeats: int = 5
+
+
+def arguments(rest: Sequence[str], flags: Flags, problems: Problems) -> tuple[argparse.Namespace, Plan]:
+    """Megatron's arguments for LAYERS layers that all have experts, and a plan for them.
+
+    The plan's first expert rank holds HELD experts of each layer, its second one, which is never there, the others.
+
+    Args:
+        rest: a recipe's command line without the ``--hetermoe`` flags; WORLD_SIZE must be 3.
+        flags: the recipe's, for what they say of kernels.
+        problems: what was found so far.
+
+    Raises:
+        UsageError: with all problems.
+    """
+    alone = Flags(enabled=True, attention_ranks=1, expert_ranks=2, attention=flags.attention, experts=flags.experts)
+    args, plan = disaggregated_arguments(
+        alone, [*rest, "--num-layers", str(LAYERS), "--moe-layer-freq", "1"], problems)
+    layer = tuple(_EXPERT if expert < HELD else _EXPERT + 1 for expert in range(plan.model.experts))
+    return args, replace(plan, placement=(layer,) * LAYERS)
+
+
+def measure(
+    args: argparse.Namespace, plan: Plan, kind: str, sizes: Sizes, advance: Callable[[str], None]
+) -> Profile:
+    """Measures on this process's device.
+
+    Args:
+        args, plan: from ``arguments``, with the vocabulary's size in ``args.padded_vocab_size``.
+        kind: name of what is measured.
+        sizes: what to measure at.
+        advance: told what comes next.
+
+    Returns:
+        The profile: seconds of one sequence's attention, with and without recomputation of its core, of one expert, of
+        head and embedding, of the optimizer for a parameter; on a GPU bytes of activations too.
+    """
+    device = _begin(args)
+    shape = model_shape(args, Problems())
+    assert shape is not None
+    parts: dict[str, Points] = {}
+    memory: dict[str, float] = {}
+    args.recompute_granularity, args.recompute_modules = "selective", ["core_attn"]
+    again = _Attention(args, plan, device)
+    args.recompute_granularity, args.recompute_modules = None, None
+    attention = _Attention(args, plan, device)
+    for length in sizes.lengths:
+        advance(f"attention at {length:,} tokens")
+        found = attention.measure(length, sizes.repeats)
+        recomputed = again.measure(length, sizes.repeats)["attention"]
+        # Attention is priced by the sequence, the others by the microbatch.
+        for name, seconds in {**found, "attention_core_recomputed": recomputed}.items():
+            tokens = length * (1 if "attention" in name else args.micro_batch_size)
+            parts.setdefault(name, {})[float(tokens)] = seconds
+    del again
+    if attention.bytes_per_token:
+        memory["attention_activation_per_token"] = attention.bytes_per_token
+    experts = _Experts(args, plan, device, attention.probs_dtype)
+    parts["expert"] = {}
+    for tokens in sizes.expert_tokens:
+        advance(f"experts at {tokens:,} tokens each")
+        parts["expert"][float(tokens)] = experts.measure(tokens, sizes.repeats)
+    if experts.bytes_per_row:
+        memory["expert_activation_per_row"] = experts.bytes_per_row
+    advance("optimizer")
+    optimizer = _optimizer_seconds(args, [attention.model, experts.model], device, sizes.repeats)
+    dist.destroy_process_group()
+    return Profile(kind, taken_for(shape, plan.attention_precision), parts, optimizer, memory or None)
+
+
+def _begin(args: argparse.Namespace) -> torch.device:
+    """A world of this process alone, and Megatron's globals."""
+    args.tensorboard_dir, args.wandb_project, args.save, args.load = None, "", None, None
+    args.world_size = args.data_parallel_size = 1
+    torch.cuda.set_device(args.local_rank % torch.cuda.device_count())
+    dist.init_process_group(args.distributed_backend, store=dist.HashStore(), rank=0, world_size=1)
+    set_global_variables(args, build_tokenizer=False)
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    torch.manual_seed(args.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
+    return torch.device(torch.cuda.current_device())
+
+
+class _Answered(Transfers):
+    """Transfers of an attention rank whose holders are not there: the experts' outputs are its own tokens."""
+
+    def route(self, task: Task, counts: Counts, tokens: torch.Tensor, probs: torch.Tensor) -> None:
+        self.owned[task.layer, task.microbatch] = Routed(counts(), tokens, probs)
+
+    def answer(self, task: Task) -> None:
+        """What D and C tasks would bring before the next A task."""
+        routed = self.owned[task.layer, task.microbatch]
+        routed.outputs = routed.tokens.clone()
+        routed.tokens.untyped_storage().resize_(0)
+
+    def answer_backward(self, task: Task) -> None:
+        """The same before an A task's backward."""
+        routed = self.owned[task.layer, task.microbatch]
+        routed.token_grads = routed.output_grads
+        routed.prob_grads = torch.zeros_like(routed.probs)
+        routed.output_grads = routed.probs = routed.tokens = None
+
+
+class _Clock:
+    """Runs tasks one by one on the compute stream, and collects their seconds."""
+
+    def __init__(self, device: torch.device):
+        self._seconds: dict[tuple[int, Pass], list[float]] = {}
+        self._streams = streams_for(device, self._observe)
+
+    def _observe(self, stream: Stream, task: Task, start: float, end: float) -> None:
+        self._seconds.setdefault((task.layer, task.direction), []).append(end - start)
+
+    def run(self, task: Task, call: Callable[[Task], None]) -> None:
+        with self._streams.task(Stream.COMPUTE, task, ()):
+            call(task)
+
+    def finish(self) -> None:
+        self._streams.finish()
+
+    def median(self, layer: int) -> tuple[float, float]:
+        """Seconds of a layer's task, forward and backward, without the first ones."""
+        return tuple(statistics.median(self._seconds[layer, way][_WARM_UP:]) for way in (Pass.FORWARD, Pass.BACKWARD))
+
+
+class _Part:
+    """One role's model, wrapped as for training, and a step's inputs for its tasks."""
+
+    rank: int
+
+    def __init__(self, args: argparse.Namespace, plan: Plan, device: torch.device):
+        self.args, self.device = args, device
+        # No member is there to send to, so there are no channels and no control group.
+        self.session = Session(plan, self.rank, None, None, None, device)
+        (self.model,) = training.get_model(model_provider(gpt_config_from_args(args), args.seed, self.session))
+        self.config = get_model_config(self.model)
+        self.config.no_sync_func = self.model.no_sync
+
+    def inputs(self, data: Iterator[Any] | None) -> StepInputs:
+        # Two microbatches, of which the first is run: gradients are added up and not reduced.
+        return StepInputs(
+            unwrap_model(self.model), self.config, self.session.schedule(2, False), gpt.forward_step, data, False, False
+        )
+
+    def transfers(self, kind: type[Transfers] = Transfers) -> Any:
+        session = self.session
+        return kind(session.placement, 1, session.member, None, None, self.config.hidden_size,
+                    self.config.params_dtype, self.device)
+
+
+class _Attention(_Part):
+    """The A tasks.
+
+    Attributes:
+        bytes_per_token: activations that a layer keeps of a token, 0 where memory cannot be asked.
+        probs_dtype: in which the router gives probabilities.
+    """
+
+    rank = _ATTENTION
+    bytes_per_token = 0.0
+    probs_dtype = torch.float32
+
+    def measure(self, length: int, repeats: int) -> dict[str, tuple[float, float]]:
+        """Seconds, forward and backward, of the parts of one sequence."""
+        self.args.seq_length = length
+        clock = _Clock(self.device)
+        transfers = self.transfers(_Answered)
+        for _ in range(_WARM_UP + repeats):
+            table = AttentionTasks(
+                self.inputs(self._batches(length)), transfers, Numbers(self.session, False)).table()
+            self._step(clock, table, transfers, length)
+            self.model.zero_grad_buffer()
+        first, middle, head = (clock.median(layer) for layer in range(1, LAYERS + 2))
+        # A_1 is the embedding and what every A task does, but for the sum that ends the layer before, which A_2 has.
+        least = 1e-9  # a difference of two measurements
+        embedding = tuple(max(least, one - other) for one, other in zip(first, middle))
+        scale = 1 / self.args.micro_batch_size
+        return {"attention": tuple(scale * seconds for seconds in middle), "head": head, "embedding": embedding}
+
+    def _step(self, clock: _Clock, table: Any, transfers: _Answered, length: int) -> None:
+        tasks = [Task(Kind.ATTENTION, Pass.FORWARD, layer, 0) for layer in range(1, LAYERS + 2)]
+        kept = []
+        for task in tasks:
+            clock.run(task, table[Kind.ATTENTION, Pass.FORWARD])
+            if task.layer <= LAYERS:
+                self.probs_dtype = transfers.owned[task.layer, 0].probs.dtype
+                transfers.answer(task)
+                kept.append(_allocated())
+        for task in reversed(tasks):
+            task = replace(task, direction=Pass.BACKWARD)
+            if task.layer <= LAYERS:
+                transfers.answer_backward(task)
+            clock.run(task, table[Kind.ATTENTION, Pass.BACKWARD])
+        clock.finish()
+        tokens = length * self.args.micro_batch_size
+        self.bytes_per_token = max(self.bytes_per_token, (kept[1] - kept[0]) / tokens)
+
+    def _batches(self, length: int) -> Iterator[dict[str, torch.Tensor | None]]:
+        shape = (self.args.micro_batch_size, length)
+        tokens = torch.randint(0, self.args.padded_vocab_size - 1, shape)
+        positions = torch.arange(length).expand(shape)
+        mask = torch.ones(1, 1, length, length).tril() < 0.5 if self.args.create_attention_mask_in_dataloader else None
+        while True:
+            yield {"tokens": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(shape),
+                   "position_ids": positions, "attention_mask": mask}
+
+
+class _Experts(_Part):
+    """The E tasks of a holder.
+
+    Attributes:
+        bytes_per_row: what is kept of a row until its backward, 0 where memory cannot be asked.
+    """
+
+    rank = _EXPERT
+    bytes_per_row = 0.0
+
+    def __init__(self, args: argparse.Namespace, plan: Plan, device: torch.device, probs_dtype: torch.dtype):
+        super().__init__(args, plan, device)
+        self._probs_dtype = probs_dtype
+
+    def measure(self, tokens: int, repeats: int) -> tuple[float, float]:
+        """Seconds, forward and backward, of one expert on that many tokens."""
+        clock = _Clock(self.device)
+        held = len(self.session.held(1))
+        for _ in range(_WARM_UP + repeats):
+            self._step(clock, tokens, held)
+            self.model.zero_grad_buffer()
+        return tuple(seconds / held for seconds in clock.median(1))
+
+    def _step(self, clock: _Clock, tokens: int, held: int) -> None:
+        rows, hidden = tokens * held, self.config.hidden_size
+        transfers = self.transfers()
+        inputs = self.inputs(None)
+        table = ExpertTasks(inputs, transfers, inputs.model.experts).table()
+        before = _allocated()
+        task = Task(Kind.EXPERT, Pass.FORWARD, 1, 0)
+        given = torch.randn(rows, hidden, dtype=self.config.params_dtype, device=self.device)
+        probs = torch.full((rows,), 1 / self.config.moe_router_topk, dtype=self._probs_dtype, device=self.device)
+        routed = transfers.held[1, 0] = Routed([[tokens] * held], given, probs)
+        del given, probs
+        clock.run(task, table[Kind.EXPERT, Pass.FORWARD])
+        routed.outputs = None
+        self.bytes_per_row = max(self.bytes_per_row, (_allocated() - before) / rows)
+        routed.output_grads = torch.randn(rows, hidden, dtype=self.config.params_dtype, device=self.device)
+        clock.run(replace(task, direction=Pass.BACKWARD), table[Kind.EXPERT, Pass.BACKWARD])
+        clock.finish()
+
+
+def _allocated() -> float:
+    """Bytes of tensors on the GPU; 0 on the CPU."""
+    return float(torch.cuda.memory_allocated()) if torch.empty(0, device=torch.cuda.current_device()).is_cuda else 0.0
+
+
+def _optimizer_seconds(
+    args: argparse.Namespace, models: Sequence[Any], device: torch.device, repeats: int
+) -> float:
+    """Seconds a parameter of one optimizer step."""
+    config, _ = training.get_megatron_optimizer_config(args)
+    config.timers = None
+    optimizer = training.get_megatron_optimizer(config, list(models), use_gloo_process_groups=False)
+    seconds: list[float] = []
+    streams = streams_for(device, lambda stream, task, start, end: seconds.append(end - start))
+    for _ in range(_WARM_UP + repeats):
+        with streams.task(Stream.COMPUTE, Task(Kind.EXPERT, Pass.FORWARD, 1, 0), ()):
+            optimizer.step()
+        streams.finish()
+    parameters = sum(parameter.numel() for model in models for parameter in model.parameters())
+    return statistics.median(seconds[_WARM_UP:]) / parameters
