@@ -109,8 +109,7 @@ def model_flags(model: str, length: int, batch: int) -> dict[str, object]:
     bare = (
         "group-query-attention", "swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights", "bf16",
         "mock-data", "no-create-attention-mask-in-dataloader", "no-persist-layer-norm", "no-masked-softmax-fusion",
-        "no-gradient-accumulation-fusion", "no-bias-swiglu-fusion", "no-bias-dropout-fusion", "no-rope-fusion",
-        "no-check-for-nan-in-loss-and-grad",
+        "no-gradient-accumulation-fusion", "no-rope-fusion", "no-check-for-nan-in-loss-and-grad",
     )
     return {f"--{name}": value for name, value in {**flags, **dict.fromkeys(bare, True)}.items()}
 
@@ -167,6 +166,7 @@ def main() -> int:
     parser.add_argument("--memory-gb", nargs=2, type=float, default=(16, 20), metavar=("FAST", "SLOW"),
                         help="that a rank of each pool may take, for the planner")
     parser.add_argument("--profile-lengths", nargs="+", type=int, help="to profile at (default: --lengths)")
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="record the tasks of disaggregated cells there")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a cell may take")
     args = parser.parse_args()
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
@@ -191,7 +191,11 @@ def main() -> int:
 def _cell(args: argparse.Namespace, priced: Prices, model: str, length: int, name: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         system = planned(priced.plans[name], Path(folder)) if name in PLANNED else systems(*args.ranks)[name]
-        figures = measure(system, words(model_flags(model, length, args.batch)), args.slow_share, args.limit)
+        flags = words(model_flags(model, length, args.batch))
+        if args.trace and "--hetermoe" in system.flags(KERNELS[FAST]):
+            cell = f"{model}-{length}-{'-'.join(map(str, args.ranks))}-{name.replace(', ', '-')}"
+            flags += ["--hetermoe-trace", str(args.trace / cell)]
+        figures = measure(system, flags, args.slow_share, args.limit)
     return {**figures, "pools": system.pools}
 
 
