@@ -82,7 +82,7 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
     from megatron_hetermoe.planner.options import Question
 
     with quiet():
-        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for
+        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for, recomputed
 
         parsed, shape = arguments_to_plan_for(rest, problems)
     problems.raise_if_any()
@@ -92,7 +92,7 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
         notes.add(f"the recipe's vocabulary is known to its tokenizer only: {vocabulary:,} taken; "
                   f"--vocabulary N says it")
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
-    recompute = ("none", "core_attn") if parsed.recompute_granularity is None else ("core_attn",)
+    recompute = ("none", "core_attn") if parsed.recompute_granularity is None else (recomputed(parsed),)
     distributed = bool(parsed.use_distributed_optimizer)
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
                     (distributed,) if distributed else (False, True))

@@ -249,11 +249,9 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
 
 def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
     """What a plan's memory and times were reckoned with must be what Megatron's flags ask for."""
-    modules = set(args.recompute_modules or ()) if args.recompute_granularity == "selective" else set()
-    recompute = "full" if args.recompute_granularity == "full" else "core_attn" if "core_attn" in modules else "none"
     flags = {
         "micro_batch": ("--micro-batch-size", args.micro_batch_size),
-        "recompute": ("recomputation (--recompute-granularity, --recompute-modules)", recompute),
+        "recompute": ("recomputation (--recompute-granularity, --recompute-modules)", recomputed(args)),
         "distributed_optimizer": ("--use-distributed-optimizer", args.use_distributed_optimizer),
     }
     for field, (flag, here) in flags.items():
@@ -261,6 +259,14 @@ def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> Non
         if planned != here:
             problems.add(f"the plan was made with {flag} {planned}, the flags say {here}: change the flag, or make a plan "
                          "for it")
+
+
+def recomputed(args: argparse.Namespace) -> str:
+    """What flags ask to run again, as a plan reckons with it: one of ``config.step.RECOMPUTE``."""
+    if args.recompute_granularity == "full":
+        return "full"
+    modules = args.recompute_modules or ["core_attn"]  # Megatron's default
+    return "core_attn" if args.recompute_granularity == "selective" and "core_attn" in modules else "none"
 
 
 def _check_grouped(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
