@@ -68,6 +68,8 @@ def prepared(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]
         if os.environ.get("RANK", "0") == "0":
             for line in changes:
                 print(line, flush=True)
+    elif flags.slow_down is not None:
+        problems.add("--hetermoe-slow-down is for ranks without a GPU, whose tasks wait: leave it out")
     return flags, rest
 
 

@@ -40,7 +40,7 @@ def mutations(count: int) -> list[Mutation]:
         kind, make = kinds[number % len(kinds)]
         draw = random.Random(number)
         needs_section = kind.endswith("HETERMOE")
-        texts = [text for text in (name.read_text() for name in names) if not needs_section or "HETERMOE:" in text]
+        texts = [text for text in (name.read_text() for name in names) if not needs_section or "attention-ranks:" in text]
         result.append(Mutation(kind, *make(draw.choice(texts).splitlines(), draw)))
     return result
 

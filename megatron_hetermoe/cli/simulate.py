@@ -20,12 +20,23 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--cluster", required=True, metavar="CLUSTER.yaml")
     parser.add_argument("--timeline", metavar="out.json", help="write a trace for ui.perfetto.dev or chrome://tracing; "
                         "with the ending .jsonl, one span a line as `hetermoe trace` reads it")
+    parser.add_argument("--replay", type=_scale, metavar="SCALE", help="also run the step here, a process for each member "
+                        "of a ZP group, whose tasks wait SCALE times what they would take; and beside it what it is "
+                        "compared with")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=run)
 
 
+def _scale(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    from megatron_hetermoe.cli import replay
     from megatron_hetermoe.cost.cluster import kinds_of, read_cluster
     from megatron_hetermoe.cost.curves import Notes
     from megatron_hetermoe.cost.tasks import costs_of_plan
@@ -33,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hetermoe.schedule.trace import write_chrome, write_jsonl
     from megatron_hetermoe.simulator.events import simulate
     from megatron_hetermoe.simulator.summary import summarise
-    from megatron_hetermoe.topology.layout import Layout
+    from megatron_hetermoe.topology.layout import layout_of
 
     try:
         text = Path(args.plan).read_text(encoding="utf-8")
@@ -43,11 +54,13 @@ def run(args: argparse.Namespace) -> int:
     notes = Notes()
     cluster = read_cluster(args.cluster, notes)
     _check(plan, cluster, args.plan)
-    costs = costs_of_plan(plan, cluster, kinds_of(cluster, plan.model, plan.attention_precision, notes))
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    kinds = kinds_of(cluster, plan.model, plan.attention_precision, notes)
+    costs = costs_of_plan(plan, cluster, kinds)
+    layout = layout_of(plan)
     schedule = build(plan.schedule, plan.model.layers, costs.placement, layout.m, plan.step.microbatches, plan.wave)
     result = simulate(schedule, costs)
     summary = summarise(result)
+    replayed = args.replay and replay.replayed(args.plan, args.cluster, replay.ways(plan, cluster, kinds), args.replay)
     if args.timeline:
         spans = result.spans(lambda member: layout.rank_of(0, member))
         if args.timeline.endswith(".jsonl"):
@@ -56,9 +69,11 @@ def run(args: argparse.Namespace) -> int:
             ranks = layout.zp_group(0)
             write_chrome(spans, args.timeline, {rank: layout.role(rank) for rank in ranks})
     if args.json:
-        print(json.dumps({**asdict(summary), "notes": list(notes)}, indent=1))
+        seconds = {name: dict(zip(("simulated", "replayed"), pair)) for name, pair in (replayed or {}).items()}
+        print(json.dumps({**asdict(summary), "replay": seconds, "notes": list(notes)}, indent=1))
     else:
         _print(summary, notes, args.timeline)
+        _print_replay(replayed or {})
     return 0
 
 
@@ -70,6 +85,8 @@ def _check(plan: Plan, cluster, origin: str) -> None:
     if plan.step is None or not plan.pools:
         problems.add(f"{origin} says no step and no pools: make it with `hetermoe plan --cluster`, or there is nothing "
                      f"to price")
+    if max(plan.tensor_parallel, plan.expert_tensor_parallel) > 1:
+        problems.add(f"{origin} has tensor parallelism, which nothing prices yet: simulate a plan without it")
     for name in sorted(set(plan.pools) - cluster.pools.keys()):
         problems.add(f"{origin} uses the pool {name}, {cluster.origin} has {', '.join(cluster.pools)}: give the "
                      f"cluster file that it was made for")
@@ -103,3 +120,8 @@ def _print(summary, notes, timeline: str | None) -> None:
         console.print(f"note: {note}", highlight=False)
     if timeline:
         console.print(f"timeline written to {timeline}")
+
+
+def _print_replay(replayed: dict[str, tuple[float, float]]) -> None:
+    for name, (simulated, measured) in replayed.items():
+        print(f"{name}: tasks {simulated:.3f} s as simulated, {measured:.3f} s replayed, {measured / simulated - 1:+.1%}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import plan_from_json
 from megatron_hetermoe.schedule.trace import Span, read_jsonl, write_chrome
-from megatron_hetermoe.topology.layout import Layout
+from megatron_hetermoe.topology.layout import layout_of
 
 _FILE = re.compile(r"step(\d+)\.rank(\d+)\.jsonl")
 _PICTURES = (".png", ".svg", ".pdf")
@@ -53,7 +53,7 @@ def _roles(folder: Path) -> dict[int, str]:
     if not plan_file.exists():
         raise UsageError([f"{folder} has no plan.json: record a run with --hetermoe-trace {folder}"])
     plan = plan_from_json(plan_file.read_text(encoding="utf-8"), str(plan_file))
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    layout = layout_of(plan)
     return {rank: layout.role(rank) for rank in range(layout.world_size)}
 
 

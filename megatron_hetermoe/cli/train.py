@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hetermoe.cli.place import place_of_rank
+from megatron_hetermoe.cli.rank import is_launched, run_rank, script_and_recipe
 from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags, parse_flags
 from megatron_hetermoe.config.plan import plan_from_json
@@ -50,32 +50,39 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "[options] [-- Megatron's flags]", description="Starts the attention and expert ranks of a recipe on this machine "
         "and shows how training goes. Flags after -- replace those of the recipe, as in `-- --num-layers 4`. With a "
         "training script, as pretrain_gpt.py in a checkout of Megatron-LM, that script is run as it is, with the "
-        "recipe's flags or those after -- alone. Under a launcher (torchrun --no-python, srun) it is one rank.")
+        "recipe's flags or those after -- alone. Under a launcher (torchrun, srun) it is one rank: see `hetermoe rank`.")
     parser.add_argument("files", metavar="FILE", nargs="+", help="a recipe (.yaml), a training script (.py), or both")
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks, for a run without HETERMOE (stock Megatron)")
+    parser.add_argument("--dry-run", action="store_true", help="train three steps, print what the plan predicted beside "
+                        "what was measured, save nothing")
     parser.add_argument("--drop", action="append", default=[], metavar="FLAG",
                         help="leave out a flag of the recipe, as `--drop bf16`; may be given again")
     parser.add_argument("--keep-logs", metavar="DIR",
                         help="folder for the ranks' output (default: runs/RECIPE/logs, written over by each run)")
+    parser.add_argument("--elastic", nargs=2, type=int, metavar=("M", "N"), help="go on from the last checkpoint with at "
+                        "most M attention and N expert ranks, whatever layout it was saved under")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    script, recipe_path = _sorted(args.files)
+    script, recipe_path = script_and_recipe(args.files)
+    dry_run = [f"{PREFIX}-dry-run"] if args.dry_run else []
+    if is_launched(os.environ):
+        if given := [f"--{name}" for name in ("elastic", "nproc", "keep-logs") if getattr(args, name.replace("-", "_"))]:
+            raise UsageError([f"{', '.join(given)}: a launcher has started this as one of its ranks; leave them out"])
+        return run_rank(script, recipe_path, [*args.overrides, *dry_run], args.drop)
     recipe = Recipe() if recipe_path is None else load_recipe(recipe_path, os.environ)
-    argv = override(recipe.argv, args.overrides, args.drop)
+    argv = override(recipe.argv, args.overrides, args.drop) + dry_run
+    logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(recipe_path or script).stem, "logs")
+    if args.elastic:
+        argv = _elastic(argv, *args.elastic, logs)
     problems = Problems()
     flags, _ = parse_flags(argv, problems)
     places = places_left(recipe, args.overrides)
     with locating(places):
         problems.raise_if_any()
-    place = place_of_rank(os.environ)
-    if place is not None:
-        os.environ.update({**recipe.env, **place})
-        return _as_rank(script, argv)
     world = world_size(flags, args.nproc)
-    logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(recipe_path or script).stem, "logs")
     command = [_own_name(), "train", *args.files, *(["--nproc", str(args.nproc)] if args.nproc else []),
                *(word for flag in args.drop for word in ("--drop", flag))]
     if script is None:
@@ -83,25 +90,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         job = Job(world, SCRIPT_ENTRY, [script, *argv], _beside(script, recipe.env), places, logs, flags.enabled)
     return _train(job, command, args.overrides)
-
-
-def _sorted(files: list[str]) -> tuple[str | None, str | None]:
-    """The script and the recipe among the files that were named.
-
-    Raises:
-        UsageError: if there are two of a kind, or no such script.
-    """
-    problems = Problems()
-    scripts = [file for file in files if file.endswith(".py")]
-    recipes = [file for file in files if not file.endswith(".py")]
-    for kind, found in (("training script", scripts), ("recipe", recipes)):
-        if len(found) > 1:
-            problems.add(f"{len(found)} files are each a {kind}: {', '.join(found)}; give one")
-    for script in scripts[:1]:
-        if not Path(script).is_file():
-            problems.add(f"there is no training script {script}; give its path, as Megatron-LM/pretrain_gpt.py")
-    problems.raise_if_any()
-    return next(iter(scripts), None), next(iter(recipes), None)
 
 
 def _beside(script: str, env: Mapping[str, str]) -> dict[str, str]:
@@ -121,15 +109,17 @@ def _located(said: str, places: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _as_rank(script: str | None, argv: list[str]) -> int:
-    """What one rank of a launcher's does."""
-    if script is None:
-        from megatron_hetermoe import pretrain_gpt
+def _elastic(argv: list[str], attention_ranks: int, expert_ranks: int, logs: Path) -> list[str]:
+    """The flags that go on from the last checkpoint, with the plan nearest to its own in the logs' folder."""
+    from megatron_hetermoe.cli.elastic import fitted, with_plan, write_plan
 
-        return pretrain_gpt.main(argv)
-    from megatron_hetermoe import script as of_script
-
-    return of_script.main([script, *argv])
+    found = fitted(argv, attention_ranks, expert_ranks)
+    logs.mkdir(parents=True, exist_ok=True)
+    path = logs / "plan.json"
+    write_plan(found.plan, path)
+    for line in found.said:
+        print(f"elastic: {line}", flush=True)
+    return with_plan(argv, str(path))
 
 
 def _own_name() -> str:
@@ -190,7 +180,10 @@ def _train(job: Job, command: list[str], overrides: list[str]) -> int:
         display.update(watch)
     code = ranks.exit_code()
     if ranks.failed is None:
-        print_summary(console, watch, command, overrides, job.logs)
+        if watch.report:
+            console.print("\n".join(watch.report), highlight=False, markup=False, soft_wrap=True)
+        else:
+            print_summary(console, watch, command, overrides, job.logs)
         return 0
     log = ranks.log(ranks.failed if ranks.witness is None else ranks.witness)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -41,15 +41,23 @@ class HeldExperts(SequentialMLP):
         uninitialised.perform_initialization = False
         super().__init__(len(held), uninitialised, submodules, pg_collection)
         self.held = tuple(held)
+        self.dtype = config.params_dtype
         # For each group of rows that forward takes, its expert's position among those held.
         self.row_order = tuple(range(len(held)))
         for expert, module in zip(self.held, self.local_experts):
             if config.perform_initialization:
-                _initialise(module, config, (seed * 100_003 + layer) * 100_003 + expert)
+                _initialise(
+                    module, config, (seed * 100_003 + layer) * 100_003 + expert, self.tp_group.rank(),
+                    self.tp_group.size(),
+                )
         for parameter in self.parameters():
             # What makes DDP and the optimizer treat a parameter as an expert's (its gradient is reduced over the
             # ranks that are the same holder); Megatron sets it only where the expert-parallel size is above 1.
             parameter.allreduce = False
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
+        """As Module's, but a precision stays: what surrounds experts may be converted to another one."""
+        return super()._apply(lambda tensor: tensor if (moved := fn(tensor)).dtype != tensor.dtype else moved, recurse)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -73,13 +81,30 @@ class HeldExperts(SequentialMLP):
         return sharded
 
 
-def _initialise(expert: torch.nn.Module, config: TransformerConfig, seed: int) -> None:
-    """Draws one expert's weights from a stream of their own, and leaves all other streams where they were."""
+def _initialise(
+    expert: torch.nn.Module, config: TransformerConfig, seed: int, place: int, parts: int
+) -> None:
+    """Draws one expert's weights from a stream of their own, and leaves all other streams where they were.
+
+    Of an expert that several ranks share, each draws the whole and keeps its part, the ``place``-th of ``parts``.
+    """
     devices = [expert.linear_fc1.weight.device] if expert.linear_fc1.weight.is_cuda else []
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed % 2**63)
-        config.init_method(expert.linear_fc1.weight)
-        config.output_layer_init_method(expert.linear_fc2.weight)
+        for weight, initialise, split, matrices in (
+            (expert.linear_fc1.weight, config.init_method, 0, 2 if config.gated_linear_unit else 1),
+            (expert.linear_fc2.weight, config.output_layer_init_method, 1, 1),
+        ):
+            if parts == 1:
+                initialise(weight)
+                continue
+            shape = list(weight.shape)
+            shape[split] *= parts
+            whole = weight.new_empty(shape)
+            initialise(whole)
+            # A gate stands beside what it gates in one weight, and each of the two is split.
+            own = [matrix.chunk(parts, split)[place] for matrix in whole.chunk(matrices, split)]
+            weight.copy_(torch.cat(own, split))
 
 
 class ExpertModel(MegatronModule):

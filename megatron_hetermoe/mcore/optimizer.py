@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.grad_scaler import MegatronGradScaler
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler, MegatronGradScaler
 
 from megatron_hetermoe.mcore.platform.wheel import initialise_adam
 from megatron_hetermoe.mcore.session import Session
@@ -47,12 +47,15 @@ class PooledOptimizer(ChainedOptimizer):
 
     def _share_scaler(self) -> "_AgreedScaler | None":
         """One loss scale for all optimizers of this rank, updated when all ranks have said what they found."""
-        scalers = [getattr(optimizer, "grad_scaler", None) for optimizer in self.chained_optimizers]
-        if not any(scalers):
+        scaler = getattr(self.chained_optimizers[0], "grad_scaler", None)
+        if scaler is None and self._session.plan.has_loss_scale:
+            scaler = _dynamic_scaler(self.config)
+        if scaler is None:
             return None
-        agreed = _AgreedScaler(scalers[0])
+        agreed = _AgreedScaler(scaler)
         for optimizer in self.chained_optimizers:
             optimizer.grad_scaler = agreed
+            optimizer.found_inf = torch.zeros(1, device=scaler.scale.device)  # which one without a scaler does not have
         return agreed
 
     def step(self) -> tuple[bool, float | None, int | None]:
@@ -153,15 +156,23 @@ class _AgreedScaler(MegatronGradScaler):
         self._scaler.load_state_dict(state_dict)
 
 
-def scale_expert_gradients(model_chunks: list[Any], session: Session) -> None:
-    """Makes DDP divide an expert's gradient by the number of attention ranks.
+def _dynamic_scaler(config: OptimizerConfig) -> DynamicGradScaler:
+    """What Megatron makes for fp16, for a rank in bf16 whose loss flows through experts in fp16."""
+    return DynamicGradScaler(
+        initial_scale=config.initial_loss_scale, min_scale=config.min_loss_scale, growth_factor=2.0, backoff_factor=0.5,
+        growth_interval=config.loss_scale_window, hysteresis=config.hysteresis,
+    )
 
-    Every token of the global batch belongs to one of them, and the loss is the mean over them. DDP divides by the
-    size of its own pool, which on expert ranks is another number.
+
+def scale_expert_gradients(model_chunks: list[Any], session: Session) -> None:
+    """Makes DDP divide an expert's gradient by the number of microbatches that are worked on at once.
+
+    The loss is the mean over them, and an expert's gradient sums what comes of all their tokens, whichever attention
+    rank has sent them. DDP divides by the data-parallel size of its own pool, which on expert ranks is another number.
     """
     if session.is_attention or model_chunks[0].config.calculate_per_token_loss:
         return  # per-token loss: divided by the tokens of both pools, in finalize_model_grads
-    factor = session.layout.expert_ranks / session.layout.attention_ranks
+    factor = session.layout.expert_ranks / session.layout.replicas
     for chunk in model_chunks:
         for group in chunk.expert_parallel_bucket_groups:
             for bucket in group.buckets:

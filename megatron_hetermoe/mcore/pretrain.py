@@ -6,10 +6,9 @@ import argparse
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,36 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.config import PretrainConfigContainer
 from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
+from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
 from megatron_hetermoe.config.plan import Plan
-from megatron_hetermoe.mcore import gpt, patches
+from megatron_hetermoe.config.slow_down import parse_slow_down
+from megatron_hetermoe.mcore import dry_run, gpt, patches
 from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
-from megatron_hetermoe.mcore.checkpoints import check_load, sealing
+from megatron_hetermoe.mcore.checkpoints import check_load, going_on, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.grouped import build_held
+from megatron_hetermoe.mcore.meeting import join_world, meet
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
 from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.mcore.trust import SWITCH, load_weights_only
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.watch import Watch
 from megatron_hetermoe.runtime.watched import watched
-from megatron_hetermoe.topology.layout import Layout
+from megatron_hetermoe.schedule.tasks import Kind
+from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, layout_of
 
 
 @dataclass(frozen=True)
@@ -65,77 +70,103 @@ class Script:
 
 def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
     """Trains with this package's own data and forward step; otherwise as ``run_script``."""
+    met = begin(args, plan, flags)
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    run_script(args, plan, flags, Script(config), met)
+
+
+@dataclass(frozen=True)
+class Met:
+    """Where the processes have met.
+
+    Attributes:
+        store: the run's.
+        host: the rank whose process has it; None where it is the launcher's.
+    """
+
+    store: dist.Store
+    host: int | None
+
+
+def begin(args: argparse.Namespace, plan: Plan, flags: Flags) -> Met:
+    """Ranks meet, and Megatron gets its arguments: they say which rank this is, so nothing may read them before.
+
+    Args:
+        args: Megatron's, validated for this plan.
+        plan: the run's.
+        flags: the ``--hetermoe`` ones.
+    """
+    if flags.dry_run:
+        dry_run.prepare(args)
+    store, host = meet(args, plan, layout_of(plan))
     set_global_variables(args)
-    run_script(args, plan, flags, Script(pretrain_cfg_container_from_args(args, gpt_config_from_args(args))))
+    return Met(store, host)
 
 
-def run_script(args: argparse.Namespace, plan: Plan, flags: Flags, script: Script) -> None:
+def run_script(args: argparse.Namespace, plan: Plan, flags: Flags, script: Script, met: Met) -> None:
     """Trains. All ranks of both pools call it, with the same plan.
 
     Args:
-        args: Megatron's, validated for this plan and set as its global ones.
+        args: Megatron's global ones.
         plan: the run's.
         flags: the ``--hetermoe`` ones, for what is no part of a plan.
         script: what to train with.
+        met: by ``begin``.
     """
     patches.check(patches.RUN)
-    store = _meet(args)
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    layout = layout_of(plan)
     with watched(
-        args.rank, [layout.role(rank) for rank in range(layout.world_size)], flags.stall_timeout or STALL_TIMEOUT
+        args.rank, [layout.role(rank) for rank in range(layout.world_size)], flags.stall_timeout or STALL_TIMEOUT,
+        met.host,
     ) as watch:
-        _train(args, plan, flags, script, store, watch)
+        _train(args, plan, flags, script, met.store, watch)
 
 
 def _train(
     args: argparse.Namespace, plan: Plan, flags: Flags, script: Script, store: dist.Store, watch: Watch
 ) -> None:
-    _join_world(args, store)
+    join_world(args, store)
     session = join_pools(plan)
     if not session.is_attention:
         # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
         args.no_save_rng = args.no_load_rng = True
         script.config.checkpoint.save_rng = script.config.checkpoint.load_rng = False
     announce(session)
-    recorder = None
+    recorder = dry_run.Measurements() if flags.dry_run else None
     if flags.trace:
         recorder = Recorder(Path(flags.trace), session.rank)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    patches.apply(patches.RUN, _replacements(session, recorder, watch.marks))
+    patches.apply(patches.RUN, _replacements(session, flags, recorder, watch.marks))
     watch.marks.enter("the check of the checkpoint")
-    check_load(args.load, args.ckpt_step, session)
+    if not load_weights_only() and session.rank == 0:
+        print(f"hetermoe: warning: {SWITCH} is off: a checkpoint may run a program as it is loaded", flush=True)
+    check_load(args, session)
     watch.marks.enter("start-up")
     model, script.config.model = script.config.model, None  # Megatron then asks a function for the model
-    pretrain(
-        script.config, _datasets_provider(script.datasets_provider, session), script.model_type, script.forward_step,
-        model_provider=model_provider(model, args.seed, session), **script.options,
+    train = functools.partial(
+        pretrain, script.config, _datasets_provider(script.datasets_provider, session), script.model_type,
+        script.forward_step, model_provider=model_provider(model, args.seed, session), **script.options,
     )
+    if isinstance(recorder, dry_run.Measurements):
+        dry_run.run(train, session, recorder)
+    else:
+        train()
     # A rank that leaves early takes down those that still talk to it.
     watch.marks.enter("the end of all ranks")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _meet(args: argparse.Namespace) -> dist.Store:
-    """The run's store, in a launcher or in rank 0. It comes before all else, since ranks learn through it of each
-    other's end; so it does not wait for all of them to be there."""
-    in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), args.world_size,
-        is_master=not in_launcher and args.rank == 0, wait_for_workers=False, multi_tenant=True,
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
-    )
-
-
-def _join_world(args: argparse.Namespace, store: dist.Store) -> None:
-    """The world's group. Megatron finds it made, and skips its own set-up of it and of the groups inside."""
-    # Ranks may share a GPU where NCCL lets them; without that NCCL names the GPU that is there twice.
-    torch.cuda.set_device(args.local_rank % torch.cuda.device_count())
-    dist.init_process_group(
-        args.distributed_backend, store=dist.PrefixStore("default_pg", store), rank=args.rank,
-        world_size=args.world_size, timeout=timedelta(minutes=args.distributed_timeout_minutes),
-    )
+def slow_down(flags: Flags, session: Session) -> dict[Kind, float]:
+    """How many times as long this rank's tasks are to take, by kind."""
+    if flags.slow_down is None:
+        return {}
+    factors = parse_slow_down(flags.slow_down, Problems())
+    if session.rank == 0 and factors[ATTENTION, EXPERT] != factors[EXPERT, EXPERT]:
+        print("hetermoe: --hetermoe-slow-down: expert ranks have no attention tasks, so what it says of these changes "
+              "nothing", flush=True)
+    return {kind: factors[name, session.role] for kind, name in ((Kind.ATTENTION, ATTENTION), (Kind.EXPERT, EXPERT))}
 
 
 def announce(session: Session) -> None:
@@ -146,7 +177,7 @@ def announce(session: Session) -> None:
     ranks = [
         {
             "rank": rank, "role": layout.role(rank), "group": layout.group_of(rank),
-            "experts": session.placement.experts_held(layout.member_of(rank)),
+            "experts": session.placement.experts_held(layout.holder_of(rank)),
         }
         for rank in range(layout.world_size)
     ]
@@ -194,21 +225,30 @@ def model_provider(model_config: GPTModelConfig, seed: int, session: Session) ->
             spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
+        config = _of_expert_pool(model_config.transformer, session.plan)
         held = {
-            layer: build_held(submodules.experts, model_config.transformer, session, layer, seed, groups)
+            layer: build_held(submodules.experts, config, session, layer, seed, groups)
             for layer, layer_spec in enumerate(spec.layer_specs, start=1)
             if (submodules := moe_submodules(layer_spec)) is not None and session.held(layer)
         }
-        return ExpertModel(model_config.transformer, held, groups)
+        return ExpertModel(config, held, groups)
 
     return provide
 
 
+def _of_expert_pool(config: TransformerConfig, plan: Plan) -> TransformerConfig:
+    """The model's configuration as it is on expert ranks, which have a tensor parallelism of their own."""
+    config = copy(config)
+    config.tensor_model_parallel_size, config.sequence_parallel = 1, False
+    config.expert_tensor_parallel_size = plan.expert_tensor_parallel
+    return config
+
+
 def _replacements(
-    session: Session, recorder: Recorder | None, marks: Marks
+    session: Session, flags: Flags, recorder: Recorder | dry_run.Measurements | None, marks: Marks
 ) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
-    forward_backward = ForwardBackward(session, marks, recorder)
+    forward_backward = ForwardBackward(session, marks, recorder, slow_down(flags, session), flags.self_check)
 
     def schedule(original: Any) -> Any:
         return lambda *args, **kwargs: forward_backward
@@ -229,6 +269,9 @@ def _replacements(
     def save(original: Any) -> Any:
         return sealing(original, session)
 
+    def save_checkpoint(original: Any) -> Any:
+        return going_on(original, session) if flags.on_save_failure == "continue" else original
+
     training = "megatron.training.training"
     distributed = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
     return {
@@ -238,4 +281,5 @@ def _replacements(
         f"{distributed}._set_main_param_and_optimizer_states": with_step,
         "megatron.core.datasets.utils.compile_helpers": without_makefile,
         "megatron.core.dist_checkpointing.save": save,
+        f"{training}.save_checkpoint": save_checkpoint,
     }

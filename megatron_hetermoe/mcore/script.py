@@ -11,14 +11,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_hetermoe.config.errors import Problems, UsageError, tell
 from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.mcore import patches
 from megatron_hetermoe.mcore.arguments import Asked, disaggregated_arguments
-from megatron_hetermoe.mcore.pretrain import Script, run_script
+from megatron_hetermoe.mcore.pretrain import Script, begin, run_script
 
 # Arguments of pretrain() that mean nothing where a stage of the pipeline has all layers, and are handed on.
 _HANDED_ON = ("get_embedding_ranks", "get_position_embedding_ranks")
@@ -48,6 +47,7 @@ class ScriptRun:
         self._problems = problems
         self._plan = None
         self._args = None
+        self._met = None
         self.trained = False
 
     def install(self) -> None:
@@ -71,9 +71,9 @@ class ScriptRun:
                     raise UsageError([f"{sys.argv[0]} has Megatron ignore flags that it does not know, so a misspelt one "
                                       "would go unseen; it cannot run with --hetermoe"])
                 self._args, self._plan = disaggregated_arguments(self._flags, sys.argv[1:], self._problems, asked)
+                self._met = begin(self._args, self._plan, self._flags)
             except UsageError as error:
                 sys.exit(tell(error))
-            set_global_variables(self._args)
             return self._args
 
         return parse_and_validate_args
@@ -84,15 +84,15 @@ class ScriptRun:
         def pretrain(*args: Any, **kwargs: Any) -> None:
             given = {name: value for name, value in signature.bind(*args, **kwargs).arguments.items()
                      if value is not None and value is not False}
+            self.trained = True
             try:
                 self._check(given)
+                run_script(self._args, self._plan, self._flags, Script(
+                    given["cfg_container"], given["train_valid_test_dataset_provider"], given["forward_step_func"],
+                    given["model_type"], {name: given[name] for name in _HANDED_ON if name in given},
+                ), self._met)
             except UsageError as error:
                 sys.exit(tell(error))
-            self.trained = True
-            run_script(self._args, self._plan, self._flags, Script(
-                given["cfg_container"], given["train_valid_test_dataset_provider"], given["forward_step_func"],
-                given["model_type"], {name: given[name] for name in _HANDED_ON if name in given},
-            ))
 
         return pretrain
 

@@ -10,9 +10,15 @@ import torch.distributed as dist
 
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.runtime.channels import Channel
+from megatron_hetermoe.runtime.selfcheck import Checksums
+from megatron_hetermoe.runtime.transfers import Transfers
 from megatron_hetermoe.schedule.orders import Schedule, build
-from megatron_hetermoe.topology.layout import ATTENTION, Layout
+from megatron_hetermoe.schedule.tasks import Kind
+from megatron_hetermoe.topology.layout import ATTENTION, Layout, layout_of
 from megatron_hetermoe.topology.placement import Placement
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +42,21 @@ class Session:
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout(self.plan.attention_ranks, self.plan.expert_ranks, self.plan.groups)
+        return layout_of(self.plan)
 
     @cached_property
     def placement(self) -> Placement:
-        return Placement(self.plan.placement, self.layout.m + self.layout.n)
+        return Placement(self.plan.placement, self.layout.holders)
+
+    @property
+    def expert_dtype(self) -> torch.dtype:
+        """Of experts, on whatever rank."""
+        return DTYPES[self.plan.expert_precision]
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Of tokens on the channels: the experts', or attention's where that is smaller."""
+        return min(self.expert_dtype, DTYPES[self.plan.attention_precision], key=lambda dtype: dtype.itemsize)
 
     @property
     def role(self) -> str:
@@ -55,9 +71,19 @@ class Session:
         """This rank, as a member of its ZP group."""
         return self.layout.member_of(self.rank)
 
+    @property
+    def holder(self) -> int:
+        """The holder that this rank is, or is a part of."""
+        return self.layout.holder_of(self.rank)
+
+    @property
+    def owns_microbatches(self) -> bool:
+        """Whether this rank reports what is known of its microbatches: of the ranks that share them, one does."""
+        return self.is_attention and self.rank % self.layout.tensor == 0
+
     def held(self, layer: int) -> tuple[int, ...]:
         """The experts of a layer, from 1 on, that this rank holds."""
-        return self.placement.held(layer, self.member)
+        return self.placement.held(layer, self.holder)
 
     def over_pools(self, value: float) -> float:
         """The sum of both pools' values, of which each pool's ranks have one; all ranks call it together."""
@@ -66,9 +92,25 @@ class Session:
         dist.all_reduce(total, group=self.control)
         return total.item()
 
+    def transfers(
+        self, hidden: int, kind: type[Transfers] = Transfers, checksums: Checksums | None = None
+    ) -> Transfers:
+        """This member's transfers of one step, of tokens that are so wide; checksums as for Transfers."""
+        layout = self.layout
+        return kind(
+            self.placement, layout.m, self.member, self.out, self.back, hidden, self.wire_dtype, self.device,
+            tuple(map(layout.members_of, range(layout.holders))), checksums,
+        )
+
     def schedule(self, microbatches: int, forward_only: bool) -> Schedule:
         """The ZP group's schedule for so many microbatches of each attention rank."""
         return build(
             self.plan.schedule, self.plan.model.layers, self.placement, self.layout.m, microbatches, self.plan.wave,
-            forward_only,
+            forward_only, self.plan.delayed, self._shared_kinds,
         )
+
+    @property
+    def _shared_kinds(self) -> frozenset[Kind]:
+        """Tasks in which the ranks of a tensor-parallel group talk to each other."""
+        sizes = {Kind.ATTENTION: self.layout.tensor, Kind.EXPERT: self.layout.expert_tensor}
+        return frozenset(kind for kind, size in sizes.items() if size > 1)

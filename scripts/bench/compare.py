@@ -35,7 +35,7 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
 
 SHARE, KERNELS = 25, {FAST: "flash", SLOW: "efficient"}  # percent of the GPU; attention kernel of each pool
-STEPS, WARM_UP = 14, 8  # routing is uneven at first
+STEPS, WARM_UP = 12, 6  # routing is uneven at first
 VOCABULARY = 32_000
 
 # The paper's models: layers, width, experts. Its file names no more; widths inside an expert are Mixtral's 3.5 x hidden.
@@ -49,15 +49,17 @@ class System:
     Attributes:
         pools: of each rank.
         flags: beyond the model's, for a rank with that attention kernel.
+        blocks: of NCCL on a GPU, for each communicator. Ours wait beside compute, stock's while nothing else runs.
     """
 
     pools: tuple[str, ...]
     flags: Callable[[str], tuple[str, ...]]
+    blocks: int = 1
 
 
 def stock(pools: Sequence[str]) -> System:
     """Stock expert parallelism over ranks of these pools."""
-    return System(tuple(pools), lambda kernel: ("--expert-model-parallel-size", str(len(pools))))
+    return System(tuple(pools), lambda kernel: ("--expert-model-parallel-size", str(len(pools))), blocks=4)
 
 
 def disaggregated(fast: Sequence[str], slow: Sequence[str], *flags: str) -> System:
@@ -137,7 +139,7 @@ def measure(system: System, flags: Sequence[str], slow_share: int, limit: float)
         script = Path(__file__).with_name("rank.py")
         ended = lab.run(ranks, lambda index: [
             script, record, ranks[index].kernel, str(limit - 10), *flags,
-            *system.flags(ranks[index].kernel)], limit)
+            *system.flags(ranks[index].kernel)], limit, system.blocks)
         if ended.failure:
             return ended.failure
         records = [[json.loads(line) for line in Path(f"{record}.{rank}").read_text().splitlines()]

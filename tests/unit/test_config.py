@@ -13,6 +13,7 @@ from shapes import shape
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags, parse_flags
 from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.config.slow_down import parse_slow_down
 from megatron_hetermoe.planner.resolve import resolve
 
 BASE = Flags(enabled=True, attention_ranks=2, expert_ranks=2)
@@ -111,6 +112,21 @@ def test_a_plan_file_decides_and_flags_may_only_agree(tmp_path):
         assert problem in said
 
 
+def test_tensor_parallelism_is_part_of_the_plan(tmp_path):
+    """Two expert ranks are one holder; a plan file and Megatron's flags must say the same."""
+    problems = Problems()
+    plan = resolve(BASE, shape(), "fp32", 4, problems, tensor=2, expert_tensor=2)
+    assert not problems and plan.placement == ((2,) * 8,) * 2
+    assert (plan.tensor_parallel, plan.expert_tensor_parallel) == (2, 2)
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json())
+    from_file = Flags(True, plan=str(path))
+    assert resolve(from_file, shape(), "fp32", 4, problems, tensor=2, expert_tensor=2) == plan
+    assert resolve(from_file, shape(), "fp32", 4, problems, tensor=1, expert_tensor=2) is None
+    with pytest.raises(UsageError, match="--tensor-model-parallel-size 1 disagrees with 2"):
+        problems.raise_if_any()
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -119,7 +135,7 @@ def test_a_plan_file_decides_and_flags_may_only_agree(tmp_path):
         ({"colour": 1}, "unknown key 'colour'"),
         ({"placement": [[0, 1], "x"]}, "'placement'"),
         ({"model": {}}, "'layers' is missing"),
-        ({"placement": [[9] * 8] * 2}, "names holders beyond the 4 members"),
+        ({"placement": [[9] * 8] * 2}, "names holders beyond the 4 that a ZP group has"),
         ({"placement": [[2] * 8]}, "placement has [8] experts by layer, the model [8, 8]"),
         ({"groups": 0}, "0 ZP groups"),
     ],
@@ -137,3 +153,19 @@ def test_a_plan_file_that_is_no_json(tmp_path):
     path.write_text("placement: yes")
     with pytest.raises(UsageError, match="is not JSON"):
         resolved(Flags(True, plan=str(path)))
+
+
+def test_what_is_to_be_slowed_down():
+    problems = Problems()
+    assert parse_slow_down("expert=1.25,attention-on-expert=3", problems) == {
+        ("attention", "attention"): 1.0, ("expert", "attention"): 1.0, ("attention", "expert"): 3.0,
+        ("expert", "expert"): 1.25,
+    }
+    assert not problems
+    for text in ("", "expert", "expert=0.5", "experts=2", "expert=2,expert=3", "expert=inf", "dispatch-on-expert=2"):
+        wrong = Problems()
+        parse_slow_down(text, wrong)
+        assert wrong, text
+    parse_flags(["--hetermoe", "--hetermoe-slow-down", "expert=-1"], problems)
+    with pytest.raises(UsageError, match="--hetermoe-slow-down has 'expert=-1'"):
+        problems.raise_if_any()
