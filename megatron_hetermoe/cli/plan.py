@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
-from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
@@ -83,26 +83,32 @@ def run(args: argparse.Namespace) -> int:
 def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
     """What the recipe asks to train; Megatron parses its flags, which takes some seconds to import."""
     recipe = load_recipe(args.recipe, os.environ)
-    _, rest = parse_flags(override(recipe.argv, args.overrides, args.drop), problems)
+    argv = override(recipe.argv, args.overrides, args.drop)
+    with locating(places_left(recipe, args.overrides)):
+        return _question_of(argv, args.vocabulary, problems, notes)
+
+
+def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems, notes: Any) -> Any:
+    _, rest = parse_flags(argv, problems)
     os.environ.setdefault("WORLD_SIZE", "1")
     from megatron_hetermoe.planner.options import Question
 
     with quiet():
-        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for, parallelism_of
+        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for, parallelism_of, recomputed
 
         parsed, shape = arguments_to_plan_for(rest, problems)
-    if max(parallelism_of(parsed)) > 1:
-        problems.add("no plan is made for tensor and context parallelism yet, which the recipe asks for: plan without "
-                     "them, or give ranks and placement by hand")
+    parallelism = parallelism_of(parsed)
+    if max(parallelism.expert_tensor, parallelism.context) > 1:
+        problems.add("no plan is made for expert tensor and context parallelism yet, which the recipe asks for: plan "
+                     "without them, or give ranks and placement by hand")
     problems.raise_if_any()
-    vocabulary = args.vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
+    vocabulary = vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
     if vocabulary is None:
         vocabulary = DEFAULT_VOCABULARY
         notes.add(f"the recipe's vocabulary is known to its tokenizer only: {vocabulary:,} taken; "
                   f"--vocabulary N says it")
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
-    least = {None: "none", "selective": "core_attn", "full": "full"}[parsed.recompute_granularity]
-    recompute = RECOMPUTE[RECOMPUTE.index(least):]  # more than the recipe asks for, where memory asks for it
+    recompute = RECOMPUTE[RECOMPUTE.index(recomputed(parsed)):]  # more than asked for, where memory asks for it
     distributed = bool(parsed.use_distributed_optimizer)
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
                     (distributed,) if distributed else (False, True), _tensor(parsed),
