@@ -6,9 +6,14 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan, plan_from_json
+
+if TYPE_CHECKING:
+    from megatron_hetermoe.cost.curves import Notes
+    from megatron_hetermoe.simulator.planned import Predicted
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -18,22 +23,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "busy each pool is, where time is lost and why. One ZP group is simulated; the others do the same.")
     parser.add_argument("plan", metavar="plan.json")
     parser.add_argument("--cluster", required=True, metavar="CLUSTER.yaml")
-    parser.add_argument("--timeline", metavar="out.json", help="write a trace for ui.perfetto.dev or chrome://tracing; "
-                        "with the ending .jsonl, one span a line as `hetermoe trace` reads it")
+    parser.add_argument("--timeline", metavar="FILE", help=".html for a page; .json for ui.perfetto.dev or "
+                        "chrome://tracing; .jsonl for one span a line, as a run with --hetermoe-trace writes them")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from megatron_hetermoe.cost.cluster import kinds_of, read_cluster
+    from megatron_hetermoe.cost.cluster import read_cluster
     from megatron_hetermoe.cost.curves import Notes
-    from megatron_hetermoe.cost.tasks import costs_of_plan
-    from megatron_hetermoe.schedule.orders import build
-    from megatron_hetermoe.schedule.trace import write_chrome, write_jsonl
-    from megatron_hetermoe.simulator.events import simulate
+    from megatron_hetermoe.simulator.planned import predict
     from megatron_hetermoe.simulator.summary import summarise
-    from megatron_hetermoe.topology.layout import Layout
 
     try:
         text = Path(args.plan).read_text(encoding="utf-8")
@@ -41,20 +42,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError([f"cannot read {args.plan}: {getattr(error, 'strerror', None) or 'it is not text'}"]) from None
     plan = plan_from_json(text, args.plan)
     notes = Notes()
-    cluster = read_cluster(args.cluster, notes)
-    _check(plan, cluster, args.plan)
-    costs = costs_of_plan(plan, cluster, kinds_of(cluster, plan.model, plan.attention_precision, notes))
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
-    schedule = build(plan.schedule, plan.model.layers, costs.placement, layout.m, plan.step.microbatches, plan.wave)
-    result = simulate(schedule, costs)
-    summary = summarise(result)
+    predicted = predict(plan, read_cluster(args.cluster, notes), args.plan, notes)
+    summary = summarise(predicted.result)
     if args.timeline:
-        spans = result.spans(lambda member: layout.rank_of(0, member))
-        if args.timeline.endswith(".jsonl"):
-            write_jsonl(spans, args.timeline)
-        else:
-            ranks = layout.zp_group(0)
-            write_chrome(spans, args.timeline, {rank: layout.role(rank) for rank in ranks})
+        _write(Path(args.timeline), plan, predicted, notes)
     if args.json:
         print(json.dumps({**asdict(summary), "notes": list(notes)}, indent=1))
     else:
@@ -62,29 +53,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(plan: Plan, cluster, origin: str) -> None:
-    """What must hold before a plan can be priced."""
-    from megatron_hetermoe.topology.layout import layout_problems
+def _write(path: Path, plan: Plan, predicted: Predicted, notes: Notes) -> None:
+    """The timeline, in the form that the file's ending names."""
+    from megatron_hetermoe.cli.report import PREDICTED, Run, write_page
+    from megatron_hetermoe.schedule.trace import write_chrome, write_jsonl
 
-    problems = Problems()
-    if plan.step is None or not plan.pools:
-        problems.add(f"{origin} says no step and no pools: make it with `hetermoe plan --cluster`, or there is nothing "
-                     f"to price")
-    for name in sorted(set(plan.pools) - cluster.pools.keys()):
-        problems.add(f"{origin} uses the pool {name}, {cluster.origin} has {', '.join(cluster.pools)}: give the "
-                     f"cluster file that it was made for")
-    for problem in layout_problems(plan.attention_ranks, plan.expert_ranks, max(1, plan.groups)):
-        problems.add(f"{origin}: {problem}")
-    members = (plan.attention_ranks + plan.expert_ranks) // max(1, plan.groups)
-    if plan.pools and len(plan.pools) != members:
-        problems.add(f"{origin} names pools for {len(plan.pools)} members, a ZP group of it has {members}: make it "
-                     f"anew")
-    experts = [plan.model.experts if layer in plan.model.moe_layers else 0
-               for layer in range(1, plan.model.layers + 1)]
-    if [len(layer) for layer in plan.placement] != experts \
-            or any(not 0 <= holder < members for layer in plan.placement for holder in layer):
-        problems.add(f"{origin}: the placement does not fit the model or the layout: make it anew")
-    problems.raise_if_any()
+    if path.suffix == ".jsonl":
+        write_jsonl(predicted.spans, path)
+    elif path.suffix == ".html":
+        write_page(path, "A step as predicted", plan, [Run(PREDICTED, predicted.spans, [predicted.result])], [*notes])
+    else:
+        layout = predicted.layout
+        write_chrome(predicted.spans, path, {rank: layout.role(rank) for rank in layout.zp_group(0)})
 
 
 def _print(summary, notes, timeline: str | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
-from megatron_hetermoe.schedule.trace import Span
+from megatron_hetermoe.schedule.trace import OPTIMIZER, REDUCE, STEP, Span
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the choice of a backend that needs no screen)
@@ -18,8 +18,9 @@ _KINDS = {
     "EF": ("#ffd166", "experts forward"), "EB": ("#fb8500", "experts backward"),
     "DF": ("#b7e4c7", "dispatch"), "CB": ("#40916c", "combine backward"),
     "CF": ("#d8bbff", "combine"), "DB": ("#7b2cbf", "dispatch backward"),
+    REDUCE: ("#aab2bb", "gradient reduction"), OPTIMIZER: ("#6d7784", "optimizer step"),
 }
-_ROWS = {"compute": (0.0, 0.56), "out": (0.58, 0.14), "back": (0.74, 0.14)}  # top and height inside a rank's band
+_ROWS = {"compute": (0.0, 0.56), "out": (0.58, 0.14), "back": (0.74, 0.14), STEP: (0.0, 0.56)}  # top and height inside a rank's band
 _WIDE = 0.012  # share of the picture's width from which a task has room for its microbatch's number
 
 
@@ -35,7 +36,7 @@ def draw(spans: list[Span], roles: dict[int, str], out: Path) -> None:
     length = max(span.end for span in spans)
     for span in spans:
         top, height = _ROWS[span.stream]
-        colour, _ = _KINDS[span.task[:2]]
+        colour, _ = _KINDS[span.task if span.stream == STEP else span.task[:2]]
         axes.broken_barh(
             [(span.start * 1e3, (span.end - span.start) * 1e3)], (span.rank + top, height), facecolors=colour,
             edgecolors="white", linewidth=0.4,
@@ -51,7 +52,7 @@ def draw(spans: list[Span], roles: dict[int, str], out: Path) -> None:
     axes.set_xlabel("milliseconds; in a task: layer, microbatch; below each rank's tasks its channels out and back")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
-        handles=[Patch(color=colour, label=label) for colour, label in _KINDS.values()], ncols=8, fontsize=7,
+        handles=[Patch(color=colour, label=label) for colour, label in _KINDS.values()], ncols=10, fontsize=7,
         loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False,
     )
     figure.tight_layout()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_hetermoe.config.errors import UsageError
-from megatron_hetermoe.config.plan import plan_from_json
-from megatron_hetermoe.schedule.trace import Span, read_jsonl, write_chrome
+from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.schedule.trace import STEP, Span, read_jsonl, write_chrome
+from megatron_hetermoe.simulator.recorded import from_start
 from megatron_hetermoe.topology.layout import Layout
 
 _FILE = re.compile(r"step(\d+)\.rank(\d+)\.jsonl")
 _PICTURES = (".png", ".svg", ".pdf")
+_ENDINGS = (".html", *_PICTURES, ".json")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,7 +24,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Reads the folder that a run with --hetermoe-trace DIR wrote and draws one step.")
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--out", required=True, metavar="FILE",
-                        help=f"{', '.join(_PICTURES)} for a picture (needs matplotlib), .json for ui.perfetto.dev")
+                        help=f".html for a page, {', '.join(_PICTURES)} for a picture (needs matplotlib), .json for "
+                             f"ui.perfetto.dev")
+    parser.add_argument("--cluster", metavar="CLUSTER.yaml",
+                        help="that the run's plan was made for: the page then has the predicted step beside the recorded")
     parser.add_argument("--step", type=int, metavar="N", help="training step since the start (default: the shortest)")
     parser.set_defaults(run=run)
 
@@ -31,30 +35,53 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     folder, out = Path(args.folder), Path(args.out)
-    roles = _roles(folder)
+    if out.suffix not in _ENDINGS:
+        raise UsageError([f"--out {out}: the name must end in one of {', '.join(_ENDINGS)}"])
+    if args.cluster and out.suffix != ".html":
+        raise UsageError([f"--cluster is for what was predicted, which a page shows: give --out a name that ends in "
+                          f".html in place of {out}"])
+    plan = _plan(folder)
+    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    roles = {rank: layout.role(rank) for rank in range(layout.world_size)}
     step, spans = _step(folder, args.step, len(roles))
-    if out.suffix == ".json":
+    if out.suffix == ".html":
+        _write_page(out, step, spans, plan, folder, args.cluster)
+    elif out.suffix == ".json":
         write_chrome(spans, out, roles)
-    elif out.suffix in _PICTURES:
+    else:
         try:
             from megatron_hetermoe.cli.timeline import draw
         except ModuleNotFoundError:
             raise UsageError(["a picture needs matplotlib: pip install 'megatron-hetermoe[plot]'"]) from None
         draw(spans, roles, out)
-    else:
-        raise UsageError([f"--out {out}: the name must end in one of {', '.join((*_PICTURES, '.json'))}"])
-    print(f"step {step}, {len(spans)} tasks of {len(roles)} ranks: {out}")
+    print(f"step {step}, {sum(span.stream != STEP for span in spans)} tasks of {len(roles)} ranks: {out}")
     return 0
 
 
-def _roles(folder: Path) -> dict[int, str]:
-    """The role of each rank of the recorded run."""
+def _write_page(
+    out: Path, step: int, spans: list[Span], plan: Plan, folder: Path, cluster: str | None
+) -> None:
+    """The page of a recorded step, with the predicted one beside it where there is a cluster file."""
+    from megatron_hetermoe.cli.report import MEASURED, PREDICTED, Run, write_page
+    from megatron_hetermoe.cost.cluster import read_cluster
+    from megatron_hetermoe.cost.curves import Notes
+    from megatron_hetermoe.simulator.planned import predict
+    from megatron_hetermoe.simulator.recorded import results_of
+
+    runs = [Run(MEASURED, spans, results_of(spans, plan))]
+    notes = Notes()
+    if cluster:
+        predicted = predict(plan, read_cluster(cluster, notes), str(folder / "plan.json"), notes)
+        runs.append(Run(PREDICTED, predicted.spans, [predicted.result]))
+    write_page(out, f"Training step {step}, recorded in {folder.absolute().name}", plan, runs, [*notes])
+
+
+def _plan(folder: Path) -> Plan:
+    """The plan of the recorded run."""
     plan_file = folder / "plan.json"
     if not plan_file.exists():
         raise UsageError([f"{folder} has no plan.json: record a run with --hetermoe-trace {folder}"])
-    plan = plan_from_json(plan_file.read_text(encoding="utf-8"), str(plan_file))
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
-    return {rank: layout.role(rank) for rank in range(layout.world_size)}
+    return plan_from_json(plan_file.read_text(encoding="utf-8"), str(plan_file))
 
 
 def _step(folder: Path, wanted: int | None, ranks: int) -> tuple[int, list[Span]]:
@@ -66,15 +93,15 @@ def _step(folder: Path, wanted: int | None, ranks: int) -> tuple[int, list[Span]
     steps = {step: paths for step, paths in files.items() if len(paths) == ranks}
     if not steps or (wanted is not None and wanted not in steps):
         found = ", ".join(map(str, steps)) or "none"
-        raise UsageError([f"{folder} has no step {'' if wanted is None else wanted} of all {ranks} ranks (found: {found}); "
-                          "copy the files of all machines into one folder"])
+        step = "step" if wanted is None else f"step {wanted}"
+        raise UsageError([f"{folder} has no {step} of all {ranks} ranks (found: {found}); copy the files of all machines "
+                          f"into one folder"])
     spans = {
         step: [span for path in paths for span in read_jsonl(path)]
         for step, paths in steps.items() if wanted in (None, step)
     }
     step = min(spans, key=lambda number: _length(spans[number]))
-    start = min(span.start for span in spans[step])
-    return step, [replace(span, start=span.start - start, end=span.end - start) for span in spans[step]]
+    return step, from_start(spans[step])
 
 
 def _length(spans: list[Span]) -> float:

@@ -14,12 +14,12 @@ from megatron.training import get_args
 
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
 from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
+from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, Numbers, report
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.marks import Marks
-from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.streams import streams_for
 from megatron_hetermoe.runtime.transfers import Transfers
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
@@ -33,15 +33,17 @@ class ForwardBackward:
     Args:
         session: this rank's.
         marks: told what runs.
-        recorder: told of each task of a training step with its times.
+        meter: told of training steps; its recorder of their tasks.
     """
 
-    def __init__(self, session: Session, marks: Marks, recorder: Recorder | None = None):
+    def __init__(self, session: Session, marks: Marks, meter: Meter):
         self._session = session
         self._marks = marks
-        self._recorder = recorder
+        self._meter = meter
         self._streams = streams_for(session.device)
-        self._recorded = streams_for(session.device, recorder.observe) if recorder else self._streams
+        self._recorded = self._streams
+        if meter.recorder:
+            self._recorded = streams_for(session.device, meter.recorder.observe)
         self._schedules: dict[tuple[int, bool], tuple[Schedule, MemberSchedule]] = {}
 
     def __call__(
@@ -68,6 +70,8 @@ class ForwardBackward:
             forward_only, collect_non_loss_data,
         )
         self._marks.enter("evaluation" if forward_only else "a training step")
+        if not forward_only:
+            self._meter.begin_step(num_microbatches)
         numbers = Numbers(self._session, get_args().check_for_nan_in_loss_and_grad and not forward_only)
         try:
             losses, tokens = self._run(inputs, member, numbers)
@@ -90,15 +94,14 @@ class ForwardBackward:
     def _finalize(self, wrapped: Any, tokens: torch.Tensor, force_all_reduce: bool) -> None:
         """After a training step's last task: Megatron's reduction of gradients."""
         self._marks.enter("the reduction of gradients")
-        if self._recorder:
-            self._recorder.end_step()
         config = get_model_config(wrapped)
-        config.finalize_model_grads_func(
-            [wrapped],
-            self._tokens_of_pool(tokens) if config.calculate_per_token_loss else None,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            force_all_reduce=force_all_reduce,
-        )
+        with self._meter.reduction():
+            config.finalize_model_grads_func(
+                [wrapped],
+                self._tokens_of_pool(tokens) if config.calculate_per_token_loss else None,
+                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+                force_all_reduce=force_all_reduce,
+            )
 
     def _schedule(self, microbatches: int, forward_only: bool) -> tuple[Schedule, MemberSchedule]:
         """Made once for each number of microbatches: a step repeats the last one's."""
@@ -112,7 +115,7 @@ class ForwardBackward:
         session, config = self._session, inputs.config
         transfers = Transfers(
             session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
-            config.params_dtype, session.device,
+            config.params_dtype, session.device, recorder=None if inputs.forward_only else self._meter.recorder,
         )
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}

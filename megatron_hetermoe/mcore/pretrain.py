@@ -28,6 +28,7 @@ from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
+from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
@@ -67,10 +68,10 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
     announce(session)
     recorder = None
     if flags.trace:
-        recorder = Recorder(Path(flags.trace), session.rank)
+        recorder = Recorder(Path(flags.trace), session.rank, session.device)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    patches.apply(_replacements(session, recorder, watch.marks))
+    patches.apply(_replacements(session, Meter(session, recorder), watch.marks))
     watch.marks.enter("the check of the checkpoint")
     check_load(args.load, args.ckpt_step, session)
     watch.marks.enter("start-up")
@@ -149,10 +150,10 @@ def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., 
 
 
 def _replacements(
-    session: Session, recorder: Recorder | None, marks: Marks
+    session: Session, meter: Meter, marks: Marks
 ) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
-    forward_backward = ForwardBackward(session, marks, recorder)
+    forward_backward = ForwardBackward(session, marks, meter)
 
     def schedule(original: Any) -> Any:
         return lambda *args, **kwargs: forward_backward
@@ -160,7 +161,7 @@ def _replacements(
     def optimizer(original: Any) -> Any:
         def get_megatron_optimizer(config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any) -> Any:
             scale_expert_gradients(model_chunks, session)
-            return PooledOptimizer(original(config, model_chunks, *args, **kwargs), session, marks)
+            return PooledOptimizer(original(config, model_chunks, *args, **kwargs), session, marks, meter)
 
         return get_megatron_optimizer
 

@@ -7,13 +7,14 @@ front of the tokens. Nothing else is ever awaited in order to know a size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from megatron_hetermoe.runtime.channels import Channel, Message
-from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
+from megatron_hetermoe.runtime.recorder import Recorder
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 from megatron_hetermoe.topology.placement import Placement
 
 # Parts of a transfer.
@@ -68,6 +69,7 @@ class Transfers:
         dtype: of tokens, on both ends.
         device: where buffers are.
         owned, held: state by (layer, microbatch), for the A and E tasks to read and fill.
+        recorder: told what is sent and for which experts, where the step is recorded.
     """
 
     placement: Placement
@@ -80,6 +82,7 @@ class Transfers:
     device: torch.device
     owned: dict[tuple[int, int], Routed] = field(default_factory=dict)
     held: dict[tuple[int, int], Routed] = field(default_factory=dict)
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         self._leaving: dict[tuple[int, int], tuple[Counts, torch.Tensor, torch.Tensor]] = {}
@@ -129,7 +132,7 @@ class Transfers:
             payload += self._parts(task, state, _TOKENS, state.tokens)
             payload += self._parts(task, state, _PROBS, state.probs)
         if not self._holds(task.layer):
-            self.out.exchange(headers + payload)
+            self._exchange(task, headers + payload)
         else:
             received = self._receive_headers(task, headers)
             buffers = [
@@ -137,7 +140,9 @@ class Transfers:
                 for part, tensor in ((_TOKENS, received.tokens), (_PROBS, received.probs))
                 for owner, rows in enumerate(tensor.split(received.splits))
             ]
-            self.out.exchange(payload, buffers)
+            self._exchange(task, payload, buffers)
+            if self.recorder:
+                self.recorder.routed(task, [sum(rows) for rows in zip(*received.counts)])
             self.held[task.layer, task.microbatch] = received
         if state:
             # Only their shape is read from here on, by the backward of the task that made them.
@@ -152,7 +157,7 @@ class Transfers:
         if state:
             state.outputs = self._empty(state.rows)
             buffers = self._parts(task, state, _TOKENS, state.outputs)
-        self.back.exchange(self._returned(task, _TOKENS, "outputs"), buffers)
+        self._exchange(task, self._returned(task, _TOKENS, "outputs"), buffers)
         if self._holds(task.layer):
             held = self.held[task.layer, task.microbatch]
             held.outputs.untyped_storage().resize_(0)
@@ -172,7 +177,7 @@ class Transfers:
             buffers = [
                 Message(owner, _TOKENS, rows) for owner, rows in enumerate(held.output_grads.split(held.splits))
             ]
-        self.out.exchange(sends, buffers)
+        self._exchange(task, sends, buffers)
         if state:
             state.output_grads = None
 
@@ -187,8 +192,15 @@ class Transfers:
             buffers = self._parts(task, state, _TOKENS, state.token_grads)
             buffers += self._parts(task, state, _PROBS, state.prob_grads)
         sends = self._returned(task, _TOKENS, "token_grads") + self._returned(task, _PROBS, "prob_grads")
-        self.back.exchange(sends, buffers)
+        self._exchange(task, sends, buffers)
         self.held.pop((task.layer, task.microbatch), None)
+
+    def _exchange(self, task: Task, sends: Sequence[Message], receives: Sequence[Message] = ()) -> None:
+        """On the task's channel."""
+        channel = self.out if task.stream is Stream.OUT else self.back
+        sent = channel.exchange(sends, receives)
+        if self.recorder:
+            self.recorder.sent(task, sent)
 
     def _owner(self, task: Task) -> Routed:
         return self.owned[task.layer, task.microbatch]
@@ -230,7 +242,7 @@ class Transfers:
         """Sends this member's headers, receives those for it, checks them, and makes buffers of their sizes."""
         local = len(self.placement.held(task.layer, self.member))
         headers = [torch.empty(_HEADER_FIELDS + local, dtype=torch.int64) for _ in range(self.attention_members)]
-        self.out.exchange(own_headers, [Message(owner, _HEADER, header) for owner, header in enumerate(headers)])
+        self._exchange(task, own_headers, [Message(owner, _HEADER, header) for owner, header in enumerate(headers)])
         expected = [task.layer, task.microbatch, self.hidden, _DTYPES.index(self.dtype)]
         probs_dtype = headers[0][_HEADER_FIELDS - 1].item()
         for owner, header in enumerate(headers):

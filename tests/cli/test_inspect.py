@@ -61,7 +61,8 @@ def test_a_timeline_is_drawn(trace, tmp_path, name):
         events = json.loads(drawn)["traceEvents"]
         assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {
             "rank 0 (attention)", "rank 1 (expert)"}
-        assert sum(event["ph"] == "X" for event in events) == 12 + 8 + 2 * 16  # A, E, and transfers on both ranks
+        # A, E, transfers on both ranks, and what follows the last task there
+        assert sum(event["ph"] == "X" for event in events) == 12 + 8 + 2 * 16 + 2 * 2
     else:
         assert "<svg" in drawn
 
