@@ -53,6 +53,25 @@ def test_a_recorded_step_has_every_task(trace):
             assert all(end <= start for (_, end), (start, _) in zip(times, times[1:]))
 
 
+def test_a_recorded_transfer_has_what_it_moved(trace):
+    """32 tokens go to two experts each, 32 wide in fp32 with a probability, behind a header of 5 and 8 numbers."""
+    rows, header = 32 * 2, 8 * (5 + 8)
+    owner, holder = (
+        {span.task: span for span in read_jsonl(trace / f"step{FIRST:05d}.rank{rank:05d}.jsonl")} for rank in (0, 1))
+    for layer in (1, 2):
+        for microbatch in (1, 2):
+            at = f"_{layer},{microbatch}"
+            assert owner[f"DF{at}"].sent == rows * (32 + 1) * 4 + header and holder[f"DF{at}"].sent == 0
+            assert holder[f"CF{at}"].sent == rows * 32 * 4 and owner[f"CF{at}"].sent == 0
+            assert owner[f"CB{at}"].sent == rows * 32 * 4 and holder[f"CB{at}"].sent == 0
+            assert holder[f"DB{at}"].sent == rows * (32 + 1) * 4 and owner[f"DB{at}"].sent == 0
+            assert len(holder[f"DF{at}"].tokens) == 8 and sum(holder[f"DF{at}"].tokens) == rows
+            assert owner[f"DF{at}"].tokens == ()
+    for spans in (owner, holder):
+        last = max(span.end for span in spans.values() if span.stream == "compute")
+        assert last <= spans["reduce"].start <= spans["reduce"].end <= spans["optimizer"].start
+
+
 @pytest.mark.parametrize("name", ["timeline.svg", "timeline.json"])
 def test_a_timeline_is_drawn(trace, tmp_path, name):
     assert main(["trace", str(trace), "--out", str(tmp_path / name)]) == 0
@@ -70,6 +89,7 @@ def test_a_timeline_is_drawn(trace, tmp_path, name):
 @pytest.mark.parametrize(
     "argv, said",
     [(["{trace}", "--out", "x.txt"], "must end in one of"), (["{trace}", "--step", "99", "--out", "x.json"], "no step 99"),
+     (["{trace}", "--cluster", "c.yaml", "--out", "x.svg"], "ends in .html"),
      (["{tmp}", "--out", "x.json"], "has no plan.json")],
 )
 def test_what_cannot_be_drawn(trace, tmp_path, capsys, argv, said):

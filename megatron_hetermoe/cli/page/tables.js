@@ -25,7 +25,8 @@ function cards(runs) {
     made.push([`${role} ranks compute`, percent(busy(first)), second && `${second.name}: ${percent(busy(second))}`]);
   }
   const sent = (run) => run.channels.reduce((sum, channel) => sum + channel.bytes, 0);
-  made.push(["sent between ranks", bytes(sent(first)), second && `${second.name}, one ZP group: ${bytes(sent(second))}`]);
+  const part = second && second.ranks.length < first.ranks.length ? ", of one ZP group" : "";
+  made.push(["sent between ranks", bytes(sent(first)), second && `${second.name}${part}: ${bytes(sent(second))}`]);
   return made.map(([name, value, note]) => `<div class="card"><p>${name}</p><strong>${value}</strong>${note ? `<p>${note}</p>` : ""}</div>`).join("");
 }
 
