@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_hetermoe.config.errors import Problems
-from megatron_hetermoe.config.plan import ATTENTION_KERNELS, SCHEDULES
+from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, SCHEDULES
 
 PREFIX = "--hetermoe"
 STALL_TIMEOUT = 30  # seconds
@@ -28,6 +28,7 @@ class Flags:
         schedule: one of ``config.plan.SCHEDULES``.
         wave: the most microbatches on the way together.
         attention: one of ``config.plan.ATTENTION_KERNELS``.
+        experts: one of ``config.plan.EXPERT_KERNELS``.
         plan: plan file, in place of the flags above or beside ones that agree with it.
         trace: folder to record task times into.
         stall_timeout: seconds within which all ranks end after one has died or stopped.
@@ -41,6 +42,7 @@ class Flags:
     schedule: str | None = None
     wave: int | None = None
     attention: str | None = None
+    experts: str | None = None
     plan: str | None = None
     trace: str | None = None
     stall_timeout: int | None = None
@@ -61,6 +63,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        help="the most microbatches on the way together (default: all of a step)")
     group.add_argument("--hetermoe-attention", metavar="|".join(ATTENTION_KERNELS),
                        help="attention where there is no transformer-engine: torch's kernels, or Megatron's own")
+    group.add_argument("--hetermoe-experts", metavar="|".join(EXPERT_KERNELS), help="experts of a rank one after the "
+                       "other, or as grouped matrix products (default: where the GPU has them)")
     group.add_argument("--hetermoe-plan", metavar="FILE", help="plan.json of an earlier run or of `hetermoe plan`")
     group.add_argument("--hetermoe-trace", metavar="DIR", help="record every task's start and end there")
     group.add_argument("--hetermoe-stall-timeout", metavar="SECONDS", help="all ranks end within so many seconds after "
@@ -89,7 +93,9 @@ def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[st
             value = _positive(value, field.name, problems)
         values[field.name] = value
     flags = Flags(**values)
-    for name, allowed in (("schedule", SCHEDULES), ("attention", ATTENTION_KERNELS)):
+    for name, allowed in (
+        ("schedule", SCHEDULES), ("attention", ATTENTION_KERNELS), ("experts", EXPERT_KERNELS),
+    ):
         if getattr(flags, name) not in (None, *allowed):
             problems.add(f"{PREFIX}-{name} is {getattr(flags, name)!r}; it must be one of {', '.join(allowed)}")
     given = [f"{PREFIX}-{name.replace('_', '-')}" for name, value in vars(flags).items()

@@ -15,6 +15,7 @@ FORMAT = 1
 SCHEDULES = ("zebra", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16")
 ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
+EXPERT_KERNELS = ("auto", "sequential", "grouped")
 _PARTS = {kind.__name__: kind for kind in (ModelShape, Step, Prediction)}  # of a plan, each a mapping in its file
 
 
@@ -33,6 +34,7 @@ class Plan:
         wave: the most microbatches on the way together, None for all of a step.
         attention_precision, expert_precision: dtype of each role's parameters, one of PRECISIONS.
         attention_kernel: one of ATTENTION_KERNELS, where there is no transformer-engine.
+        expert_kernel: one of EXPERT_KERNELS: one expert after the other, or all as grouped matrix products.
         pools: for each member of a ZP group, the pool of the cluster file that it is of; empty when no cluster file
             was there.
         step: the step that was planned for, None when nothing was predicted.
@@ -49,6 +51,7 @@ class Plan:
     attention_precision: str = "fp32"
     expert_precision: str = "fp32"
     attention_kernel: str = "auto"
+    expert_kernel: str = "auto"
     pools: tuple[str, ...] = ()
     step: Step | None = None
     predicted: Prediction | None = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+import torch
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
@@ -17,8 +19,11 @@ from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.mcore.gpt import check_args
+from megatron_hetermoe.mcore.grouped import capability, grouped_obstacle
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.planner.resolve import resolve
+from megatron_hetermoe.topology.layout import Layout
+from megatron_hetermoe.topology.placement import Placement
 
 
 def _not_recomputed(args: argparse.Namespace) -> bool:
@@ -31,7 +36,6 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     ("--pipeline-model-parallel-size above 1", lambda args: args.pipeline_model_parallel_size > 1, "set it to 1"),
     ("--context-parallel-size above 1", lambda args: args.context_parallel_size > 1, "set it to 1"),
     ("--expert-tensor-parallel-size above 1", lambda args: (args.expert_tensor_parallel_size or 1) > 1, "set it to 1"),
-    ("--moe-grouped-gemm", lambda args: args.moe_grouped_gemm, "leave it out: experts run one after the other"),
     ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
     ("--recompute-modules of what is not there", _not_recomputed, f"choose from {', '.join(sorted(SELECTIVE))}"),
     ("--moe-shared-expert-overlap", lambda args: args.moe_shared_expert_overlap,
@@ -67,6 +71,7 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
 _SUPERSEDED = {
     "--expert-model-parallel-size": "the expert ranks of a ZP group hold the experts",
     "--moe-token-dispatcher-type": "the asymmetric dispatcher carries tokens",
+    "--moe-grouped-gemm": "--hetermoe-experts says how experts run",
 }
 
 
@@ -96,6 +101,8 @@ def disaggregated_arguments(
         plan = resolve(flags, shape, precision, args.world_size, problems)
         if plan is not None and plan.step is not None:
             _check_step(args, plan, problems)
+        if plan is not None and plan.expert_kernel == "grouped":
+            _check_grouped(args, plan, problems)
     _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
     _check_warm_up(args, problems)
     try:
@@ -205,6 +212,22 @@ def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> Non
                          "for it")
 
 
+def _check_grouped(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
+    """Experts can be forced to be grouped on a GPU that has the kernel. Each machine's ranks look at all its GPUs."""
+    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    placement = Placement(plan.placement, layout.m + layout.n)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first = args.rank - args.local_rank if ranks > 1 else args.rank
+    for rank in range(first, first + ranks):
+        if not placement.layers_of(layout.member_of(rank)):
+            continue
+        number = args.local_rank + rank - args.rank
+        device = torch.device("cuda", number % torch.cuda.device_count())
+        obstacle = grouped_obstacle(plan, args.add_bias_linear, capability(device))
+        if obstacle:
+            problems.add(f"--hetermoe-experts grouped cannot be on rank {rank}: {obstacle}; use auto")
+
+
 def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems: Problems) -> None:
     """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
     if not attention_ranks or not args.micro_batch_size:
@@ -237,7 +260,7 @@ def _check_warm_up(args: argparse.Namespace, problems: Problems) -> None:
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
     """Megatron's own validation, which takes the world to be the ranks that have data: the attention ranks."""
     world_size, args.world_size = args.world_size, plan.attention_ranks
-    args.expert_model_parallel_size, args.moe_token_dispatcher_type = 1, "alltoall"
+    args.expert_model_parallel_size, args.moe_token_dispatcher_type, args.moe_grouped_gemm = 1, "alltoall", False
     try:
         validate_args(args, {})
         core_transformer_config_from_args(args)  # has checks of its own, which would come after the ranks have met

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hetermoe.mcore import recompute
 from megatron_hetermoe.mcore.dispatcher import AsymmetricDispatcher, DispatchState
-from megatron_hetermoe.mcore.experts import build_held
+from megatron_hetermoe.mcore.grouped import build_held
 from megatron_hetermoe.mcore.session import Session
 
 
@@ -50,8 +50,9 @@ class RoutedMoELayer(MoELayer):
         session: Session, layer: int, seed: int, **others: Any,
     ):
         def experts(num_local_experts: int, config: TransformerConfig, **kwargs: Any) -> MegatronModule:
-            held = build_held(submodules.experts, config, session, layer, seed, pg_collection)
-            return AbsentExperts(config) if held is None else held
+            if not session.held(layer):
+                return AbsentExperts(config)
+            return build_held(submodules.experts, config, session, layer, seed, pg_collection)
 
         # The stock constructor divides a layer's experts by the expert-parallel size; ours need not divide.
         alone = copy(pg_collection)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
-
-from megatron_hetermoe.mcore.session import Session
 
 
 class HeldExperts(SequentialMLP):
@@ -44,6 +41,8 @@ class HeldExperts(SequentialMLP):
         uninitialised.perform_initialization = False
         super().__init__(len(held), uninitialised, submodules, pg_collection)
         self.held = tuple(held)
+        # For each group of rows that forward takes, its expert's position among those held.
+        self.row_order = tuple(range(len(held)))
         for expert, module in zip(self.held, self.local_experts):
             if config.perform_initialization:
                 _initialise(module, config, (seed * 100_003 + layer) * 100_003 + expert)
@@ -83,36 +82,17 @@ def _initialise(expert: torch.nn.Module, config: TransformerConfig, seed: int) -
         config.output_layer_init_method(expert.linear_fc2.weight)
 
 
-def build_held(
-    builder: Any, config: TransformerConfig, session: Session, layer: int, seed: int,
-    pg_collection: ProcessGroupCollection,
-) -> HeldExperts | None:
-    """The experts of a layer that this rank holds, or None.
-
-    Args:
-        builder: ``MoESubmodules.experts`` of the stock layer, whose submodules are used.
-    """
-    held = session.held(layer)
-    if not held:
-        return None
-    assert isinstance(builder, partial) and builder.func is SequentialMLP, builder
-    return HeldExperts(config, builder.keywords["submodules"], layer, held, seed, pg_collection)
-
-
 class ExpertModel(MegatronModule):
     """All that an expert rank builds: its experts, under the names that they have in the whole model.
 
     Args:
         config: the transformer's.
-        builders: ``MoESubmodules.experts`` for each layer with experts, by layer.
-        session: this rank's.
-        seed: of the run.
+        held: the experts that this rank holds, by layer.
         pg_collection: groups of the expert pool.
     """
 
     def __init__(
-        self, config: TransformerConfig, builders: dict[int, Any], session: Session, seed: int,
-        pg_collection: ProcessGroupCollection,
+        self, config: TransformerConfig, held: dict[int, HeldExperts], pg_collection: ProcessGroupCollection
     ):
         super().__init__(config)
         self.pg_collection = pg_collection
@@ -124,10 +104,8 @@ class ExpertModel(MegatronModule):
         for layer in range(1, config.num_layers + 1):
             holder = torch.nn.Module()
             holder.mlp = torch.nn.Module()
-            if layer in builders:
-                experts = build_held(builders[layer], config, session, layer, seed, pg_collection)
-                if experts is not None:
-                    holder.mlp.experts = experts
+            if layer in held:
+                holder.mlp.experts = held[layer]
             self.decoder.layers.append(holder)
 
     def experts(self, layer: int) -> HeldExperts:

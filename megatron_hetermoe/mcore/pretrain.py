@@ -28,6 +28,7 @@ from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
+from megatron_hetermoe.mcore.grouped import build_held
 from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
@@ -139,12 +140,12 @@ def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., 
             spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, args.seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
-        builders = {
-            layer: submodules.experts
+        held = {
+            layer: build_held(submodules.experts, model_config.transformer, session, layer, args.seed, groups)
             for layer, layer_spec in enumerate(spec.layer_specs, start=1)
-            if (submodules := moe_submodules(layer_spec)) is not None
+            if (submodules := moe_submodules(layer_spec)) is not None and session.held(layer)
         }
-        return ExpertModel(model_config.transformer, builders, session, args.seed, groups)
+        return ExpertModel(model_config.transformer, held, groups)
 
     return provide
 

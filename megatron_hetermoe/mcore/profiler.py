@@ -67,7 +67,7 @@ def arguments(rest: Sequence[str], flags: Flags, problems: Problems) -> tuple[ar
     Raises:
         UsageError: with all problems.
     """
-    alone = Flags(enabled=True, attention_ranks=1, expert_ranks=2, attention=flags.attention)
+    alone = Flags(enabled=True, attention_ranks=1, expert_ranks=2, attention=flags.attention, experts=flags.experts)
     args, plan = disaggregated_arguments(
         alone, [*rest, "--num-layers", str(LAYERS), "--moe-layer-freq", "1"], problems)
     layer = tuple(_EXPERT if expert < HELD else _EXPERT + 1 for expert in range(plan.model.experts))

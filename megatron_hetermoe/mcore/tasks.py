@@ -262,9 +262,10 @@ def _run_sorted(
     """
     counts = torch.tensor(routed.counts)
     owners, held = counts.shape
+    chunks = counts.reshape(-1)
     index = torch.arange(owners * held).view(owners, held)
-    by_expert = index.t().reshape(-1)
-    tokens, probs = sort_chunks_by_idxs(tokens, counts.reshape(-1), by_expert, probs=probs)
-    outputs, _ = experts(tokens, counts.sum(dim=0), probs)
-    outputs, _ = sort_chunks_by_idxs(outputs, counts.t().reshape(-1), by_expert.argsort())
+    by_expert = index.t()[list(experts.row_order)].reshape(-1)
+    tokens, probs = sort_chunks_by_idxs(tokens, chunks, by_expert, probs=probs)
+    outputs, _ = experts(tokens, counts.sum(dim=0)[list(experts.row_order)], probs)
+    outputs, _ = sort_chunks_by_idxs(outputs, chunks[by_expert], by_expert.argsort())
     return outputs

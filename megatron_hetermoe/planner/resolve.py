@@ -9,7 +9,7 @@ import yaml
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
-from megatron_hetermoe.config.plan import SCHEDULES, Plan, plan_from_json
+from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, SCHEDULES, Plan, plan_from_json
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.layout import Layout, layout_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document
@@ -17,7 +17,7 @@ from megatron_hetermoe.topology.placement import even_placement, placement_from_
 # Flags that a plan file decides, and the plan's field that each is shorthand for.
 _PLANNED = {
     "attention_ranks": "attention_ranks", "expert_ranks": "expert_ranks", "groups": "groups", "schedule": "schedule",
-    "wave": "wave", "attention": "attention_kernel",
+    "wave": "wave", "attention": "attention_kernel", "experts": "expert_kernel",
 }
 
 
@@ -73,7 +73,7 @@ def _from_flags(
         placement = placement_from_document(_read_yaml(flags.placement), shape, layout, flags.placement)
     return Plan(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
-        flags.wave, precision, precision, flags.attention or "auto",
+        flags.wave, precision, precision, flags.attention or "auto", flags.experts or "auto",
     )
 
 
@@ -105,6 +105,11 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
     _check_world(plan.attention_ranks, plan.expert_ranks, world_size, problems)
     if plan.schedule not in SCHEDULES:
         problems.add(f"the plan's schedule is {plan.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+    for role, kernel, allowed in (
+        ("attention", plan.attention_kernel, ATTENTION_KERNELS), ("expert", plan.expert_kernel, EXPERT_KERNELS),
+    ):
+        if kernel not in allowed:
+            problems.add(f"the plan's {role}_kernel is {kernel!r}; it must be one of {', '.join(allowed)}")
     if plan.wave is not None and plan.wave < 1:
         problems.add(f"the plan's wave is {plan.wave}; it must be from 1 on, or null for all of a step")
     if problems:

@@ -4,10 +4,13 @@
 
 Fast ranks (attention) have 25% of the GPU and flash attention, slow ranks (experts) the memory-efficient kernel and
 --slow-share of it; 20% would differ from the fast ones about as V100 from A40, but on an H200 losses were NaN there, in
-stock Megatron too, so the default is 25%. A cell whose loss is no number is not counted. Cells are interleaved, a repetition of all before the next; each is a line of the
-output file, and what is there is not measured again. The table gives medians over repetitions of the median step
-(optimizer included, the first two steps left out) with their spread, as sequences a second, and the ratios that
-matter: over stock expert parallelism on all ranks, and over the sum of what the two pools do alone.
+stock Megatron too, so the default is 25%. A cell whose loss is no number is not counted.
+
+First every rank is profiled while all run, and the channel between the pools; the planner's placements and all
+predictions come from that. Cells are interleaved, a repetition of all before the next; each is a line of the output file,
+and what is there is not measured again. The table gives medians over repetitions of the median step (optimizer
+included, the first ones left out) with their spread, as sequences a second, what was predicted, and the ratios
+that matter: over stock expert parallelism on all ranks, and over the sum of what the two pools do alone.
 
 NCCL must let ranks share a GPU (2.30 with NCCL_MULTI_RANK_GPU_ENABLE=1; preload it where torch's is older).
 """
@@ -17,19 +20,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-FAST, SLOW = (25, "flash"), (25, "efficient")  # share of the GPU in percent, attention kernel
-STEPS, WARM_UP = 7, 2
+import lab
+from lab import Rank
+from prices import FAST, SLOW, Prices, price, take_profiles
+
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.shape import ModelShape
+
+SHARE, KERNELS = 25, {FAST: "flash", SLOW: "efficient"}  # percent of the GPU; attention kernel of each pool
+STEPS, WARM_UP = 14, 8  # routing is uneven at first
+VOCABULARY = 32_000
 
 # The paper's models: layers, width, experts. Its file names no more; widths inside an expert are Mixtral's 3.5 x hidden.
 MODELS = {"D1": (8, 1024, 24), "W1": (4, 2048, 12)}
@@ -40,41 +47,54 @@ class System:
     """A way to train.
 
     Attributes:
-        ranks: share and kernel of each rank.
-        flags: beyond the model's.
+        pools: of each rank.
+        flags: beyond the model's, for a rank with that attention kernel.
     """
 
-    ranks: tuple[tuple[int, str], ...]
-    flags: tuple[str, ...]
+    pools: tuple[str, ...]
+    flags: Callable[[str], tuple[str, ...]]
 
 
-def stock(*ranks: tuple[int, str]) -> System:
-    """Stock expert parallelism over these ranks."""
-    return System(ranks, ("--expert-model-parallel-size", str(len(ranks))))
+def stock(pools: Sequence[str]) -> System:
+    """Stock expert parallelism over ranks of these pools."""
+    return System(tuple(pools), lambda kernel: ("--expert-model-parallel-size", str(len(pools))))
 
 
-def disaggregated(*flags: str) -> System:
-    """Two attention ranks, fast, and two expert ranks, slow."""
-    layout = ("--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2")
-    return System((FAST, FAST, SLOW, SLOW), (*layout, *flags))
+def disaggregated(fast: Sequence[str], slow: Sequence[str], *flags: str) -> System:
+    """The fast ranks have attention, the slow ones experts."""
+    layout = ("--hetermoe", "--hetermoe-attention-ranks", str(len(fast)), "--hetermoe-expert-ranks", str(len(slow)))
+    return System((*fast, *slow), lambda kernel: (*layout, "--hetermoe-attention", kernel, *flags))
 
 
-SYSTEMS = {
-    "EP, all ranks": stock(FAST, FAST, SLOW, SLOW),
-    "EP, fast pool alone": stock(FAST, FAST),
-    "EP, slow pool alone": stock(SLOW, SLOW),
-    "naive disaggregation": disaggregated("--hetermoe-schedule", "sequential"),
-    "zebra": disaggregated(),
-}
+def systems(fast: int, slow: int) -> dict[str, System]:
+    """What needs no plan, with so many ranks of each pool."""
+    pools = (FAST,) * fast, (SLOW,) * slow
+    return {
+        "EP, all ranks": stock((*pools[0], *pools[1])),
+        "EP, fast pool alone": stock(pools[0]),
+        "EP, slow pool alone": stock(pools[1]),
+        "naive disaggregation": disaggregated(*pools, "--hetermoe-schedule", "sequential"),
+        "zebra": disaggregated(*pools),
+    }
 
 
-def with_share(system: System, percent: int) -> System:
-    """The same with another share for slow ranks."""
-    return replace(system, ranks=tuple((percent, SLOW[1]) if rank == SLOW else rank for rank in system.ranks))
+# Planned when profiles are there: the placement for attention on the fast pool, and the planner's own choice of layout.
+PLANNED = ("zebra, Asym-EA", "zebra, planned")
+NAMES = (*systems(1, 1), *PLANNED)
 
 
-def model_flags(model: str, length: int, batch: int) -> list[str]:
-    """Megatron's flags."""
+def planned(plan: Plan, folder: Path) -> System:
+    """A plan's layout; each rank gets the GPU of the pool that the plan took it from."""
+    paths = {kernel: folder / f"{kernel}.json" for kernel in KERNELS.values()}
+    for kernel, path in paths.items():
+        path.write_text(replace(plan, attention_kernel=kernel).to_json())
+    m = plan.attention_ranks // plan.groups
+    pools = (*plan.pools[:m] * plan.groups, *plan.pools[m:] * plan.groups)
+    return System(pools, lambda kernel: ("--hetermoe", "--hetermoe-plan", str(paths[kernel])))
+
+
+def model_flags(model: str, length: int, batch: int) -> dict[str, object]:
+    """Megatron's flags as a recipe has them."""
     layers, hidden, experts = MODELS[model]
     flags = {
         "num-layers": layers, "hidden-size": hidden, "num-experts": experts, "seq-length": length,
@@ -82,8 +102,8 @@ def model_flags(model: str, length: int, batch: int) -> list[str]:
         "num-query-groups": 8, "ffn-hidden-size": hidden * 7 // 2, "moe-router-topk": 2, "micro-batch-size": 1,
         "moe-token-dispatcher-type": "alltoall", "moe-router-load-balancing-type": "aux_loss",
         "moe-aux-loss-coeff": 0.01, "position-embedding-type": "rope", "normalization": "RMSNorm",
-        "transformer-impl": "local", "tokenizer-type": "NullTokenizer", "vocab-size": 32000, "split": "99,1,0",
-        "train-iters": STEPS, "lr": 1e-4, "lr-decay-style": "constant", "log-interval": 100, "eval-iters": 0,
+        "transformer-impl": "local", "tokenizer-type": "NullTokenizer", "vocab-size": VOCABULARY, "split": "99,1,0",
+        "train-iters": STEPS, "lr": 0.0001, "lr-decay-style": "constant", "log-interval": 100, "eval-iters": 0,
         "eval-interval": 1000, "num-workers": 0, "attention-dropout": 0, "hidden-dropout": 0, "seed": 1234,
     }
     bare = (
@@ -92,45 +112,37 @@ def model_flags(model: str, length: int, batch: int) -> list[str]:
         "no-gradient-accumulation-fusion", "no-bias-swiglu-fusion", "no-bias-dropout-fusion", "no-rope-fusion",
         "no-check-for-nan-in-loss-and-grad",
     )
-    return [*(word for name, value in flags.items() for word in (f"--{name}", str(value))), *map("--{}".format, bare)]
+    return {f"--{name}": value for name, value in {**flags, **dict.fromkeys(bare, True)}.items()}
 
 
-def measure(system: System, flags: Sequence[str], folder: Path, limit: float) -> dict:
+def model_shape(model: str, length: int) -> ModelShape:
+    """The same as the planner sees it."""
+    layers, hidden, experts = MODELS[model]
+    return ModelShape(
+        layers=layers, moe_layers=tuple(range(1, layers + 1)), experts=experts, topk=2, hidden=hidden,
+        expert_ffn=hidden * 7 // 2, dense_ffn=hidden * 7 // 2, shared_expert_ffn=0, gated=True, heads=hidden // 64,
+        query_groups=8, head_dim=64, tied_embeddings=False, sequence=length,
+    )
+
+
+def words(flags: dict[str, object]) -> list[str]:
+    """Flags as a command line."""
+    return [word for flag, value in flags.items() for word in ((flag,) if value is True else (flag, str(value)))]
+
+
+def measure(system: System, flags: Sequence[str], slow_share: int, limit: float) -> dict:
     """Trains once; returns the cell's figures, or why there are none."""
-    world = len(system.ranks)
-    environment = {
-        "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "4", "NCCL_NVLS_ENABLE": "0",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "16", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20000 + (os.getpid() + len(os.listdir(folder.parent))) % 10000), "LOCAL_RANK": "0",
-        "PYTHONWARNINGS": "ignore", "BENCH_RANK_SECONDS": str(limit), **os.environ,
-        "CUDA_MPS_PIPE_DIRECTORY": str(folder / "mps"), "CUDA_MPS_LOG_DIRECTORY": str(folder / "mps-log"),
-    }
-    for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
-        Path(environment[name]).mkdir()
-    # A daemon for each cell: after a rank was killed it may call the GPU busy for a while.
-    subprocess.run(["nvidia-cuda-mps-control", "-d"], env=environment, check=True)
-    environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
-    logs = [folder / f"log.{rank}" for rank in range(world)]
-    processes = []
-    for rank, (share, kernel) in enumerate(system.ranks):
-        of_rank = {**environment, "RANK": str(rank), "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(share)}
-        processes.append(subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("rank.py"), folder / "record", kernel, *flags, *system.flags],
-            env=of_rank, stdout=logs[rank].open("w"), stderr=subprocess.STDOUT, start_new_session=True,
-        ))
-    try:
-        codes = [process.wait(timeout=limit + 20) for process in processes]
-    except subprocess.TimeoutExpired:
-        codes = [None]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, env=environment, timeout=60)
-    if any(code != 0 for code in codes):
-        return {"failed": f"exit codes {codes}", "log": [log.read_text()[-6000:] for log in logs]}
-    records = [[json.loads(line) for line in (folder / f"record.{rank}").read_text().splitlines()]
-               for rank in range(world)]
+    ranks = [Rank(slow_share if pool == SLOW else SHARE, KERNELS[pool], pool) for pool in system.pools]
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder, "record")
+        script = Path(__file__).with_name("rank.py")
+        ended = lab.run(ranks, lambda index: [
+            script, record, ranks[index].kernel, str(limit - 10), *flags,
+            *system.flags(ranks[index].kernel)], limit)
+        if ended.failure:
+            return ended.failure
+        records = [[json.loads(line) for line in Path(f"{record}.{rank}").read_text().splitlines()]
+                   for rank in range(len(ranks))]
     if not all(math.isfinite(step["loss"]) for step in records[-1]):
         return {"failed": "the loss is no number", "loss": [step["loss"] for step in records[-1]]}
     # A step is as long as on the rank where it takes longest.
@@ -146,51 +158,76 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["D1"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME",
+                        help=f"of {', '.join(map(repr, NAMES))}")
+    parser.add_argument("--ranks", nargs=2, type=int, default=(2, 2), metavar=("FAST", "SLOW"), help="of each pool")
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--slow-share", type=int, default=SLOW[0], help="percent of the GPU for a slow rank")
+    parser.add_argument("--slow-share", type=int, default=SHARE, help="percent of the GPU for a slow rank")
+    parser.add_argument("--memory-gb", nargs=2, type=float, default=(16, 20), metavar=("FAST", "SLOW"),
+                        help="that a rank of each pool may take, for the planner")
+    parser.add_argument("--profile-lengths", nargs="+", type=int, help="to profile at (default: --lengths)")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a cell may take")
     args = parser.parse_args()
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    keys = {(cell["model"], cell["length"], cell["system"], cell["repeat"]) for cell in done}
+    keys = {(cell["model"], cell["length"], tuple(cell["ranks"]), cell["system"], cell["repeat"]) for cell in done}
+    prices = {(model, length): _prices(args, model, length) for model in args.models for length in args.lengths}
     for repeat in range(args.repeats):
-        for model in args.models:
-            for length in args.lengths:
-                for name in args.systems:
-                    if (model, length, name, repeat) in keys:
-                        continue
-                    with tempfile.TemporaryDirectory() as folder:
-                        figures = measure(
-                            with_share(SYSTEMS[name], args.slow_share), model_flags(model, length, args.batch), Path(folder), args.limit)
-                    cell = {"model": model, "length": length, "system": name, "repeat": repeat,
-                            "batch": args.batch, **figures}
-                    done.append(cell)
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(cell) + "\n")
-                    print(model, length, name, cell.get("seconds") or cell, flush=True)
+        for (model, length), priced in prices.items():
+            for name in args.systems:
+                if (model, length, tuple(args.ranks), name, repeat) in keys or name not in priced.predicted:
+                    continue
+                cell = {"model": model, "length": length, "ranks": args.ranks, "system": name, "repeat": repeat,
+                        "batch": args.batch, "predicted": priced.predicted[name],
+                        **_cell(args, priced, model, length, name)}
+                done.append(cell)
+                with args.out.open("a") as file:
+                    file.write(json.dumps(cell) + "\n")
+                print(model, length, name, cell.get("seconds") or cell, "predicted", cell["predicted"], flush=True)
     print(table(done))
     return 0
 
 
+def _cell(args: argparse.Namespace, priced: Prices, model: str, length: int, name: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        system = planned(priced.plans[name], Path(folder)) if name in PLANNED else systems(*args.ranks)[name]
+        figures = measure(system, words(model_flags(model, length, args.batch)), args.slow_share, args.limit)
+    return {**figures, "pools": system.pools}
+
+
+def _prices(args: argparse.Namespace, model: str, length: int) -> Prices:
+    """Profiles the model, once for all its lengths, beside the output file."""
+    lengths = sorted(args.profile_lengths or args.lengths)
+    fast, slow = args.ranks
+    ranks = [Rank(args.slow_share if pool == SLOW else SHARE, KERNELS[pool], pool)
+             for pool in (FAST,) * fast + (SLOW,) * slow]
+    flags = model_flags(model, lengths[-1], args.batch)
+    memory = {pool: size * 1e9 for pool, size in zip((FAST, SLOW), args.memory_gb)}
+    cluster = take_profiles(
+        args.out.with_name(f"{args.out.stem}-{model}-{fast}-{slow}"), flags, ranks, lengths, memory, args.limit)
+    return price(cluster, model_shape(model, length), args.batch, VOCABULARY)
+
+
 def table(cells: list[dict]) -> str:
     """The figures as Markdown."""
-    lines = ["| model | tokens | system | sequences/s | spread | over EP | over the sum of pools |",
-             "|---|---|---|---|---|---|---|"]
-    groups: dict[tuple[str, int], dict[str, list[float]]] = {}
+    lines = ["| model | tokens | ranks | system | sequences/s | spread | predicted | over EP | over the sum of pools |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    groups: dict[tuple[str, int, str], dict[str, list[dict]]] = {}
     for cell in cells:
         if "seconds" in cell:
-            rates = groups.setdefault((cell["model"], cell["length"]), {}).setdefault(cell["system"], [])
-            rates.append(cell["batch"] / cell["seconds"])
-    for (model, length), rates in groups.items():
+            key = cell["model"], cell["length"], "{}:{}".format(*cell["ranks"])
+            groups.setdefault(key, {}).setdefault(cell["system"], []).append(cell)
+    for (model, length, ranks), by_system in groups.items():
+        rates = {name: [cell["batch"] / cell["seconds"] for cell in found] for name, found in by_system.items()}
         median = {name: statistics.median(values) for name, values in rates.items()}
-        pools = [median.get(f"EP, {pool} pool alone") for pool in ("fast", "slow")]
+        pools = [median.get(f"EP, {pool} pool alone") for pool in (FAST, SLOW)]
         for name, values in rates.items():
             over = [median[name] / base if base else None
                     for base in (median.get("EP, all ranks"), sum(pools) if all(pools) else None)]
             ratios = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in over)
-            lines.append(f"| {model} | {length} | {name} | {median[name]:.2f} | "
-                         f"{min(values):.2f} to {max(values):.2f} | {ratios} |")
+            predicted = by_system[name][0]["batch"] / by_system[name][0]["predicted"]
+            lines.append(f"| {model} | {length} | {ranks} | {name} | {median[name]:.2f} | {min(values):.2f} to {max(values):.2f} "
+                         f"| {predicted:.2f} | {ratios} |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-"""One rank of a benchmark: ``rank.py RECORD KERNEL FLAGS...`` trains and writes the seconds and loss of each step.
+"""One rank of a benchmark: ``rank.py RECORD KERNEL SECONDS FLAGS...`` trains and writes the seconds and loss of each step.
 
 With ``--hetermoe`` among the flags it is the plugin's run, without it stock Megatron's, whose own attention is replaced by
-the same kernel, so that no kernel of ours is measured against none.
+KERNEL, which the plugin's flags name, and whose experts by ours, so that no kernel of ours is measured against none.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import json
 import os
 import sys
 import time
+from copy import copy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +26,8 @@ from megatron.training.models.gpt import default_layer_spec
 
 from megatron_hetermoe import pretrain_gpt
 from megatron_hetermoe.mcore import gpt
+from megatron_hetermoe.mcore.attention import moe_submodules
+from megatron_hetermoe.mcore.grouped import GroupedExperts
 from megatron_hetermoe.mcore.platform import wheel
 from megatron_hetermoe.mcore.sdpa import with_kernel
 
@@ -57,7 +62,7 @@ def run_stock(flags: list[str], kernel: str) -> None:
 
     def layers(config, vp_stage=None):
         spec = default_layer_spec(config, vp_stage)
-        spec.layer_specs = with_kernel(spec.layer_specs, kernel)
+        spec.layer_specs = with_grouped_experts(with_kernel(spec.layer_specs, kernel), args)
         return spec
 
     model.transformer_layer_spec = layers
@@ -66,13 +71,36 @@ def run_stock(flags: list[str], kernel: str) -> None:
              gpt.forward_step)
 
 
+def with_grouped_experts(layer_specs: list, args) -> list:
+    """Stock layers whose experts run as ours do on this GPU, where it has a kernel for all experts at once."""
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        return layer_specs
+    replaced = []
+    for layer, spec in enumerate(layer_specs, start=1):
+        spec = copy(spec)
+        spec.submodules = copy(spec.submodules)
+        stock_experts = moe_submodules(spec).experts
+
+        def experts(count, config, pg_collection=None, layer=layer, stock_experts=stock_experts, **others):
+            first = count * pg_collection.ep.rank()
+            # Rows come from Megatron's dispatcher in the order of experts, which is the reverse of what is held.
+            held = tuple(reversed(range(first, first + count)))
+            return GroupedExperts(config, stock_experts.keywords["submodules"], layer, held, args.seed, pg_collection)
+
+        mlp = spec.submodules.mlp
+        spec.submodules.mlp = partial(
+            mlp.func, *mlp.args, **{**mlp.keywords, "submodules": replace(moe_submodules(spec), experts=experts)})
+        replaced.append(spec)
+    return replaced
+
+
 def main() -> int:
-    record, kernel, *flags = sys.argv[1:]
+    record, kernel, limit, *flags = sys.argv[1:]
     # A hang ends with the stacks of all threads in the log.
-    faulthandler.dump_traceback_later(float(os.environ["BENCH_RANK_SECONDS"]), exit=True)
+    faulthandler.dump_traceback_later(float(limit), exit=True)
     record_steps(Path(f"{record}.{os.environ['RANK']}"))
     if "--hetermoe" in flags:
-        return pretrain_gpt.main([*flags, "--hetermoe-attention", kernel])
+        return pretrain_gpt.main(flags)
     run_stock(flags, kernel)
     return 0
 

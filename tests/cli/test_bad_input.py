@@ -86,6 +86,8 @@ def test_placements(tmp_path, placement, document, said):
         ([*OURS, *tiny(train_iters=5, lr_warmup_iters=5)],
          "--lr-warmup-iters 5 does not end before --train-iters 5"),
         ([*OURS[1:], *tiny()], "without --hetermoe: add --hetermoe"),
+        ([*OURS, "--hetermoe-experts", "grouped", *tiny(hidden_size=36, bf16=True)],
+         "--hetermoe-experts grouped cannot be on rank 2: hidden sizes 36 and 32 in bf16 are not"),
         ([*OURS, "--hetermoe-schedule", "sequential", "--hetermoe-wave", "2", *tiny()], "contradicts"),
     ],
 )

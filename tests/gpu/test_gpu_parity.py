@@ -64,15 +64,19 @@ def stock(tmp_path_factory):
     return folder, flags
 
 
-@pytest.mark.parametrize("precision, rel", [({}, 1e-4), ({"bf16": True}, 5e-3)], ids=["fp32", "bf16"])
-def test_same_training(stock, precision, rel):
+@pytest.mark.parametrize(
+    "precision, experts, rel",
+    [({}, "sequential", 1e-4), ({"bf16": True}, "sequential", 5e-3), ({"bf16": True}, "grouped", 5e-3)],
+    ids=["fp32", "bf16", "grouped"],
+)
+def test_same_training(stock, precision, experts, rel):
     folder, flags = stock
-    name = "bf16" if precision else "fp32"
+    name = f"bf16-{experts}" if precision else "fp32"
     reference = train(folder, f"stock-{name}", 2, flags(expert_model_parallel_size=2, **precision), 29620)
     placement = folder / "placement.yaml"
     placement.write_text(json.dumps(MIXED))
     layout = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2",
-              "--hetermoe-placement", str(placement), "--hetermoe-trace", str(folder / f"trace-{name}")]
+              "--hetermoe-placement", str(placement), "--hetermoe-experts", experts, "--hetermoe-trace", str(folder / f"trace-{name}")]
     ours = train(folder, f"ours-{name}", 4, [*layout, *flags(use_distributed_optimizer=True, **precision)], 29630)
     assert len(ours) == len(reference) == MODEL["train_iters"]
     for step, (mine, other) in enumerate(zip(ours, reference)):

@@ -1,0 +1,122 @@
+"""What the planner makes of the lab: profiles taken there, the placement that it chooses, and what it predicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lab
+import yaml
+
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.cost.cluster import Cluster, Kind, kinds_of, read_cluster
+from megatron_hetermoe.cost.curves import Notes
+from megatron_hetermoe.planner.asym_ea import balance
+from megatron_hetermoe.planner.options import Option, Question, options
+from megatron_hetermoe.planner.search import Priced, search
+from megatron_hetermoe.simulator.baselines import (
+    expert_parallel_tokens_per_second, spread, zebra_seconds,
+)
+
+FAST, SLOW = "fast", "slow"
+_PRECISION = "bf16"
+
+
+@dataclass(frozen=True)
+class Prices:
+    """For one model at one length.
+
+    Attributes:
+        predicted: seconds of a step, by system.
+        plans: by system, for those that have one.
+    """
+
+    predicted: dict[str, float]
+    plans: dict[str, Plan]
+
+
+def take_profiles(
+    folder: Path, model_flags: dict[str, object], ranks: Sequence[lab.Rank], lengths: Sequence[int],
+    memory: Mapping[str, float], limit: float,
+) -> Path:
+    """Profiles every rank while all run, and the channel between the pools; returns the cluster file.
+
+    Args:
+        folder: for the files; what is there is not measured again.
+        model_flags: Megatron's, as in a recipe.
+        ranks: the attention ranks' pool first.
+        lengths: of sequences.
+        memory: bytes of a rank of each pool.
+        limit: seconds for each of the two measurements.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe, cluster, measured = folder / "recipe.yaml", folder / "cluster.yaml", folder / "measured.yaml"
+    if measured.exists():
+        return measured
+    recipe.write_text(yaml.safe_dump({"MODEL_ARGS": model_flags}))
+    outs = [folder / f"{rank.pool}.{index}.json" for index, rank in enumerate(ranks)]
+    _succeed(lab.run(ranks, lambda index: [
+        "-m", "megatron_hetermoe", "profile", recipe, "--out", outs[index], "--kind", ranks[index].pool,
+        "--lengths", *lengths, "--", "--hetermoe", "--hetermoe-attention", ranks[index].kernel], limit))
+    link = {"gb_per_s": 100, "latency_us": 20}
+    pools = {}
+    for index, rank in enumerate(ranks):
+        pools.setdefault(rank.pool, {
+            "kind": outs[index].name, "nodes": 1, "gpus_per_node": sum(other.pool == rank.pool for other in ranks),
+            "memory_gb": memory[rank.pool] / 1e9, "intra_node": link, "inter_node": link,
+        })
+    cluster.write_text(yaml.safe_dump({"pools": pools}, sort_keys=False))
+    _succeed(lab.run(ranks, lambda index: [
+        "-m", "megatron_hetermoe", "profile", "--network", "--cluster", cluster, "--out", measured], limit))
+    return measured
+
+
+def _succeed(ended: lab.Ended) -> None:
+    if ended.failure:
+        raise SystemExit(json.dumps(ended.failure))
+
+
+def price(path: Path, shape: ModelShape, batch: int, vocabulary: int) -> Prices:
+    """Plans and predictions for a cluster that was measured.
+
+    Args:
+        path: of the cluster file.
+        shape: the model's.
+        batch: sequences of a step.
+        vocabulary: rows of the output layer.
+    """
+    notes = Notes()
+    cluster = read_cluster(path, notes)
+    kinds = kinds_of(cluster, shape, _PRECISION, notes)
+    question = Question(shape, _PRECISION, 1, batch, vocabulary, ("none",), (False,))
+    by_kind = _by_kind(question, cluster, kinds)
+    found = {"zebra, Asym-EA": _priced(by_kind), "zebra, planned": next(iter(search(question, cluster, kinds).best), None)}
+    chosen = {name: priced for name, priced in found.items() if priced is not None}
+    group, tokens = by_kind.group, batch * shape.sequence
+    even = spread(group, range(group.attention_members, group.members))
+    pools = [[seat for seat in group.seats if seat.pool.name == name] for name in (FAST, SLOW)]
+    predicted = {
+        "EP, all ranks": tokens / expert_parallel_tokens_per_second(group, group.seats),
+        "EP, fast pool alone": tokens / expert_parallel_tokens_per_second(group, pools[0]),
+        "EP, slow pool alone": tokens / expert_parallel_tokens_per_second(group, pools[1]),
+        "naive disaggregation": zebra_seconds(group, even, "sequential"),
+        "zebra": zebra_seconds(group, even),
+        **{name: priced.assignment.seconds for name, priced in chosen.items()},
+    }
+    return Prices(predicted, {name: priced.plan() for name, priced in chosen.items()})
+
+
+def _by_kind(question: Question, cluster: Cluster, kinds: dict[str, Kind]) -> Option:
+    """The layout of the paper: attention on all of the fast pool, experts on all of the slow one."""
+    wanted = tuple((name, cluster.pools[name].gpus) for name in (FAST, SLOW))
+    return next(option for option in options(question, cluster, kinds)
+                if (*option.attention, *option.expert) == wanted and option.groups == 1)
+
+
+def _priced(option: Option) -> Priced | None:
+    """With as many microbatches on the way as fit, and the placement that is fastest then; None if nothing fits."""
+    assignment = balance(option.group, option.limits(option.wave), option.wave) if option.wave else None
+    return assignment and Priced(option, option.wave, assignment, option.tokens / assignment.seconds)
