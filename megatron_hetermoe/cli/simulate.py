@@ -8,12 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hetermoe.cli.drawing import PICTURES, VIEWER, write_timeline
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan, plan_from_json
 
 if TYPE_CHECKING:
     from megatron_hetermoe.cost.curves import Notes
     from megatron_hetermoe.simulator.planned import Predicted
+
+_ENDINGS = (".html", *PICTURES, VIEWER, ".jsonl")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,8 +26,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "busy each pool is, where time is lost and why. One ZP group is simulated; the others do the same.")
     parser.add_argument("plan", metavar="plan.json")
     parser.add_argument("--cluster", required=True, metavar="CLUSTER.yaml")
-    parser.add_argument("--timeline", metavar="FILE", help=".html for a page; .json for ui.perfetto.dev or "
-                        "chrome://tracing; .jsonl for one span a line, as a run with --hetermoe-trace writes them")
+    parser.add_argument("--timeline", metavar="FILE", help=f".html for a page; {', '.join(PICTURES)} for a picture "
+                        "(needs matplotlib); .json for ui.perfetto.dev; .jsonl for one span a line, as a run with "
+                        "--hetermoe-trace writes them")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=run)
 
@@ -36,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hetermoe.simulator.planned import predict
     from megatron_hetermoe.simulator.summary import summarise
 
+    if args.timeline and Path(args.timeline).suffix not in _ENDINGS:
+        raise UsageError([f"--timeline {args.timeline}: the name must end in one of {', '.join(_ENDINGS)}"])
     try:
         text = Path(args.plan).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -56,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 def _write(path: Path, plan: Plan, predicted: Predicted, notes: Notes) -> None:
     """The timeline, in the form that the file's ending names."""
     from megatron_hetermoe.cli.report import PREDICTED, Run, write_page
-    from megatron_hetermoe.schedule.trace import write_chrome, write_jsonl
+    from megatron_hetermoe.schedule.trace import write_jsonl
 
     if path.suffix == ".jsonl":
         write_jsonl(predicted.spans, path)
@@ -64,7 +70,7 @@ def _write(path: Path, plan: Plan, predicted: Predicted, notes: Notes) -> None:
         write_page(path, "A step as predicted", plan, [Run(PREDICTED, predicted.spans, [predicted.result])], [*notes])
     else:
         layout = predicted.layout
-        write_chrome(predicted.spans, path, {rank: layout.role(rank) for rank in layout.zp_group(0)})
+        write_timeline(predicted.spans, {rank: layout.role(rank) for rank in layout.zp_group(0)}, path)
 
 
 def _print(summary, notes, timeline: str | None) -> None:

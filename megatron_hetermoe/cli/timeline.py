@@ -34,19 +34,20 @@ def draw(spans: list[Span], roles: dict[int, str], out: Path) -> None:
     """
     figure, axes = pyplot.subplots(figsize=(14, 0.9 + 0.85 * len(roles)))
     length = max(span.end for span in spans)
+    row = {rank: index for index, rank in enumerate(roles)}
     for span in spans:
         top, height = _ROWS[span.stream]
         colour, _ = _KINDS[span.task if span.stream == STEP else span.task[:2]]
         axes.broken_barh(
-            [(span.start * 1e3, (span.end - span.start) * 1e3)], (span.rank + top, height), facecolors=colour,
+            [(span.start * 1e3, (span.end - span.start) * 1e3)], (row[span.rank] + top, height), facecolors=colour,
             edgecolors="white", linewidth=0.4,
         )
         if span.stream == "compute" and span.end - span.start > _WIDE * length:
             axes.text(
-                (span.start + span.end) * 500, span.rank + top + height / 2, span.task.partition("_")[2],
+                (span.start + span.end) * 500, row[span.rank] + top + height / 2, span.task.partition("_")[2],
                 ha="center", va="center", fontsize=6,
             )
-    axes.set_yticks([rank + 0.28 for rank in roles], [f"rank {rank}\n{role}" for rank, role in roles.items()])
+    axes.set_yticks([index + 0.28 for index in row.values()], [f"rank {rank}\n{role}" for rank, role in roles.items()])
     axes.set_ylim(len(roles), 0)
     axes.set_xlim(0, length * 1e3)
     axes.set_xlabel("milliseconds; in a task: layer, microbatch; below each rank's tasks its channels out and back")

@@ -6,15 +6,15 @@ import argparse
 import re
 from pathlib import Path
 
+from megatron_hetermoe.cli.drawing import PICTURES, VIEWER, write_timeline
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan, plan_from_json
-from megatron_hetermoe.schedule.trace import STEP, Span, read_jsonl, write_chrome
+from megatron_hetermoe.schedule.trace import STEP, Span, read_jsonl
 from megatron_hetermoe.simulator.recorded import from_start
 from megatron_hetermoe.topology.layout import Layout
 
 _FILE = re.compile(r"step(\d+)\.rank(\d+)\.jsonl")
-_PICTURES = (".png", ".svg", ".pdf")
-_ENDINGS = (".html", *_PICTURES, ".json")
+_ENDINGS = (".html", *PICTURES, VIEWER)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Reads the folder that a run with --hetermoe-trace DIR wrote and draws one step.")
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--out", required=True, metavar="FILE",
-                        help=f".html for a page, {', '.join(_PICTURES)} for a picture (needs matplotlib), .json for "
+                        help=f".html for a page, {', '.join(PICTURES)} for a picture (needs matplotlib), .json for "
                              f"ui.perfetto.dev")
     parser.add_argument("--cluster", metavar="CLUSTER.yaml",
                         help="that the run's plan was made for: the page then has the predicted step beside the recorded")
@@ -46,14 +46,8 @@ def run(args: argparse.Namespace) -> int:
     step, spans = _step(folder, args.step, len(roles))
     if out.suffix == ".html":
         _write_page(out, step, spans, plan, folder, args.cluster)
-    elif out.suffix == ".json":
-        write_chrome(spans, out, roles)
     else:
-        try:
-            from megatron_hetermoe.cli.timeline import draw
-        except ModuleNotFoundError:
-            raise UsageError(["a picture needs matplotlib: pip install 'megatron-hetermoe[plot]'"]) from None
-        draw(spans, roles, out)
+        write_timeline(spans, roles, out)
     print(f"step {step}, {sum(span.stream != STEP for span in spans)} tasks of {len(roles)} ranks: {out}")
     return 0
 
