@@ -7,6 +7,7 @@ lines, and a page of some hundred kilobytes, where a plotting library would brin
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -97,6 +98,9 @@ def _run(run: Run, plan: Plan) -> dict[str, Any]:
 def _ranks(run: Run, plan: Plan, layout: Layout) -> list[dict[str, Any]]:
     """For each rank where its time went, as parts that add up to the step, and what it sent."""
     entries = []
+    sent = Counter()
+    for span in run.spans:
+        sent[span.rank, span.stream] += span.sent
     for group, result in enumerate(run.results):
         last = max(end for member in result.members for _, end in member.times.values())
         for member, summary in enumerate(summarise_members(result)):
@@ -108,8 +112,7 @@ def _ranks(run: Run, plan: Plan, layout: Layout) -> list[dict[str, Any]]:
                 "rank": rank, "role": role, "pool": f"{role} ranks" + (f" of {pool}" if pool else ""),
                 "parts": {"work": summary.work, **summary.bubbles, "after": after,
                           "end": result.seconds - last - after},
-                "sent": {name: sum(span.sent for span in run.spans if (span.rank, span.stream) == (rank, name))
-                         for name in _CHANNELS},
+                "sent": {name: sent[rank, name] for name in _CHANNELS},
             })
     return entries
 

@@ -10,21 +10,24 @@ class Stages:
     """A context manager; nothing is shown where the error output is no terminal."""
 
     def __enter__(self) -> Stages:
-        self._status = None
+        self._progress = None
         if sys.stderr.isatty():
             from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            self._status = Console(stderr=True).status("starting")
-            self._status.start()
+            self._progress = Progress(SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
+                                      console=Console(stderr=True), transient=True)
+            self._task = self._progress.add_task("starting", total=None)
+            self._progress.start()
         return self
 
     def enter(self, what: str) -> None:
         """Names what comes next."""
-        if self._status:
-            self._status.update(what)
+        if self._progress:
+            self._progress.update(self._task, description=what, refresh=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._status:
-            self._status.stop()
+        if self._progress:
+            self._progress.stop()

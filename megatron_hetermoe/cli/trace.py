@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from megatron_hetermoe.cli.drawing import PICTURES, VIEWER, write_timeline
+from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan, plan_from_json
 from megatron_hetermoe.schedule.trace import STEP, Span, read_jsonl
@@ -43,11 +44,13 @@ def run(args: argparse.Namespace) -> int:
     plan = _plan(folder)
     layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
     roles = {rank: layout.role(rank) for rank in range(layout.world_size)}
-    step, spans = _step(folder, args.step, len(roles))
-    if out.suffix == ".html":
-        _write_page(out, step, spans, plan, folder, args.cluster)
-    else:
-        write_timeline(spans, roles, out)
+    with Stages() as stages:
+        step, spans = _step(folder, args.step, len(roles), stages)
+        stages.enter(f"writing {out}")
+        if out.suffix == ".html":
+            _write_page(out, step, spans, plan, folder, args.cluster)
+        else:
+            write_timeline(spans, roles, out)
     print(f"step {step}, {sum(span.stream != STEP for span in spans)} tasks of {len(roles)} ranks: {out}")
     return 0
 
@@ -78,7 +81,7 @@ def _plan(folder: Path) -> Plan:
     return plan_from_json(plan_file.read_text(encoding="utf-8"), str(plan_file))
 
 
-def _step(folder: Path, wanted: int | None, ranks: int) -> tuple[int, list[Span]]:
+def _step(folder: Path, wanted: int | None, ranks: int, stages: Stages) -> tuple[int, list[Span]]:
     """A step's number and spans, in seconds since its first task; without a wish the shortest step's."""
     files: dict[int, list[Path]] = {}
     for path in sorted(folder.iterdir()):
@@ -90,12 +93,15 @@ def _step(folder: Path, wanted: int | None, ranks: int) -> tuple[int, list[Span]
         step = "step" if wanted is None else f"step {wanted}"
         raise UsageError([f"{folder} has no {step} of all {ranks} ranks (found: {found}); copy the files of all machines "
                           f"into one folder"])
-    spans = {
-        step: [span for path in paths for span in read_jsonl(path)]
-        for step, paths in steps.items() if wanted in (None, step)
-    }
-    step = min(spans, key=lambda number: _length(spans[number]))
-    return step, from_start(spans[step])
+    shortest: tuple[int, list[Span]] | None = None
+    for step, paths in steps.items():
+        if wanted not in (None, step):
+            continue
+        stages.enter(f"reading step {step} of {ranks} ranks")
+        spans = [span for path in paths for span in read_jsonl(path)]
+        if shortest is None or _length(spans) < _length(shortest[1]):
+            shortest = step, spans
+    return shortest[0], from_start(shortest[1])
 
 
 def _length(spans: list[Span]) -> float:

@@ -46,12 +46,12 @@ def results_of(spans: Iterable[Span], plan: Plan) -> list[Result]:
         elif span.rank in times and tasks[span.task]:
             times[span.rank][tasks[span.task]] = span.start, span.end
     seconds = max(span.end for span in spans)
+    planned = [schedule.tasks_of(member) for member in range(placement.members)]
     results = []
     for ranks in layout.zp_groups():
         flowing = _flowing([times[rank] for rank in ranks])
         for member, rank in enumerate(ranks):
-            planned = {task for order in schedule.member(member).streams.values() for task in order}
-            if planned != times[rank].keys():
+            if planned[member] != times[rank].keys():
                 raise UsageError([f"what rank {rank} recorded is not what plan.json has for {microbatches} microbatches: "
                                   f"the folder mixes runs; record one into an empty folder"])
         last = max(end for rank in ranks for _, end in times[rank].values())

@@ -32,6 +32,7 @@ function cards(runs) {
 
 function compared(seconds, other) {
   const share = seconds / other.seconds - 1;
+  if (Math.abs(share) < 0.0005) return `as ${other.name}`;
   const word = `<span class="${share > 0 ? "worse" : "better"}">${percent(Math.abs(share))} ${share > 0 ? "longer" : "shorter"}</span>`;
   return `${word} than ${other.name} (${duration(other.seconds * 1e6)})`;
 }
