@@ -65,7 +65,7 @@ def _measure(rank: int, world: int, senders: int) -> dict[int, float]:
     import torch
     import torch.distributed as dist
 
-    from megatron_hetermoe.runtime.channels import Channel
+    from megatron_hetermoe.runtime.channels import Channel, nccl_options
     from megatron_hetermoe.runtime.network import measure_channel
 
     on_gpu = torch.cuda.is_available()
@@ -73,7 +73,8 @@ def _measure(rank: int, world: int, senders: int) -> dict[int, float]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     device = torch.device("cuda" if on_gpu else "cpu")
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    payload, headers = dist.new_group(list(range(world))), dist.new_group(list(range(world)), backend="gloo")
+    payload = dist.new_group(list(range(world)), pg_options=nccl_options() if on_gpu else None)
+    headers = dist.new_group(list(range(world)), backend="gloo")
     channel = Channel(payload, headers, range(world), rank)
     dist.all_reduce(torch.zeros(1, device=device), group=payload)  # makes the communicator before anything is timed
     found = measure_channel(channel, senders, rank, world, _SIZES, _REPEATS, device)

@@ -20,7 +20,7 @@ from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.schedule.trace import STREAMS, Span
 from megatron_hetermoe.simulator.events import Result
 from megatron_hetermoe.simulator.summary import summarise_members
-from megatron_hetermoe.topology.layout import Layout
+from megatron_hetermoe.topology.layout import Layout, layout_of
 from megatron_hetermoe.topology.placement import Placement
 
 _PAGE = Path(__file__).parent / "page"
@@ -79,7 +79,7 @@ def _facts(plan: Plan, run: Run) -> list[str]:
 
 
 def _run(run: Run, plan: Plan) -> dict[str, Any]:
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    layout = layout_of(plan)
     ranks = [rank for group in range(len(run.results)) for rank in layout.zp_group(group)]
     microseconds = 1e6
     return {
@@ -128,7 +128,7 @@ def _channel(name: str, spans: Sequence[Span], ranks: int) -> dict[str, Any]:
 
 def _load(spans: Sequence[Span], plan: Plan, layout: Layout) -> dict[str, Any]:
     """Tokens of each expert by layer, over all ZP groups, and of each holder."""
-    placement = Placement(plan.placement, layout.m + layout.n)
+    placement = Placement(plan.placement, layout.holders)
     tokens = {layer: [0] * len(holders) for layer, holders in enumerate(placement.holders, start=1)}
     by_rank: dict[int, int] = {}
     for span in spans:
@@ -136,19 +136,19 @@ def _load(spans: Sequence[Span], plan: Plan, layout: Layout) -> dict[str, Any]:
         if not span.tokens or task is None or (task.kind, task.direction) != (Kind.DISPATCH, Pass.FORWARD):
             continue
         by_rank[span.rank] = by_rank.get(span.rank, 0) + sum(span.tokens)
-        for expert, count in zip(placement.held(task.layer, layout.member_of(span.rank)), span.tokens, strict=True):
+        for expert, count in zip(placement.held(task.layer, layout.holder_of(span.rank)), span.tokens, strict=True):
             tokens[task.layer][expert] += count
-    first = [layout.rank_of(0, member) for member in range(placement.members)]
+    first = [layout.rank_of(0, layout.members_of(holder)[0]) for holder in range(layout.holders)]
     return {
         "layers": [
             {"layer": layer, "tokens": counts,
-             "names": [f"rank {first[member]}" for member in placement.holders[layer - 1]],
-             "roles": [layout.role(first[member]) for member in placement.holders[layer - 1]]}
+             "names": [f"rank {first[holder]}" for holder in placement.holders[layer - 1]],
+             "roles": [layout.role(first[holder]) for holder in placement.holders[layer - 1]]}
             for layer, counts in tokens.items() if counts
         ] if by_rank else [],
         "holders": [
             {"rank": rank, "role": layout.role(rank), "tokens": count,
-             "experts": placement.experts_held(layout.member_of(rank))}
+             "experts": placement.experts_held(layout.holder_of(rank))}
             for rank, count in sorted(by_rank.items())
         ],
     }

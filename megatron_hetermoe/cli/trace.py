@@ -12,7 +12,7 @@ from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan, plan_from_json
 from megatron_hetermoe.schedule.trace import STEP, Span, read_jsonl
 from megatron_hetermoe.simulator.recorded import from_start
-from megatron_hetermoe.topology.layout import Layout
+from megatron_hetermoe.topology.layout import layout_of
 
 _FILE = re.compile(r"step(\d+)\.rank(\d+)\.jsonl")
 _ENDINGS = (".html", *PICTURES, VIEWER)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError([f"--cluster is for what was predicted, which a page shows: give --out a name that ends in "
                           f".html in place of {out}"])
     plan = _plan(folder)
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    layout = layout_of(plan)
     roles = {rank: layout.role(rank) for rank in range(layout.world_size)}
     with Stages() as stages:
         step, spans = _step(folder, args.step, len(roles), stages)

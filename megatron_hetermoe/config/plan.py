@@ -28,13 +28,16 @@ class Plan:
         attention_ranks: attention ranks of all ZP groups together.
         expert_ranks: expert ranks of all ZP groups together.
         groups: G, the number of ZP groups.
-        placement: for each layer from 1 on, the holder of each expert, as a member of the ZP group
-            (attention ranks 0 to M-1, then expert ranks M to M+N-1); empty for a layer without experts.
+        placement: for each layer from 1 on, the holder of each expert (attention ranks 0 to M-1 of a ZP group, then
+            its expert ranks from M on, as many together as ``expert_tensor_parallel`` says); empty for a layer without
+            experts.
         schedule: one of SCHEDULES.
         wave: the most microbatches on the way together, None for all of a step.
         attention_precision, expert_precision: dtype of each role's parameters, one of PRECISIONS.
         attention_kernel: one of ATTENTION_KERNELS, where there is no transformer-engine.
         expert_kernel: one of EXPERT_KERNELS: one expert after the other, or all as grouped matrix products.
+        tensor_parallel: attention ranks that share the dense weights and a microbatch.
+        expert_tensor_parallel: expert ranks that share the weights of their experts.
         pools: for each member of a ZP group, the pool of the cluster file that it is of; empty when no cluster file
             was there.
         step: the step that was planned for, None when nothing was predicted.
@@ -52,6 +55,8 @@ class Plan:
     expert_precision: str = "fp32"
     attention_kernel: str = "auto"
     expert_kernel: str = "auto"
+    tensor_parallel: int = 1
+    expert_tensor_parallel: int = 1
     pools: tuple[str, ...] = ()
     step: Step | None = None
     predicted: Prediction | None = None

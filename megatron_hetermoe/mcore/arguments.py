@@ -20,6 +20,7 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.mcore.gpt import check_args
 from megatron_hetermoe.mcore.grouped import capability, grouped_obstacle
+from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.planner.resolve import resolve
 from megatron_hetermoe.topology.layout import Layout
@@ -30,12 +31,23 @@ def _not_recomputed(args: argparse.Namespace) -> bool:
     return args.recompute_granularity == "selective" and not SELECTIVE.issuperset(args.recompute_modules or ())
 
 
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+
 # What a disaggregated run does not do: the flag, whether the arguments ask for it, and the way out.
 _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] = (
-    ("--tensor-model-parallel-size above 1", lambda args: args.tensor_model_parallel_size > 1, "set it to 1"),
+    ("--tensor-model-parallel-size above 1 without --sequence-parallel",
+     lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
+     "add it; Megatron does not train a mixture of experts without it either"),
+    ("--tensor-model-parallel-size above 1 with --transformer-impl local on a GPU",
+     lambda args: args.tensor_model_parallel_size > 1 and args.transformer_impl == "local" and not cpu.needed(),
+     "use transformer_engine; torch's norms know no sequence parallelism, in stock Megatron too"),
+    ("--tensor-model-parallel-size above 1 on GPUs with CUDA_DEVICE_MAX_CONNECTIONS other than 1",
+     lambda args: args.tensor_model_parallel_size > 1 and os.environ.get(_CONNECTIONS) != "1" and not cpu.needed(),
+     f"export {_CONNECTIONS}=1 for all ranks; Megatron asks for it on GPUs before Blackwell, and pools may be of both"),
+    ("--tp-comm-overlap", lambda args: args.tp_comm_overlap, "leave it out: the schedule overlaps"),
     ("--pipeline-model-parallel-size above 1", lambda args: args.pipeline_model_parallel_size > 1, "set it to 1"),
-    ("--context-parallel-size above 1", lambda args: args.context_parallel_size > 1, "set it to 1"),
-    ("--expert-tensor-parallel-size above 1", lambda args: (args.expert_tensor_parallel_size or 1) > 1, "set it to 1"),
+    ("--context-parallel-size above 1", lambda args: args.context_parallel_size > 1,
+     "set it to 1: Megatron has it with transformer-engine's attention only"),
     ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
     ("--recompute-modules of what is not there", _not_recomputed, f"choose from {', '.join(sorted(SELECTIVE))}"),
     ("--moe-shared-expert-overlap", lambda args: args.moe_shared_expert_overlap,
@@ -98,12 +110,14 @@ def disaggregated_arguments(
     plan = None
     if shape is not None and flags.enabled:
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        plan = resolve(flags, shape, precision, args.world_size, problems)
+        sharing = args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1
+        plan = resolve(flags, shape, precision, args.world_size, problems, *sharing)
         if plan is not None and plan.step is not None:
             _check_step(args, plan, problems)
         if plan is not None and plan.expert_kernel == "grouped":
             _check_grouped(args, plan, problems)
     _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
+    _check_divisible(args, problems)
     _check_warm_up(args, problems)
     try:
         check_args(args)
@@ -112,6 +126,9 @@ def disaggregated_arguments(
     problems.raise_if_any()
     superseded = [f"hetermoe: {flag} is superseded: {reason}" for flag, reason in _SUPERSEDED.items()
                   if any(word == flag or word.startswith(f"{flag}=") for word in rest)]
+    if args.tensor_model_parallel_size > 1 and args.expert_tensor_parallel_size is None:
+        superseded.append("hetermoe: experts are not split as attention is: --expert-tensor-parallel-size says how "
+                          "many expert ranks share one")
     _validate(args, plan, problems)
     if args.rank == 0:
         for line in superseded:
@@ -132,6 +149,9 @@ def arguments_to_plan_for(
     for name, asked, way_out in _UNSUPPORTED:
         if asked(args):
             problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    if max(args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1) > 1:
+        problems.add("no plan is made for tensor parallelism yet, which the recipe asks for: plan without it, or give "
+                     "ranks and placement by hand")
     for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
         if not value:
             problems.add(f"{flag} is missing: what fits and how long a step takes depends on it")
@@ -232,7 +252,9 @@ def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems
     """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
     if not attention_ranks or not args.micro_batch_size:
         return
-    together = args.micro_batch_size * attention_ranks
+    tensor = max(1, args.tensor_model_parallel_size)
+    together = args.micro_batch_size * max(1, attention_ranks // tensor)
+    ranks = f"{attention_ranks} attention ranks" + (f" / {tensor} that share a microbatch" if tensor > 1 else "")
     start, increment, _ = args.rampup_batch_size or (None, None, None)
     for name, batch in (
         ("--global-batch-size", args.global_batch_size), ("the start of --rampup-batch-size", start),
@@ -242,7 +264,22 @@ def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems
         if lower != int(batch or 0):
             near = f"{lower} or {lower + together}" if lower else str(together)
             problems.add(f"{name} {batch} does not divide by micro batch size {args.micro_batch_size} x "
-                         f"{attention_ranks} attention ranks = {together}: take {near}")
+                         f"{ranks} = {together}: take {near}")
+
+
+def _check_divisible(args: argparse.Namespace, problems: Problems) -> None:
+    """What tensor parallelism divides has to divide; Megatron would find it when ranks have met."""
+    attention, experts = args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1
+    for flag, parts, size_flag, size in (
+        ("--tensor-model-parallel-size", attention, "--seq-length", args.seq_length),
+        ("--tensor-model-parallel-size", attention, "--ffn-hidden-size", args.ffn_hidden_size),
+        ("--tensor-model-parallel-size", attention, "--moe-shared-expert-intermediate-size",
+         args.moe_shared_expert_intermediate_size),
+        ("--expert-tensor-parallel-size", experts, "--moe-ffn-hidden-size",
+         args.moe_ffn_hidden_size or args.ffn_hidden_size),
+    ):
+        if size and parts > 1 and size % parts:
+            problems.add(f"{flag} {parts} does not divide {size_flag} {size}: take a divisor")
 
 
 def _check_warm_up(args: argparse.Namespace, problems: Problems) -> None:
@@ -261,6 +298,7 @@ def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
     """Megatron's own validation, which takes the world to be the ranks that have data: the attention ranks."""
     world_size, args.world_size = args.world_size, plan.attention_ranks
     args.expert_model_parallel_size, args.moe_token_dispatcher_type, args.moe_grouped_gemm = 1, "alltoall", False
+    args.expert_tensor_parallel_size = 1  # of attention ranks; the expert pool's is the plan's
     try:
         validate_args(args, {})
         core_transformer_config_from_args(args)  # has checks of its own, which would come after the ranks have met

@@ -12,6 +12,7 @@ from megatron.core.models.common.model_chunk_schedule_plan import (
     TransformerModelChunkSchedulePlan,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -110,6 +111,9 @@ class LayerTasks(TransformerLayerSchedulePlan):
             self.dispatch_state = DispatchState()
             for node in (self.pre_dispatch_computation, self.moe_combine):
                 node.submodule = _with_state(node.submodule, self.layer.mlp.token_dispatcher, self.dispatch_state)
+        if self.layer.config.sequence_parallel:
+            for node in (self.pre_dispatch_computation, self.end):
+                node.submodule = _with_own_random_numbers(node.submodule)
         self._recompute()
         if not self.has_experts and extra_args.get("is_last_layer"):
             self.mlp.submodule = _with_final_norm(self.mlp.submodule)
@@ -136,6 +140,16 @@ class LayerTasks(TransformerLayerSchedulePlan):
 def _with_state(submodule: Any, dispatcher: AsymmetricDispatcher, state: DispatchState) -> Any:
     def run(node: Any, *inputs: torch.Tensor) -> Any:
         with dispatcher.lent(state):
+            return submodule(node, *inputs)
+
+    return run
+
+
+def _with_own_random_numbers(submodule: Any) -> Any:
+    """TransformerBlock runs its layers so where ranks have parts of one sequence: each draws for its own part."""
+
+    def run(node: Any, *inputs: torch.Tensor) -> Any:
+        with get_cuda_rng_tracker().fork():
             return submodule(node, *inputs)
 
     return run

@@ -45,7 +45,10 @@ class HeldExperts(SequentialMLP):
         self.row_order = tuple(range(len(held)))
         for expert, module in zip(self.held, self.local_experts):
             if config.perform_initialization:
-                _initialise(module, config, (seed * 100_003 + layer) * 100_003 + expert)
+                _initialise(
+                    module, config, (seed * 100_003 + layer) * 100_003 + expert, self.tp_group.rank(),
+                    self.tp_group.size(),
+                )
         for parameter in self.parameters():
             # What makes DDP and the optimizer treat a parameter as an expert's (its gradient is reduced over the
             # ranks that are the same holder); Megatron sets it only where the expert-parallel size is above 1.
@@ -73,13 +76,30 @@ class HeldExperts(SequentialMLP):
         return sharded
 
 
-def _initialise(expert: torch.nn.Module, config: TransformerConfig, seed: int) -> None:
-    """Draws one expert's weights from a stream of their own, and leaves all other streams where they were."""
+def _initialise(
+    expert: torch.nn.Module, config: TransformerConfig, seed: int, place: int, parts: int
+) -> None:
+    """Draws one expert's weights from a stream of their own, and leaves all other streams where they were.
+
+    Of an expert that several ranks share, each draws the whole and keeps its part, the ``place``-th of ``parts``.
+    """
     devices = [expert.linear_fc1.weight.device] if expert.linear_fc1.weight.is_cuda else []
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed % 2**63)
-        config.init_method(expert.linear_fc1.weight)
-        config.output_layer_init_method(expert.linear_fc2.weight)
+        for weight, initialise, split, matrices in (
+            (expert.linear_fc1.weight, config.init_method, 0, 2 if config.gated_linear_unit else 1),
+            (expert.linear_fc2.weight, config.output_layer_init_method, 1, 1),
+        ):
+            if parts == 1:
+                initialise(weight)
+                continue
+            shape = list(weight.shape)
+            shape[split] *= parts
+            whole = weight.new_empty(shape)
+            initialise(whole)
+            # A gate stands beside what it gates in one weight, and each of the two is split.
+            own = [matrix.chunk(parts, split)[place] for matrix in whole.chunk(matrices, split)]
+            weight.copy_(torch.cat(own, split))
 
 
 class ExpertModel(MegatronModule):

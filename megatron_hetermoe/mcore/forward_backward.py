@@ -108,14 +108,15 @@ class ForwardBackward:
         key = (microbatches, forward_only)
         if key not in self._schedules:
             schedule = self._session.schedule(microbatches, forward_only)
-            self._schedules[key] = schedule, schedule.member(self._session.member)
+            self._schedules[key] = schedule, schedule.member(self._session.holder)
         return self._schedules[key]
 
     def _run(self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
         transfers = Transfers(
             session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
-            config.params_dtype, session.device, recorder=None if inputs.forward_only else self._meter.recorder,
+            config.params_dtype, session.device, tuple(map(session.layout.members_of, range(session.layout.holders))),
+            recorder=None if inputs.forward_only else self._meter.recorder,
         )
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
@@ -131,7 +132,7 @@ class ForwardBackward:
 
         Megatron divides gradients by the tokens of all ranks of a pool, and expert ranks have none of their own.
         """
-        total = tokens.cpu().clone()
+        total = tokens.cpu() * self._session.owns_microbatches
         dist.all_reduce(total, group=self._session.control)
         first = self._session.layout.pool(self._session.role)[0]
         if self._session.is_attention or self._session.rank != first:

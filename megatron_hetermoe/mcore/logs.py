@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import MetricEntry, get_moe_metrics_tracker
 
 from megatron_hetermoe.mcore.session import Session
 
@@ -27,12 +27,11 @@ def share_losses(losses: list[dict[str, torch.Tensor]], session: Session) -> lis
     dist.broadcast_object_list(names, src=0, group=session.control)
     if not names[0]:
         return losses
-    attention = len(session.layout.pool("attention"))
     table = torch.zeros(len(names[0]), 2, dtype=torch.float32)
     for row, (name, numel) in zip(table, names[0]):
-        if losses:
+        if session.owns_microbatches:
             values = torch.stack([report[name].detach().view(-1).float().cpu() for report in losses])
-            row[:numel] = values.sum(dim=0) if numel == 2 else values.mean() / attention
+            row[:numel] = values.sum(dim=0) if numel == 2 else values.mean() / session.layout.replicas
     dist.all_reduce(table, group=session.control)
     if losses:
         return losses
@@ -45,9 +44,10 @@ def share_losses(losses: list[dict[str, torch.Tensor]], session: Session) -> lis
 
 
 def share_aux_losses(session: Session) -> None:
-    """Gives expert ranks the mean over attention ranks of each router's losses, since the last rank prints them.
+    """Gives expert ranks each router's losses as Megatron's reduction on attention ranks will have them, since the
+    last rank prints them. Megatron then averages over the expert pool, where all have the same.
 
-    Megatron then averages over a pool, where all have the same.
+    That reduction sums over the ranks that share a microbatch, or for some losses over more, and averages the rest.
     """
     metrics = get_moe_metrics_tracker().metrics
     sizes = [{name: len(entry.values) for name, entry in metrics.items()}]
@@ -58,11 +58,16 @@ def share_aux_losses(session: Session) -> None:
     for name, size in sizes[0].items():
         tracker.ensure_initialized(name, size)
     shared = torch.cat([
-        metrics[name].values.float().cpu() if session.is_attention else torch.zeros(size)
+        _share_of_log(metrics[name], session) if session.is_attention else torch.zeros(size)
         for name, size in sizes[0].items()
     ])
     dist.all_reduce(shared, group=session.control)
     if not session.is_attention:
-        shared /= session.layout.attention_ranks
         for name, values in zip(sizes[0], shared.split(list(sizes[0].values()))):
             metrics[name].values.copy_(values)
+
+
+def _share_of_log(entry: MetricEntry, session: Session) -> torch.Tensor:
+    """What an attention rank adds to the number that is logged, for each layer."""
+    summed_over = 1 if entry.reduce_group is None else entry.reduce_group.size()
+    return entry.values.float().cpu() * summed_over / session.layout.attention_ranks

@@ -58,9 +58,13 @@ class Numbers:
                 if not rows.all():
                     expert = self._expert_of(layer, int((~rows).nonzero()[0]), counts)
                     holder = self._session.placement.holders[layer - 1][expert]
-                    group = self._session.layout.group_of(self._session.rank)
-                    return f"{where}: in expert {expert}, on {self._name(self._session.layout.rank_of(group, holder))}"
+                    return f"{where}: in expert {expert}, on {self._name(self._rank_of(holder))}"
         return None
+
+    def _rank_of(self, holder: int) -> int:
+        """The first rank of a holder of this rank's ZP group."""
+        layout = self._session.layout
+        return layout.rank_of(layout.group_of(self._session.rank), layout.members_of(holder)[0])
 
     def _expert_of(self, layer: int, row: int, counts: list[list[int]]) -> int:
         """The expert that a row came from; rows are in ``Placement.expert_order``."""

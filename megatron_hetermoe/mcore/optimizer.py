@@ -159,14 +159,14 @@ class _AgreedScaler(MegatronGradScaler):
 
 
 def scale_expert_gradients(model_chunks: list[Any], session: Session) -> None:
-    """Makes DDP divide an expert's gradient by the number of attention ranks.
+    """Makes DDP divide an expert's gradient by the number of microbatches that are worked on at once.
 
-    Every token of the global batch belongs to one of them, and the loss is the mean over them. DDP divides by the
-    size of its own pool, which on expert ranks is another number.
+    The loss is the mean over them, and an expert's gradient sums what comes of all their tokens, whichever attention
+    rank has sent them. DDP divides by the data-parallel size of its own pool, which on expert ranks is another number.
     """
     if session.is_attention or model_chunks[0].config.calculate_per_token_loss:
         return  # per-token loss: divided by the tokens of both pools, in finalize_model_grads
-    factor = session.layout.expert_ranks / session.layout.attention_ranks
+    factor = session.layout.expert_ranks / session.layout.replicas
     for chunk in model_chunks:
         for group in chunk.expert_parallel_bucket_groups:
             for bucket in group.buckets:

@@ -10,8 +10,8 @@ from megatron.core import parallel_state
 
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore.session import Session
-from megatron_hetermoe.runtime.channels import Channel
-from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, Layout
+from megatron_hetermoe.runtime.channels import Channel, nccl_options
+from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, Layout, layout_of
 
 # Every group that Megatron made, whichever pool for; it walks them to set timeouts.
 _SHARED_GLOBALS = {"_global_process_group_list"}
@@ -28,15 +28,18 @@ def join_pools(plan: Plan) -> Session:
     Returns:
         This rank's session.
     """
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    layout = layout_of(plan)
     rank = dist.get_rank()
     assert dist.get_world_size() == layout.world_size
     device = torch.device(torch.cuda.current_device())
     control = dist.new_group(backend="gloo")
     out = back = None
+    options = nccl_options() if dist.get_backend() == "nccl" else None
     for group in range(layout.groups):
         ranks = layout.zp_group(group)
-        pairs = [(dist.new_group(ranks), dist.new_group(ranks, backend="gloo")) for _ in range(2)]
+        pairs = [
+            (dist.new_group(ranks, pg_options=options), dist.new_group(ranks, backend="gloo")) for _ in range(2)
+        ]
         if rank in ranks:
             out, back = (Channel(*pair, ranks, layout.member_of(rank)) for pair in pairs)
             for payload, _ in pairs:
@@ -44,22 +47,24 @@ def join_pools(plan: Plan) -> Session:
                 dist.all_reduce(torch.zeros(1, device=device), group=payload)
     own: dict[str, object] = {}
     blank = _parallel_state()
-    for role, experts in ((ATTENTION, layout.m), (EXPERT, layout.n)):
+    for role in (ATTENTION, EXPERT):
         _restore(blank)
         pool = layout.pool(role)
+        experts = layout.expert_parallel(role)[0]
         parallel_state.initialize_model_parallel(
             rank_offset=pool.start,
             local_world_size=len(pool),
-            expert_model_parallel_size=experts,
-            expert_tensor_parallel_size=1,
+            tensor_model_parallel_size=len(layout.tensor_parallel(role)[0]),
+            expert_model_parallel_size=len(experts),
+            expert_tensor_parallel_size=len(layout.expert_tensor_parallel(role)[0]),
             create_gloo_process_groups=False,
         )
         if role == layout.role(rank):
             own = _parallel_state()
     _restore(own)
     _check_groups(layout, rank)
-    # train() counts consumed samples by the data-parallel size; they are the attention ranks', in both pools.
-    parallel_state._MPU_DATA_PARALLEL_WORLD_SIZE = layout.attention_ranks
+    # train() counts consumed samples by the data-parallel size; it is the attention pool's, in both pools.
+    parallel_state._MPU_DATA_PARALLEL_WORLD_SIZE = layout.replicas
     return Session(plan, rank, control, out, back, device)
 
 
@@ -81,7 +86,11 @@ def _check_groups(layout: Layout, rank: int) -> None:
     """Megatron's groups are those that the topology describes; all else is computed from the latter."""
     role = layout.role(rank)
     expected = {
-        "data parallel": (parallel_state.get_data_parallel_group(), [layout.data_parallel(role)]),
+        "tensor parallel": (parallel_state.get_tensor_model_parallel_group(), layout.tensor_parallel(role)),
+        "data parallel": (parallel_state.get_data_parallel_group(), layout.data_parallel(role)),
+        "expert tensor parallel": (
+            parallel_state.get_expert_tensor_parallel_group(), layout.expert_tensor_parallel(role)
+        ),
         "expert parallel": (parallel_state.get_expert_model_parallel_group(), layout.expert_parallel(role)),
         "expert data parallel": (
             parallel_state.get_expert_data_parallel_group(), layout.expert_data_parallel(role)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from copy import copy
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
@@ -39,7 +41,7 @@ from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.watch import Watch
 from megatron_hetermoe.runtime.watched import watched
-from megatron_hetermoe.topology.layout import Layout
+from megatron_hetermoe.topology.layout import layout_of
 
 
 def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
     patches.check()
     set_global_variables(args)
     store = _meet(args)
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    layout = layout_of(plan)
     with watched(
         args.rank, [layout.role(rank) for rank in range(layout.world_size)], flags.stall_timeout or STALL_TIMEOUT
     ) as watch:
@@ -117,7 +119,7 @@ def announce(session: Session) -> None:
     ranks = [
         {
             "rank": rank, "role": layout.role(rank), "group": layout.group_of(rank),
-            "experts": session.placement.experts_held(layout.member_of(rank)),
+            "experts": session.placement.experts_held(layout.holder_of(rank)),
         }
         for rank in range(layout.world_size)
     ]
@@ -140,14 +142,23 @@ def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., 
             spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, args.seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
+        config = _of_expert_pool(model_config.transformer, session.plan)
         held = {
-            layer: build_held(submodules.experts, model_config.transformer, session, layer, args.seed, groups)
+            layer: build_held(submodules.experts, config, session, layer, args.seed, groups)
             for layer, layer_spec in enumerate(spec.layer_specs, start=1)
             if (submodules := moe_submodules(layer_spec)) is not None and session.held(layer)
         }
-        return ExpertModel(model_config.transformer, held, groups)
+        return ExpertModel(config, held, groups)
 
     return provide
+
+
+def _of_expert_pool(config: TransformerConfig, plan: Plan) -> TransformerConfig:
+    """The model's configuration as it is on expert ranks, which have a tensor parallelism of their own."""
+    config = copy(config)
+    config.tensor_model_parallel_size, config.sequence_parallel = 1, False
+    config.expert_tensor_parallel_size = plan.expert_tensor_parallel
+    return config
 
 
 def _replacements(

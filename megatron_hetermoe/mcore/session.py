@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.runtime.channels import Channel
 from megatron_hetermoe.schedule.orders import Schedule, build
-from megatron_hetermoe.topology.layout import ATTENTION, Layout
+from megatron_hetermoe.schedule.tasks import Kind
+from megatron_hetermoe.topology.layout import ATTENTION, Layout, layout_of
 from megatron_hetermoe.topology.placement import Placement
 
 
@@ -36,11 +37,11 @@ class Session:
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout(self.plan.attention_ranks, self.plan.expert_ranks, self.plan.groups)
+        return layout_of(self.plan)
 
     @cached_property
     def placement(self) -> Placement:
-        return Placement(self.plan.placement, self.layout.m + self.layout.n)
+        return Placement(self.plan.placement, self.layout.holders)
 
     @property
     def role(self) -> str:
@@ -55,9 +56,19 @@ class Session:
         """This rank, as a member of its ZP group."""
         return self.layout.member_of(self.rank)
 
+    @property
+    def holder(self) -> int:
+        """The holder that this rank is, or is a part of."""
+        return self.layout.holder_of(self.rank)
+
+    @property
+    def owns_microbatches(self) -> bool:
+        """Whether this rank reports what is known of its microbatches: of the ranks that share them, one does."""
+        return self.is_attention and self.rank % self.layout.tensor == 0
+
     def held(self, layer: int) -> tuple[int, ...]:
         """The experts of a layer, from 1 on, that this rank holds."""
-        return self.placement.held(layer, self.member)
+        return self.placement.held(layer, self.holder)
 
     def over_pools(self, value: float) -> float:
         """The sum of both pools' values, of which each pool's ranks have one; all ranks call it together."""
@@ -70,5 +81,11 @@ class Session:
         """The ZP group's schedule for so many microbatches of each attention rank."""
         return build(
             self.plan.schedule, self.plan.model.layers, self.placement, self.layout.m, microbatches, self.plan.wave,
-            forward_only,
+            forward_only, self._shared_kinds,
         )
+
+    @property
+    def _shared_kinds(self) -> frozenset[Kind]:
+        """Tasks in which the ranks of a tensor-parallel group talk to each other."""
+        sizes = {Kind.ATTENTION: self.layout.tensor, Kind.EXPERT: self.layout.expert_tensor}
+        return frozenset(kind for kind, size in sizes.items() if size > 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss, set_current_microbatch
 from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comp_stream
+from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 
 from megatron_hetermoe.mcore.attention import ModelTasks, PlanningModel
@@ -18,7 +19,7 @@ from megatron_hetermoe.mcore.experts import HeldExperts
 from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.recompute import experts_again, rerun
 from megatron_hetermoe.runtime.executor import Table
-from megatron_hetermoe.runtime.transfers import Routed, Transfers
+from megatron_hetermoe.runtime.transfers import Transfers
 from megatron_hetermoe.schedule.orders import Schedule
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 
@@ -228,7 +229,7 @@ class ExpertTasks:
         """Runs the experts; without a token too, since gradients of all experts are reduced together."""
         routed = self.transfers.held[task.layer, task.microbatch]
         experts = self.experts(task.layer)
-        run = partial(_run_sorted, experts, routed)
+        run = partial(_run_shared, experts, routed.sharers)
         if experts_again(self.inputs.config, task.layer):
             run = partial(rerun, run)
         node = ScheduleNode(run, get_comp_stream, torch.cuda.Event(), name="experts")
@@ -246,21 +247,51 @@ class ExpertTasks:
             routed.token_grads, routed.prob_grads = node.backward(grads)
 
 
+def _run_shared(
+    experts: HeldExperts, sharers: Sequence[list[list[int]]], tokens: torch.Tensor, probs: torch.Tensor
+) -> torch.Tensor:
+    """Experts of which each of the ranks that are one holder has a part.
+
+    Every rank runs its part on the tokens of all. What the parts make of a token are addends, which go back to the rank
+    that has received the token. Copies and addends so stay inside the expert pool; between the pools, where the network
+    is slow, each token crosses once each way. A rank sends as much as in a ring; sums are in one order.
+
+    Args:
+        experts: this holder's.
+        sharers: ``Routed.sharers``.
+        tokens: [rows, hidden], those that this rank has received.
+        probs: [rows].
+
+    Returns:
+        [rows, hidden], in the order of ``tokens``.
+    """
+    counts = [of_owner for of_sharer in sharers for of_owner in of_sharer]
+    if len(sharers) == 1:
+        return _run_sorted(experts, counts, tokens, probs)
+    group, rows = experts.tp_group, [sum(map(sum, of_sharer)) for of_sharer in sharers]
+    shape, own = tokens.shape, [len(tokens)] * len(sharers)
+    # The backward of a copy is a sum, that of a sum a copy.
+    tokens = all_to_all(group, tokens.repeat(len(sharers), 1), rows, own)
+    probs = all_to_all(group, probs.repeat(len(sharers)), rows, own)
+    outputs = _run_sorted(experts, counts, tokens, probs)
+    return all_to_all(group, outputs, own, rows).view(len(sharers), *shape).sum(dim=0)
+
+
 def _run_sorted(
-    experts: HeldExperts, routed: Routed, tokens: torch.Tensor, probs: torch.Tensor
+    experts: HeldExperts, all_counts: list[list[int]], tokens: torch.Tensor, probs: torch.Tensor
 ) -> torch.Tensor:
     """Experts on rows that are sorted by owner, then by expert.
 
     Args:
         experts: this holder's.
-        routed: whose counts, [owners][experts], are used.
+        all_counts: rows of each owner for each expert, [owners][experts].
         tokens: [rows, hidden].
         probs: [rows]; they are multiplied inside the experts.
 
     Returns:
         [rows, hidden], in the order of ``tokens``.
     """
-    counts = torch.tensor(routed.counts)
+    counts = torch.tensor(all_counts)
     owners, held = counts.shape
     chunks = counts.reshape(-1)
     index = torch.arange(owners * held).view(owners, held)

@@ -11,7 +11,7 @@ from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
 from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, SCHEDULES, Plan, plan_from_json
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.topology.layout import Layout, layout_problems
+from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document
 
 # Flags that a plan file decides, and the plan's field that each is shorthand for.
@@ -22,7 +22,8 @@ _PLANNED = {
 
 
 def resolve(
-    flags: Flags, shape: ModelShape, precision: str, world_size: int, problems: Problems
+    flags: Flags, shape: ModelShape, precision: str, world_size: int, problems: Problems, tensor: int = 1,
+    expert_tensor: int = 1,
 ) -> Plan | None:
     """The run's plan.
 
@@ -32,6 +33,8 @@ def resolve(
         precision: of the parameters, one of ``config.plan.PRECISIONS``.
         world_size: ranks that the launcher started.
         problems: gets everything that is wrong.
+        tensor: attention ranks that share the dense weights, from Megatron's flags.
+        expert_tensor: expert ranks that share an expert, from Megatron's flags.
 
     Returns:
         The plan, or None when there are problems with it.
@@ -39,9 +42,9 @@ def resolve(
     found = Problems()
     try:
         if flags.plan:
-            plan = _from_file(flags, shape, precision, found)
+            plan = _from_file(flags, shape, precision, tensor, expert_tensor, found)
         else:
-            plan = _from_flags(flags, shape, precision, world_size, found)
+            plan = _from_flags(flags, shape, precision, world_size, tensor, expert_tensor, found)
         if plan is not None:
             _check(plan, world_size, found)
         found.raise_if_any()
@@ -52,7 +55,8 @@ def resolve(
 
 
 def _from_flags(
-    flags: Flags, shape: ModelShape, precision: str, world_size: int, problems: Problems
+    flags: Flags, shape: ModelShape, precision: str, world_size: int, tensor: int, expert_tensor: int,
+    problems: Problems,
 ) -> Plan | None:
     for name in ("attention_ranks", "expert_ranks"):
         if getattr(flags, name) is None:
@@ -63,21 +67,24 @@ def _from_flags(
     if flags.attention_ranks is None or flags.expert_ranks is None:
         return None
     groups = flags.groups or 1
-    for problem in layout_problems(flags.attention_ranks, flags.expert_ranks, groups):
+    for problem in layout_problems(flags.attention_ranks, flags.expert_ranks, groups, tensor, expert_tensor):
         problems.add(problem)
     _check_world(flags.attention_ranks, flags.expert_ranks, world_size, problems)
     problems.raise_if_any()  # before a placement is made for as many ranks as a slip of a digit asks for
-    layout = Layout(flags.attention_ranks, flags.expert_ranks, groups)
+    layout = Layout(flags.attention_ranks, flags.expert_ranks, groups, tensor, expert_tensor)
     placement = even_placement(shape, layout)
     if flags.placement:
         placement = placement_from_document(_read_yaml(flags.placement), shape, layout, flags.placement)
     return Plan(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
         flags.wave, precision, precision, flags.attention or "auto", flags.experts or "auto",
+        tensor_parallel=tensor, expert_tensor_parallel=expert_tensor,
     )
 
 
-def _from_file(flags: Flags, shape: ModelShape, precision: str, problems: Problems) -> Plan:
+def _from_file(
+    flags: Flags, shape: ModelShape, precision: str, tensor: int, expert_tensor: int, problems: Problems
+) -> Plan:
     plan = plan_from_json(_read(flags.plan), flags.plan)
     for name, field in _PLANNED.items():
         said, planned = getattr(flags, name), getattr(plan, field)
@@ -91,6 +98,12 @@ def _from_file(flags: Flags, shape: ModelShape, precision: str, problems: Proble
     ]
     if differing:
         problems.add(f"{flags.plan} is for another model ({'; '.join(differing)}): make a plan for this one")
+    for flag, said, planned in (
+        ("--tensor-model-parallel-size", tensor, plan.tensor_parallel),
+        ("--expert-tensor-parallel-size", expert_tensor, plan.expert_tensor_parallel),
+    ):
+        if said != planned:
+            problems.add(f"{flag} {said} disagrees with {planned} in {flags.plan}: change the flag")
     for role in ("attention", "expert"):
         planned = getattr(plan, f"{role}_precision")
         if planned != precision:
@@ -100,7 +113,9 @@ def _from_file(flags: Flags, shape: ModelShape, precision: str, problems: Proble
 
 def _check(plan: Plan, world_size: int, problems: Problems) -> None:
     """What must hold of a plan whichever way it came."""
-    for problem in layout_problems(plan.attention_ranks, plan.expert_ranks, plan.groups):
+    for problem in layout_problems(
+        plan.attention_ranks, plan.expert_ranks, plan.groups, plan.tensor_parallel, plan.expert_tensor_parallel
+    ):
         problems.add(problem)
     _check_world(plan.attention_ranks, plan.expert_ranks, world_size, problems)
     if plan.schedule not in SCHEDULES:
@@ -114,14 +129,19 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
         problems.add(f"the plan's wave is {plan.wave}; it must be from 1 on, or null for all of a step")
     if problems:
         return
-    members = world_size // plan.groups
+    layout = layout_of(plan)
+    holders = layout.holders
+    if layout.expert_tensor > 1 and any(holder < layout.m for layer in plan.placement for holder in layer):
+        problems.add(f"the placement has experts on attention ranks, where they are whole, and "
+                     f"--expert-tensor-parallel-size {layout.expert_tensor} splits the others; Megatron's checkpoints have "
+                     f"parts of one size only: place all experts on expert ranks, or leave the flag out")
     lengths = [len(layer) for layer in plan.placement]
     expected = [plan.model.experts if layer in plan.model.moe_layers else 0
                 for layer in range(1, plan.model.layers + 1)]
     if lengths != expected:
         problems.add(f"the plan's placement has {lengths} experts by layer, the model {expected}")
-    elif any(not 0 <= holder < members for layer in plan.placement for holder in layer):
-        problems.add(f"the plan's placement names holders beyond the {members} members of a ZP group")
+    elif any(not 0 <= holder < holders for layer in plan.placement for holder in layer):
+        problems.add(f"the plan's placement names holders beyond the {holders} that a ZP group has")
 
 
 def _check_world(attention_ranks: int, expert_ranks: int, world_size: int, problems: Problems) -> None:

@@ -33,13 +33,15 @@ class Routed:
     None before they are known and after they were last read.
 
     Attributes:
-        counts: for each peer (the owner's are the layer's holders, a holder's the attention members, ascending), the
-            rows for each of the holder's experts.
+        counts: for each peer (the owner's are the layer's holders, a holder's the attention members that send to it,
+            both ascending), the rows for each of the holder's experts.
         tokens: [rows, hidden].
         probs: [rows], in the router's precision.
         outputs: [rows, hidden], what the experts made of the tokens.
         output_grads, token_grads: [rows, hidden].
         prob_grads: [rows].
+        sharers: at a holder that is several members, ``counts`` of each of them, in their order; of this one alone
+            elsewhere.
     """
 
     counts: list[list[int]]
@@ -49,6 +51,7 @@ class Routed:
     output_grads: torch.Tensor | None = None
     token_grads: torch.Tensor | None = None
     prob_grads: torch.Tensor | None = None
+    sharers: tuple[list[list[int]], ...] = ()
 
     def __post_init__(self) -> None:
         self.splits = [sum(counts) for counts in self.counts]
@@ -68,6 +71,9 @@ class Transfers:
         hidden: width of a token.
         dtype: of tokens, on both ends.
         device: where buffers are.
+        holders: for each holder, the members that are it together. An owner's rows go to one of them, so that each
+            token crosses between the pools once, and its number in the holder is the owner's modulo their number; all
+            of them learn of all rows.
         owned, held: state by (layer, microbatch), for the A and E tasks to read and fill.
         recorder: told what is sent and for which experts, where the step is recorded.
     """
@@ -80,11 +86,16 @@ class Transfers:
     hidden: int
     dtype: torch.dtype
     device: torch.device
+    holders: tuple[tuple[int, ...], ...]
     owned: dict[tuple[int, int], Routed] = field(default_factory=dict)
     held: dict[tuple[int, int], Routed] = field(default_factory=dict)
     recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
+        self._holder, self._sharers = next(
+            (holder, members) for holder, members in enumerate(self.holders) if self.member in members
+        )
+        self._owners = range(self._sharers.index(self.member), self.attention_members, len(self._sharers))
         self._leaving: dict[tuple[int, int], tuple[Counts, torch.Tensor, torch.Tensor]] = {}
         # Buffers are made on a channel's stream and freed by compute, which the allocator must know.
         self._compute = torch.cuda.current_stream() if self._empty(0).is_cuda else None
@@ -115,7 +126,7 @@ class Transfers:
         return self.member < self.attention_members
 
     def _holds(self, layer: int) -> bool:
-        return bool(self.placement.held(layer, self.member))
+        return bool(self.placement.held(layer, self._holder))
 
     @torch.no_grad()
     def _dispatch(self, task: Task) -> None:
@@ -128,7 +139,8 @@ class Transfers:
             state = self.owned[task.layer, task.microbatch] = Routed(counts(), tokens, probs)
             self._check(task, "tokens", state.tokens, state.rows)
             for holder, counts in zip(self.placement.holders_of(task.layer), state.counts):
-                headers.append(Message(holder, _HEADER, self._header(task, state, counts)))
+                header = self._header(task, state, counts)
+                headers += [Message(member, _HEADER, header) for member in self.holders[holder]]
             payload += self._parts(task, state, _TOKENS, state.tokens)
             payload += self._parts(task, state, _PROBS, state.probs)
         if not self._holds(task.layer):
@@ -138,11 +150,12 @@ class Transfers:
             buffers = [
                 Message(owner, part, rows)
                 for part, tensor in ((_TOKENS, received.tokens), (_PROBS, received.probs))
-                for owner, rows in enumerate(tensor.split(received.splits))
+                for owner, rows in zip(self._owners, tensor.split(received.splits))
             ]
             self._exchange(task, payload, buffers)
             if self.recorder:
-                self.recorder.routed(task, [sum(rows) for rows in zip(*received.counts)])
+                experts = range(len(self.placement.held(task.layer, self._holder)))
+                self.recorder.routed(task, [sum(counts[expert] for counts in received.counts) for expert in experts])
             self.held[task.layer, task.microbatch] = received
         if state:
             # Only their shape is read from here on, by the backward of the task that made them.
@@ -175,7 +188,8 @@ class Transfers:
             held = self.held[task.layer, task.microbatch]
             held.output_grads = self._empty(held.rows)
             buffers = [
-                Message(owner, _TOKENS, rows) for owner, rows in enumerate(held.output_grads.split(held.splits))
+                Message(owner, _TOKENS, rows)
+                for owner, rows in zip(self._owners, held.output_grads.split(held.splits))
             ]
         self._exchange(task, sends, buffers)
         if state:
@@ -209,9 +223,14 @@ class Transfers:
         """An owner's tensor, in the pieces that go to or come from each holder."""
         _used_here(tensor)
         return [
-            Message(holder, part, rows)
+            Message(self._receiver(holder), part, rows)
             for holder, rows in zip(self.placement.holders_of(task.layer), tensor.split(state.splits))
         ]
+
+    def _receiver(self, holder: int) -> int:
+        """The member of a holder that this owner's rows go to."""
+        members = self.holders[holder]
+        return members[self.member % len(members)]
 
     def _returned(self, task: Task, part: int, name: str) -> list[Message]:
         """A holder's results, in the pieces that go to each owner; none where this member holds nothing."""
@@ -221,7 +240,8 @@ class Transfers:
         tensor = getattr(held, name)
         self._check(task, name, tensor, held.rows, self.dtype if part == _TOKENS else held.probs_dtype)
         _used_here(tensor)
-        return [Message(owner, part, rows) for owner, rows in enumerate(tensor.contiguous().split(held.splits))]
+        return [Message(owner, part, rows)
+                for owner, rows in zip(self._owners, tensor.contiguous().split(held.splits))]
 
     def _empty(self, rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A buffer, [rows, hidden] of tokens or, with the dtype of probabilities, [rows]."""
@@ -240,7 +260,7 @@ class Transfers:
 
     def _receive_headers(self, task: Task, own_headers: list[Message]) -> Routed:
         """Sends this member's headers, receives those for it, checks them, and makes buffers of their sizes."""
-        local = len(self.placement.held(task.layer, self.member))
+        local = len(self.placement.held(task.layer, self._holder))
         headers = [torch.empty(_HEADER_FIELDS + local, dtype=torch.int64) for _ in range(self.attention_members)]
         self._exchange(task, own_headers, [Message(owner, _HEADER, header) for owner, header in enumerate(headers)])
         expected = [task.layer, task.microbatch, self.hidden, _DTYPES.index(self.dtype)]
@@ -255,8 +275,10 @@ class Transfers:
                     f"{_DTYPES[announced[3]]} with {_DTYPES[announced[4]]}"
                 )
         counts = [header[_HEADER_FIELDS:].tolist() for header in headers]
-        rows = sum(map(sum, counts))
-        return Routed(counts, self._empty(rows), self._empty(rows, _DTYPES[probs_dtype]))
+        sharers = tuple(counts[place::len(self._sharers)] for place in range(len(self._sharers)))
+        own = sharers[self._sharers.index(self.member)]
+        rows = sum(map(sum, own))
+        return Routed(own, self._empty(rows), self._empty(rows, _DTYPES[probs_dtype]), sharers=sharers)
 
     def _check(
         self, task: Task, what: str, tensor: torch.Tensor, rows: int, dtype: torch.dtype | None = None

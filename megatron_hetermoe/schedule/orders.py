@@ -24,8 +24,8 @@ class MemberSchedule:
         streams: for each stream, its tasks in order.
         waits: for each task, the tasks of this member, on whatever stream, that must be done before it starts.
             What it needs from other members arrives through its transfers.
-        issued_before: for each transfer, the tasks of this member that the host must have queued before it, on a
-            device whose streams may share a hardware queue (``Schedule.issue_order``).
+        issued_before: for each transfer and each shared compute task, the tasks of this member that the host must
+            have queued before it, on a device whose streams may share a hardware queue (``Schedule.issue_order``).
     """
 
     streams: dict[Stream, Order]
@@ -43,6 +43,8 @@ class Schedule:
         attention_members: M; members from M on are expert ranks.
         waves: the microbatches of each wave, in order.
         forward_only: evaluation, which has no backward.
+        shared: kinds of compute tasks that several ranks run together, each with a part of the weights, and talk
+            to each other while they do (tensor parallelism).
     """
 
     layers: int
@@ -50,6 +52,7 @@ class Schedule:
     attention_members: int
     waves: tuple[tuple[int, ...], ...]
     forward_only: bool
+    shared: frozenset[Kind] = frozenset()
 
     @cached_property
     def moe_layers(self) -> frozenset[int]:
@@ -62,7 +65,7 @@ class Schedule:
         return self.waves[-1][-1]
 
     def member(self, member: int) -> MemberSchedule:
-        """The orders of one member's streams."""
+        """The orders of one member's streams; those of a holder, where several ranks are one."""
         holds = self.placement.layers_of(member)
         is_attention = member < self.attention_members
         computes = tuple(
@@ -100,28 +103,36 @@ class Schedule:
         kernel holds the queue until its peers take part. If every member queues its transfers in this one order, and
         none before the compute that precedes it here, then the first transfer that is not done is never behind
         one that is not: what else is ahead of it waits for earlier transfers only. So no number of queues deadlocks.
-        Compute may be queued earlier than it stands here.
+        Compute may be queued earlier than it stands here, unless ranks share it: then its kernels too hold the queue
+        until their peers run, so it is queued in this order like a transfer. Where attention ranks that share their
+        part also hold a layer's experts, all of a wave's attention comes before these, as on their compute stream.
         """
         head = self.layers + 1
-
-        def through_experts(direction: Pass, layer: int, microbatch: int) -> Iterator[Task]:
-            kinds = (Kind.DISPATCH, Kind.EXPERT, Kind.COMBINE)
-            if layer in self.moe_layers:
-                for kind in kinds if direction is Pass.FORWARD else reversed(kinds):
-                    yield Task(kind, direction, layer, microbatch)
-
         for wave in self.waves:
             for layer in range(1, head):
-                for microbatch in wave:
+                yield from self._issue_layer(Pass.FORWARD, layer, layer, wave)
+            if self.forward_only:
+                yield from (Task(Kind.ATTENTION, Pass.FORWARD, head, microbatch) for microbatch in wave)
+            else:
+                for layer in range(head, 0, -1):
+                    yield from self._issue_layer(Pass.BACKWARD, layer, layer - 1, wave)
+
+    def _issue_layer(self, direction: Pass, layer: int, experts: int, wave: Sequence[int]) -> Iterator[Task]:
+        """A layer's attention in one direction, and the experts that it goes on to."""
+        there, back = (Kind.DISPATCH, Kind.COMBINE) if direction is Pass.FORWARD else (Kind.COMBINE, Kind.DISPATCH)
+        has_experts = experts in self.moe_layers
+        on_attention = has_experts and min(self.placement.holders[experts - 1]) < self.attention_members
+        attention_first = Kind.ATTENTION in self.shared and on_attention
+        for part in [wave] if attention_first else [(microbatch,) for microbatch in wave]:
+            for microbatch in part:
+                if layer > self.layers:
                     yield Task(Kind.ATTENTION, Pass.FORWARD, layer, microbatch)
-                    yield from through_experts(Pass.FORWARD, layer, microbatch)
-            for layer in range(head, 0, -1):
-                for microbatch in wave:
-                    if layer == head:
-                        yield Task(Kind.ATTENTION, Pass.FORWARD, head, microbatch)
-                    if not self.forward_only:
-                        yield Task(Kind.ATTENTION, Pass.BACKWARD, layer, microbatch)
-                        yield from through_experts(Pass.BACKWARD, layer - 1, microbatch)
+                yield Task(Kind.ATTENTION, direction, layer, microbatch)
+                if has_experts:
+                    yield Task(there, direction, experts, microbatch)
+            for microbatch in part if has_experts else ():
+                yield Task(Kind.EXPERT, direction, experts, microbatch)
+                yield Task(back, direction, experts, microbatch)
 
     def _compute_order(self) -> Iterator[Task]:
         """All A and E tasks in the order in which a member that had all of them would run them.
@@ -181,7 +192,8 @@ class Schedule:
         return {task: known[task] for task in local}
 
     def _issued_before(self, streams: dict[Stream, Order]) -> dict[Task, Order]:
-        """For each transfer of a member, the transfer before it and the last compute task to be queued before it."""
+        """For each transfer of a member, the transfer before it and the last compute task to be queued before it; for
+        each shared compute task, the transfer before it."""
         position = {task: index for index, task in enumerate(streams[Stream.COMPUTE])}
         transfers = {*streams[Stream.OUT], *streams[Stream.BACK]}
         before: dict[Task, Order] = {}
@@ -189,6 +201,8 @@ class Schedule:
         compute: Task | None = None
         for task in self.issue_order():
             if task in position:
+                if task.kind in self.shared and transfer is not None:
+                    before[task] = (transfer,)
                 compute = task if compute is None else max(compute, task, key=position.__getitem__)
             elif task in transfers:
                 before[task] = tuple(earlier for earlier in (transfer, compute) if earlier is not None)
@@ -198,7 +212,7 @@ class Schedule:
 
 def zebra(
     layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
-    forward_only: bool = False,
+    forward_only: bool = False, shared: frozenset[Kind] = frozenset(),
 ) -> Schedule:
     """Zebra parallelism: a wave's microbatches go through the model together, layer by layer.
 
@@ -210,29 +224,31 @@ def zebra(
         wave: R, the most microbatches on the way together; None for all. Waves are as equal as can be, since a short
             one at the end would have the longest bubbles.
         forward_only: no backward.
+        shared: as ``Schedule.shared``.
     """
     count = -(-microbatches // (wave or microbatches))
     bounds = [microbatches * index // count for index in range(count + 1)]
     waves = tuple(tuple(range(first, last)) for first, last in zip(bounds, bounds[1:]))
-    return Schedule(layers, placement, attention_members, waves, forward_only)
+    return Schedule(layers, placement, attention_members, waves, forward_only, shared)
 
 
 def sequential(
-    layers: int, placement: Placement, attention_members: int, microbatches: int, forward_only: bool = False
+    layers: int, placement: Placement, attention_members: int, microbatches: int, forward_only: bool = False,
+    shared: frozenset[Kind] = frozenset(),
 ) -> Schedule:
     """Naive disaggregation: one microbatch at a time, so one pool always waits for the other."""
-    return zebra(layers, placement, attention_members, microbatches, 1, forward_only)
+    return zebra(layers, placement, attention_members, microbatches, 1, forward_only, shared)
 
 
 def build(
     name: str, layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
-    forward_only: bool = False,
+    forward_only: bool = False, shared: frozenset[Kind] = frozenset(),
 ) -> Schedule:
     """The schedule that a plan names (``config.plan.SCHEDULES``)."""
     if name == "sequential":
-        return sequential(layers, placement, attention_members, microbatches, forward_only)
+        return sequential(layers, placement, attention_members, microbatches, forward_only, shared)
     assert name == "zebra"
-    return zebra(layers, placement, attention_members, microbatches, wave, forward_only)
+    return zebra(layers, placement, attention_members, microbatches, wave, forward_only, shared)
 
 
 def transfers_between(schedule: Schedule, stream: Stream, members: Sequence[int]) -> tuple[Order, ...]:

@@ -13,7 +13,7 @@ from megatron_hetermoe.cost.tasks import TaskCosts, costs_of_plan
 from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.schedule.trace import Span
 from megatron_hetermoe.simulator.events import Result, simulate
-from megatron_hetermoe.topology.layout import Layout, layout_problems
+from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def predict(plan: Plan, cluster: Cluster, origin: str, notes: Notes) -> Predicte
     """
     _check(plan, cluster, origin)
     costs = costs_of_plan(plan, cluster, kinds_of(cluster, plan.model, plan.attention_precision, notes))
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    layout = layout_of(plan)
     schedule = build(plan.schedule, plan.model.layers, costs.placement, layout.m, plan.step.microbatches, plan.wave)
     return Predicted(simulate(schedule, costs), costs, layout)
 
@@ -61,6 +61,8 @@ def _check(plan: Plan, cluster: Cluster, origin: str) -> None:
     if plan.step is None or not plan.pools:
         problems.add(f"{origin} says no step and no pools: make it with `hetermoe plan --cluster`, or there is nothing "
                      f"to price")
+    if max(plan.tensor_parallel, plan.expert_tensor_parallel) > 1:
+        problems.add(f"{origin} has tensor parallelism, which nothing prices yet: simulate a plan without it")
     for name in sorted(set(plan.pools) - cluster.pools.keys()):
         problems.add(f"{origin} uses the pool {name}, {cluster.origin} has {', '.join(cluster.pools)}: give the "
                      f"cluster file that it was made for")

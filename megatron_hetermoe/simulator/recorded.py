@@ -11,7 +11,7 @@ from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.schedule.tasks import Stream, Task
 from megatron_hetermoe.schedule.trace import OPTIMIZER, REDUCE, STEP, Span
 from megatron_hetermoe.simulator.events import MemberResult, Result
-from megatron_hetermoe.topology.layout import Layout
+from megatron_hetermoe.topology.layout import layout_of
 from megatron_hetermoe.topology.placement import Placement
 
 
@@ -33,10 +33,10 @@ def results_of(spans: Iterable[Span], plan: Plan) -> list[Result]:
         UsageError: the tasks are not those of the plan.
     """
     spans = list(spans)
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
+    layout = layout_of(plan)
     tasks = {name: Task.parse(name) for name in {span.task for span in spans}}
     microbatches = 1 + max((task.microbatch for task in tasks.values() if task), default=0)
-    placement = Placement(plan.placement, layout.m + layout.n)
+    placement = Placement(plan.placement, layout.holders)
     schedule = build(plan.schedule, plan.model.layers, placement, layout.m, microbatches, plan.wave)
     times: dict[int, dict[Task, tuple[float, float]]] = {rank: {} for rank in range(layout.world_size)}
     after: dict[tuple[int, str], tuple[float, float]] = {}
@@ -46,12 +46,12 @@ def results_of(spans: Iterable[Span], plan: Plan) -> list[Result]:
         elif span.rank in times and tasks[span.task]:
             times[span.rank][tasks[span.task]] = span.start, span.end
     seconds = max(span.end for span in spans)
-    planned = [schedule.tasks_of(member) for member in range(placement.members)]
+    planned = [schedule.tasks_of(holder) for holder in range(layout.holders)]
     results = []
     for ranks in layout.zp_groups():
         flowing = _flowing([times[rank] for rank in ranks])
-        for member, rank in enumerate(ranks):
-            if planned[member] != times[rank].keys():
+        for rank in ranks:
+            if planned[layout.holder_of(rank)] != times[rank].keys():
                 raise UsageError([f"what rank {rank} recorded is not what plan.json has for {microbatches} microbatches: "
                                   f"the folder mixes runs; record one into an empty folder"])
         last = max(end for rank in ranks for _, end in times[rank].values())

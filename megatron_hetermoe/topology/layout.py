@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_hetermoe.config.plan import Plan
+
 ATTENTION = "attention"
 EXPERT = "expert"
 
@@ -16,18 +18,28 @@ class Layout:
     one kind and launchers number node by node. A *member* is a rank's index inside its ZP group: attention
     ranks are 0 to M-1, expert ranks M to M+N-1.
 
+    Ranks next to each other share matrices, each with a part of every one: ``tensor`` attention ranks share the dense
+    part and a microbatch, ``expert_tensor`` expert ranks share experts, and are one *holder* together. An attention
+    rank is a holder by itself. Holders are numbered like members, attention ranks first.
+
     Attributes:
         attention_ranks: G x M.
         expert_ranks: G x N.
         groups: G.
+        tensor: attention ranks of one tensor-parallel group; divides M.
+        expert_tensor: expert ranks of one holder; divides N.
     """
 
     attention_ranks: int
     expert_ranks: int
     groups: int = 1
+    tensor: int = 1
+    expert_tensor: int = 1
 
     def __post_init__(self) -> None:
-        assert not layout_problems(self.attention_ranks, self.expert_ranks, self.groups)
+        assert not layout_problems(
+            self.attention_ranks, self.expert_ranks, self.groups, self.tensor, self.expert_tensor
+        )
 
     @property
     def m(self) -> int:
@@ -42,6 +54,16 @@ class Layout:
     @property
     def world_size(self) -> int:
         return self.attention_ranks + self.expert_ranks
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the dense part, which is as many microbatches as attention ranks work on at once."""
+        return self.attention_ranks // self.tensor
+
+    @property
+    def holders(self) -> int:
+        """Holders of one ZP group."""
+        return self.m + self.n // self.expert_tensor
 
     def role(self, rank: int) -> str:
         """ATTENTION or EXPERT."""
@@ -64,6 +86,18 @@ class Layout:
             return rank % self.m
         return self.m + (rank - self.attention_ranks) % self.n
 
+    def holder_of(self, rank: int) -> int:
+        """The holder of its ZP group that a rank is, or is a part of."""
+        member = self.member_of(rank)
+        return member if member < self.m else self.m + (member - self.m) // self.expert_tensor
+
+    def members_of(self, holder: int) -> tuple[int, ...]:
+        """The members of a ZP group that are a holder together."""
+        if holder < self.m:
+            return (holder,)
+        first = self.m + (holder - self.m) * self.expert_tensor
+        return tuple(range(first, first + self.expert_tensor))
+
     def rank_of(self, group: int, member: int) -> int:
         """The global rank of a ZP group's member: the inverse of group_of and member_of."""
         if member < self.m:
@@ -78,32 +112,60 @@ class Layout:
         """All ZP groups."""
         return tuple(self.zp_group(group) for group in range(self.groups))
 
-    def data_parallel(self, role: str) -> tuple[int, ...]:
-        """The ranks that share the weights of a role's dense part: the whole pool, since each attention rank has
+    def tensor_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
+        """The ranks that share a copy of a role's dense part. An expert rank has none, and is alone."""
+        return _runs(self.pool(role), self.tensor if role == ATTENTION else 1)
+
+    def data_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
+        """The ranks that have the same part of a role's dense part, whichever ZP group they are in, since each has
         its own microbatches. Expert ranks have no dense part; the group carries their pool's control."""
-        return tuple(self.pool(role))
+        return tuple(zip(*self.tensor_parallel(role)))
+
+    def expert_tensor_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
+        """The ranks of a role that are a holder together."""
+        return _runs(self.pool(role), self.expert_tensor if role == EXPERT else 1)
 
     def expert_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
-        """For each ZP group, the ranks of a role that hold its experts."""
-        members = range(self.m) if role == ATTENTION else range(self.m, self.m + self.n)
-        return tuple(tuple(self.rank_of(group, member) for member in members) for group in range(self.groups))
+        """For each ZP group, and each place in a holder, the ranks of a role that hold the group's experts."""
+        size, share = (self.n, self.expert_tensor) if role == EXPERT else (self.m, 1)
+        return tuple(
+            ranks[place::share] for ranks in _runs(self.pool(role), size) for place in range(share)
+        )
 
     def expert_data_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
-        """For each holder of a role, the ranks that are this holder in the ZP groups: they hold the same experts,
-        so they reduce the experts' gradients with each other."""
-        return tuple(zip(*self.expert_parallel(role)))
+        """For each place of a role in its ZP group, the ranks at this place in all groups: they have the same parts of
+        the same experts, so they reduce the experts' gradients with each other."""
+        return tuple(zip(*_runs(self.pool(role), self.n if role == EXPERT else self.m)))
 
 
-def layout_problems(attention_ranks: int, expert_ranks: int, groups: int) -> list[str]:
+def layout_of(plan: Plan) -> Layout:
+    """The layout that a plan decides."""
+    return Layout(
+        plan.attention_ranks, plan.expert_ranks, plan.groups, plan.tensor_parallel, plan.expert_tensor_parallel
+    )
+
+
+def layout_problems(
+    attention_ranks: int, expert_ranks: int, groups: int, tensor: int = 1, expert_tensor: int = 1
+) -> list[str]:
     """What keeps these numbers from being a layout, one sentence each."""
     if groups < 1:
         return [f"{groups} ZP groups: a layout needs at least one"]
     problems = []
-    for name, ranks in (("attention", attention_ranks), ("expert", expert_ranks)):
-        if ranks < 1:
+    for name, ranks, share in (("attention", attention_ranks, tensor), ("expert", expert_ranks, expert_tensor)):
+        unit = groups * max(1, share)
+        if share < 1:
+            problems.append(f"tensor parallelism of {share} {name} ranks: it must be 1 or more")
+        elif ranks < 1:
             problems.append(f"a layout needs at least one {name} rank")
-        elif ranks % groups:
-            lower, upper = ranks // groups * groups, (ranks // groups + 1) * groups
-            fits = f"{lower} or {upper}" if lower else str(upper)
-            problems.append(f"{ranks} {name} ranks do not divide into {groups} ZP groups; take {fits} of them")
+        elif ranks % unit:
+            lower = ranks // unit * unit
+            fits = f"{lower} or {lower + unit}" if lower else str(unit)
+            each = f" of {share} {name} ranks a tensor-parallel group" if share > 1 else ""
+            problems.append(f"{ranks} {name} ranks do not divide into {groups} ZP groups{each}; take {fits} of them")
     return problems
+
+
+def _runs(ranks: range, length: int) -> tuple[tuple[int, ...], ...]:
+    """Ranks in groups of so many next to each other."""
+    return tuple(tuple(ranks[first:first + length]) for first in range(0, len(ranks), length))

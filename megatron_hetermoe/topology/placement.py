@@ -17,14 +17,14 @@ _DIGITS = 12  # of an expert's or a layer's number; Python itself refuses to rea
 
 @dataclass(frozen=True)
 class Placement:
-    """For each layer from 1 on, the holder of each of its experts, as a member of the ZP group.
+    """For each layer from 1 on, the holder of each of its experts (``Layout.holder_of``).
 
     Any map is valid: holders may have different numbers of experts, or none in a layer, and attention ranks may
     be holders. The result of the paper's asymmetric expert assignment (Asym-EA, section 4) is such a map.
 
     Attributes:
-        holders: ``holders[layer - 1][expert]`` is a member; empty for a layer without experts.
-        members: M + N.
+        holders: ``holders[layer - 1][expert]`` is a holder; empty for a layer without experts.
+        members: holders of a ZP group: M + N, or fewer where several expert ranks are one holder.
     """
 
     holders: tuple[tuple[int, ...], ...]
@@ -56,13 +56,13 @@ class Placement:
 
 def even_placement(shape: ModelShape, layout: Layout) -> Placement:
     """Experts spread over the expert ranks in blocks, the first ones taking what does not divide."""
-    base, extra = divmod(shape.experts, layout.n)
+    base, extra = divmod(shape.experts, layout.holders - layout.m)
     layer = tuple(
-        layout.m + holder for holder in range(layout.n) for _ in range(base + (holder < extra))
+        layout.m + holder for holder in range(layout.holders - layout.m) for _ in range(base + (holder < extra))
     )
     return Placement(
         tuple(layer if number in shape.moe_layers else () for number in range(1, shape.layers + 1)),
-        layout.m + layout.n,
+        layout.holders,
     )
 
 
@@ -71,7 +71,7 @@ def placement_from_document(document: Any, shape: ModelShape, layout: Layout, or
 
     The document has ``experts``, the model's number of them, and ``layers``, which gives for a layer's number,
     or for "all" layers that have no entry of their own, each holder's experts. Holders are called a0 to a{M-1}
-    and e0 to e{N-1}; experts are a list of numbers, or of ranges such as "4-7"::
+    and from e0 on, each as many expert ranks as share their experts; experts are a list of numbers, or of ranges such as "4-7"::
 
         experts: 8
         layers:
@@ -95,7 +95,7 @@ def placement_from_document(document: Any, shape: ModelShape, layout: Layout, or
         if key != EVERY_LAYER and key not in shape.moe_layers:
             what = "has no experts" if key in range(1, shape.layers + 1) else "does not exist"
             problems.add(f"{origin}: layer {key} {what} (layers with experts: {_ranges(shape.moe_layers)})")
-    names = {f"a{i}": i for i in range(layout.m)} | {f"e{j}": layout.m + j for j in range(layout.n)}
+    names = {f"a{i}": i for i in range(layout.m)} | {f"e{j}": layout.m + j for j in range(layout.holders - layout.m)}
     holders: list[tuple[int, ...]] = []
     for layer in range(1, shape.layers + 1):
         if layer not in shape.moe_layers:
@@ -106,7 +106,7 @@ def placement_from_document(document: Any, shape: ModelShape, layout: Layout, or
             entry = entries.get(layer, entries.get(EVERY_LAYER))
             holders.append(_layer_holders(entry, shape.experts, names, f"{origin}: layer {layer}", problems))
     problems.raise_if_any()
-    return Placement(tuple(holders), layout.m + layout.n)
+    return Placement(tuple(holders), layout.holders)
 
 
 def _layer_number(key: Any) -> Any:

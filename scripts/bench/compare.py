@@ -35,7 +35,7 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
 
 SHARE, KERNELS = 25, {FAST: "flash", SLOW: "efficient"}  # percent of the GPU; attention kernel of each pool
-STEPS, WARM_UP = 14, 8  # routing is uneven at first
+STEPS, WARM_UP = 12, 6  # routing is uneven at first
 VOCABULARY = 32_000
 
 # The paper's models: layers, width, experts. Its file names no more; widths inside an expert are Mixtral's 3.5 x hidden.
@@ -49,15 +49,17 @@ class System:
     Attributes:
         pools: of each rank.
         flags: beyond the model's, for a rank with that attention kernel.
+        blocks: of NCCL on a GPU, for each communicator. Ours wait beside compute, stock's while nothing else runs.
     """
 
     pools: tuple[str, ...]
     flags: Callable[[str], tuple[str, ...]]
+    blocks: int = 1
 
 
 def stock(pools: Sequence[str]) -> System:
     """Stock expert parallelism over ranks of these pools."""
-    return System(tuple(pools), lambda kernel: ("--expert-model-parallel-size", str(len(pools))))
+    return System(tuple(pools), lambda kernel: ("--expert-model-parallel-size", str(len(pools))), blocks=4)
 
 
 def disaggregated(fast: Sequence[str], slow: Sequence[str], *flags: str) -> System:
@@ -109,8 +111,7 @@ def model_flags(model: str, length: int, batch: int) -> dict[str, object]:
     bare = (
         "group-query-attention", "swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights", "bf16",
         "mock-data", "no-create-attention-mask-in-dataloader", "no-persist-layer-norm", "no-masked-softmax-fusion",
-        "no-gradient-accumulation-fusion", "no-bias-swiglu-fusion", "no-bias-dropout-fusion", "no-rope-fusion",
-        "no-check-for-nan-in-loss-and-grad",
+        "no-gradient-accumulation-fusion", "no-rope-fusion", "no-check-for-nan-in-loss-and-grad",
     )
     return {f"--{name}": value for name, value in {**flags, **dict.fromkeys(bare, True)}.items()}
 
@@ -138,7 +139,7 @@ def measure(system: System, flags: Sequence[str], slow_share: int, limit: float)
         script = Path(__file__).with_name("rank.py")
         ended = lab.run(ranks, lambda index: [
             script, record, ranks[index].kernel, str(limit - 10), *flags,
-            *system.flags(ranks[index].kernel)], limit)
+            *system.flags(ranks[index].kernel)], limit, system.blocks)
         if ended.failure:
             return ended.failure
         records = [[json.loads(line) for line in Path(f"{record}.{rank}").read_text().splitlines()]
@@ -167,6 +168,7 @@ def main() -> int:
     parser.add_argument("--memory-gb", nargs=2, type=float, default=(16, 20), metavar=("FAST", "SLOW"),
                         help="that a rank of each pool may take, for the planner")
     parser.add_argument("--profile-lengths", nargs="+", type=int, help="to profile at (default: --lengths)")
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="record the tasks of disaggregated cells there")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a cell may take")
     args = parser.parse_args()
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
@@ -191,7 +193,11 @@ def main() -> int:
 def _cell(args: argparse.Namespace, priced: Prices, model: str, length: int, name: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         system = planned(priced.plans[name], Path(folder)) if name in PLANNED else systems(*args.ranks)[name]
-        figures = measure(system, words(model_flags(model, length, args.batch)), args.slow_share, args.limit)
+        flags = words(model_flags(model, length, args.batch))
+        if args.trace and "--hetermoe" in system.flags(KERNELS[FAST]):
+            cell = f"{model}-{length}-{'-'.join(map(str, args.ranks))}-{name.replace(', ', '-')}"
+            flags += ["--hetermoe-trace", str(args.trace / cell)]
+        figures = measure(system, flags, args.slow_share, args.limit)
     return {**figures, "pools": system.pools}
 
 

@@ -42,7 +42,9 @@ class Ended(NamedTuple):
         return {"failed": f"exit codes {self.codes}", "log": [log[-6000:] for log in self.logs]}
 
 
-def run(ranks: Sequence[Rank], argv_of: Callable[[int], Sequence[object]], limit: float) -> Ended:
+def run(
+    ranks: Sequence[Rank], argv_of: Callable[[int], Sequence[object]], limit: float, blocks: int | None = None
+) -> Ended:
     """Runs one Python process a rank, all at once, and waits for them.
 
     The service is started for them alone, on a pipe of its own: after a rank was killed it may call the GPU busy for a
@@ -52,16 +54,20 @@ def run(ranks: Sequence[Rank], argv_of: Callable[[int], Sequence[object]], limit
         ranks: the virtual GPUs.
         argv_of: a rank's words after ``python``.
         limit: seconds.
+        blocks: the most that a communicator of NCCL may use on a GPU; all must fit beside each other. None leaves it to
+            the program.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = {
-            "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "4", "NCCL_NVLS_ENABLE": "0",
+            "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0",
             "CUDA_DEVICE_MAX_CONNECTIONS": "16", "WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(20000 + hash(name) % 10000), "LOCAL_RANK": "0", "PYTHONWARNINGS": "ignore",
             "OMP_NUM_THREADS": "4", **os.environ,
             "CUDA_MPS_PIPE_DIRECTORY": str(folder / "mps"), "CUDA_MPS_LOG_DIRECTORY": str(folder / "mps-log"),
         }
+        if blocks:
+            environment["NCCL_MAX_CTAS"] = str(blocks)
         environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
         for variable in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
             Path(environment[variable]).mkdir()

@@ -70,7 +70,7 @@ def take_profiles(
         })
     cluster.write_text(yaml.safe_dump({"pools": pools}, sort_keys=False))
     _succeed(lab.run(ranks, lambda index: [
-        "-m", "megatron_hetermoe", "profile", "--network", "--cluster", cluster, "--out", measured], limit))
+        "-m", "megatron_hetermoe", "profile", "--network", "--cluster", cluster, "--out", measured], limit, 1))
     return measured
 
 

@@ -82,7 +82,9 @@ def test_placements(tmp_path, placement, document, said):
         ([*OURS, *tiny(num_experts=None)], "the model has no experts"),
         ([*OURS, *tiny(moe_router_topk=1)], "Please use --moe-router-pre-softmax when topk is 1"),
         ([*OURS, *tiny(lr_decay_style="zigzag")], "zigzag"),
-        ([*OURS, *tiny(tensor_model_parallel_size=2)], "--tensor-model-parallel-size above 1 is not supported"),
+        ([*OURS, *tiny(tensor_model_parallel_size=2)],
+         "--tensor-model-parallel-size above 1 without --sequence-parallel is not supported with --hetermoe: add it"),
+        ([*OURS, *tiny(context_parallel_size=2)], "--context-parallel-size above 1 is not supported"),
         ([*OURS, *tiny(train_iters=5, lr_warmup_iters=5)],
          "--lr-warmup-iters 5 does not end before --train-iters 5"),
         ([*OURS[1:], *tiny()], "without --hetermoe: add --hetermoe"),
@@ -93,6 +95,29 @@ def test_placements(tmp_path, placement, document, said):
 )
 def test_flags(tmp_path, argv, said):
     assert said in refused(argv, tmp_path)
+
+
+def test_tensor_parallelism_that_does_not_fit(tmp_path):
+    """Ranks, batch and sizes at once; the batch divides by microbatches, which ranks share."""
+    said = refused(
+        ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "3",
+         *tiny(tensor_model_parallel_size=3, sequence_parallel=True, expert_tensor_parallel_size=2, global_batch_size=3,
+               micro_batch_size=2, moe_ffn_hidden_size=33)], tmp_path, 5,
+    )
+    for problem in (
+        "2 attention ranks do not divide into 1 ZP groups of 3 attention ranks a tensor-parallel group; take 3",
+        "3 expert ranks do not divide into 1 ZP groups of 2 expert ranks a tensor-parallel group; take 2 or 4",
+        "--tensor-model-parallel-size 3 does not divide --seq-length 32",
+        "--expert-tensor-parallel-size 2 does not divide --moe-ffn-hidden-size 33",
+        "2 attention ranks / 3 that share a microbatch = 2: take 2 or 4",
+    ):
+        assert problem in said, problem
+
+
+def test_split_experts_beside_whole_ones(tmp_path, placement):
+    argv = placement(experts=8, layers={"all": {"a0": [0], "e0": ["1-7"]}})
+    said = refused([*OURS, *argv, *tiny(expert_tensor_parallel_size=2)], tmp_path)
+    assert "experts on attention ranks, where they are whole" in said and "place all experts on expert ranks" in said
 
 
 def test_a_plan_that_was_reckoned_with_other_flags(tmp_path):

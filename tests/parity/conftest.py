@@ -15,7 +15,7 @@ SHAPE = (
     "moe_shared_expert_intermediate_size", "disable_bias_linear", "moe_router_enable_expert_bias",
     "moe_router_score_function", "qk_layernorm", "num_query_groups", "ffn_hidden_size", "moe_shared_expert_gate",
     "position_embedding_type", "normalization", "add_qkv_bias", "swiglu", "squared_relu", "quick_geglu",
-    "no_bias_gelu_fusion",
+    "no_bias_gelu_fusion", "moe_ffn_hidden_size",
 )
 REL = 1e-5
 
@@ -48,9 +48,14 @@ class Parity:
         return tiny(load=self.weights(**model), finetune=True, no_load_optim=True, no_load_rng=True, **model)
 
     def stock(self, world: int, **model: object) -> Run:
-        """Stock Megatron on so many ranks, as expert-parallel as the number of experts allows."""
+        """Stock Megatron on so many ranks, as tensor-parallel as ours and as expert-parallel as experts allow.
+
+        Experts are whole: where stock Megatron splits them it gathers uneven numbers of tokens, which gloo refuses.
+        """
         expert_parallel = world if int(model.get("num_experts", 8)) % world == 0 else 1
-        flags = self.flags(**{"expert_model_parallel_size": expert_parallel, **model})
+        flags = self.flags(**{
+            "expert_model_parallel_size": expert_parallel, **model, "expert_tensor_parallel_size": 1,
+        })
         key = (world, *flags)
         if key not in self._references:
             self._references[key] = run_ranks(flags, world, cwd=self.folder).check()

@@ -37,6 +37,25 @@ def test_every_parameters_gradient(parity, m, n, g, per_token):
     assert sum("experts" in name for name in theirs) == 4 and all(theirs.values())
 
 
+@pytest.mark.parametrize(
+    "m, n, g, per_token, sizes",
+    [
+        (2, 1, 1, False, {"tensor_model_parallel_size": 2}),
+        (4, 3, 1, False, {"tensor_model_parallel_size": 2, "moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1}),
+        (2, 1, 2, True, {"tensor_model_parallel_size": 2, "moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1}),
+        (1, 4, 1, False, {"expert_tensor_parallel_size": 2}),
+        (4, 2, 1, True, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    ],
+)
+def test_tensor_parallel_parts(parity, m, n, g, per_token, sizes):
+    """The first rank's parts of the dense weights, and all parts of all experts."""
+    model = {"train_iters": 1, "calculate_per_token_loss": per_token, "sequence_parallel": True, **sizes}
+    theirs = squares(parity.stock(m * g, **model).gradients, 1)
+    ours = squares(parity.disaggregated(m, n, g, **model).gradients, g)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert sum("experts" in name for name in theirs) == 4 and all(theirs.values())
+
+
 def test_experts_on_both_roles(parity):
     placement = placement_file(
         parity, experts=8, layers={1: {"a0": [0, 5], "e0": [1, 2, 3], "e1": [4, 6, 7]}, 2: {"e1": ["0-7"]}}

@@ -48,8 +48,8 @@ def disaggregated(m: int, n: int, g: int = 1, *more: str) -> tuple[list[str], in
     return [*words, "--hetermoe-groups", str(g), *more], (m + n) * g
 
 
-def stock(world: int, expert_parallel: int) -> tuple[list[str], int]:
-    return ["--expert-model-parallel-size", str(expert_parallel)], world
+def stock(world: int, expert_parallel: int, *more: str) -> tuple[list[str], int]:
+    return ["--expert-model-parallel-size", str(expert_parallel), *more], world
 
 
 @pytest.fixture
@@ -88,3 +88,19 @@ def test_from_stock_without_expert_parallelism(tmp_path, uneven, variant):
     journey.leg(None, stock(2, 1), "start", 3)
     assert_same_steps(journey.leg("start", uneven, "ours", 6), expected[3:6], rel=rel)
     assert_same_steps(journey.leg("ours", stock(2, 2), "stock", 9), expected[6:9], rel=rel)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_between_tensor_parallel_sizes(tmp_path, variant):
+    """From whole to split attention and experts, to stock Megatron, and back to whole ones."""
+    journey = Journey(tmp_path, **VARIANTS[variant])
+    rel = 1e-5 if "fp16" not in variant else 1e-3
+    tensor = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size"]
+    expected = journey.whole(disaggregated(2, 2))
+    legs = [
+        (None, disaggregated(2, 2), "start", 3), ("start", disaggregated(2, 2, 1, *tensor, "2"), "split", 6),
+        ("split", stock(2, 2, *tensor, "1"), "stock", 9), ("stock", disaggregated(1, 2), "whole", 12),
+    ]
+    for source, layout, target, until in legs:
+        steps = journey.leg(source, layout, target, until)
+        assert_same_steps(steps, expected[until - 3:until], rel=rel)

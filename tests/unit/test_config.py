@@ -111,6 +111,21 @@ def test_a_plan_file_decides_and_flags_may_only_agree(tmp_path):
         assert problem in said
 
 
+def test_tensor_parallelism_is_part_of_the_plan(tmp_path):
+    """Two expert ranks are one holder; a plan file and Megatron's flags must say the same."""
+    problems = Problems()
+    plan = resolve(BASE, shape(), "fp32", 4, problems, tensor=2, expert_tensor=2)
+    assert not problems and plan.placement == ((2,) * 8,) * 2
+    assert (plan.tensor_parallel, plan.expert_tensor_parallel) == (2, 2)
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json())
+    from_file = Flags(True, plan=str(path))
+    assert resolve(from_file, shape(), "fp32", 4, problems, tensor=2, expert_tensor=2) == plan
+    assert resolve(from_file, shape(), "fp32", 4, problems, tensor=1, expert_tensor=2) is None
+    with pytest.raises(UsageError, match="--tensor-model-parallel-size 1 disagrees with 2"):
+        problems.raise_if_any()
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -119,7 +134,7 @@ def test_a_plan_file_decides_and_flags_may_only_agree(tmp_path):
         ({"colour": 1}, "unknown key 'colour'"),
         ({"placement": [[0, 1], "x"]}, "'placement'"),
         ({"model": {}}, "'layers' is missing"),
-        ({"placement": [[9] * 8] * 2}, "names holders beyond the 4 members"),
+        ({"placement": [[9] * 8] * 2}, "names holders beyond the 4 that a ZP group has"),
         ({"placement": [[2] * 8]}, "placement has [8] experts by layer, the model [8, 8]"),
         ({"groups": 0}, "0 ZP groups"),
     ],

@@ -24,8 +24,10 @@ def schedules(draw):
         tuple(draw(st.one_of(st.just(()), holders, holders)) for _ in range(layers)), m + n
     )
     name = draw(st.sampled_from(["zebra", "sequential"]))
+    shared = frozenset(draw(st.sets(st.sampled_from([Kind.ATTENTION, Kind.EXPERT]))))
     return build(
-        name, layers, placement, m, draw(st.integers(1, 7)), draw(st.none() | st.integers(1, 8)), draw(st.booleans())
+        name, layers, placement, m, draw(st.integers(1, 7)), draw(st.none() | st.integers(1, 8)), draw(st.booleans()),
+        shared,
     )
 
 
@@ -34,6 +36,37 @@ def schedules(draw):
 def test_any_schedule_can_run(schedule):
     """Every dependency holds, both ends of a channel see one order, and nothing waits for itself."""
     assert violations(schedule) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedules())
+def test_whatever_holds_a_queue_is_queued_in_one_order(schedule):
+    """On every member, transfers and tasks that ranks share are queued in the issue order, whatever threads do."""
+    position = {task: index for index, task in enumerate(schedule.issue_order())}
+    for member in range(schedule.placement.members):
+        orders = schedule.member(member)
+        before = {task: set(orders.waits[task]) | set(orders.issued_before.get(task, ())) for task in orders.waits}
+        for order in orders.streams.values():
+            for task, following in zip(order, order[1:]):
+                before[following].add(task)
+        attention = member < schedule.attention_members
+        # An attention rank's experts are its own, even where expert ranks share theirs.
+        held = sorted(
+            (task for task in before if task.stream is not Stream.COMPUTE
+             or task.kind in schedule.shared - ({Kind.EXPERT} if attention else set())), key=position.__getitem__
+        )
+        for task, following in zip(held, held[1:]):
+            assert task in reached(following, before), f"member {member} may queue {following} before {task}"
+
+
+def reached(task: Task, before: dict[Task, set[Task]]) -> set[Task]:
+    """All that comes before a task."""
+    found, left = set(), [task]
+    while left:
+        for earlier in before[left.pop()] - found:
+            found.add(earlier)
+            left.append(earlier)
+    return found
 
 
 @settings(max_examples=100, deadline=None)

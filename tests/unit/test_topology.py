@@ -16,8 +16,10 @@ sizes = st.integers(1, 7)
 
 @st.composite
 def layouts(draw):
-    groups = draw(st.integers(1, 4))
-    return Layout(draw(sizes) * groups, draw(sizes) * groups, groups)
+    groups, tensor, expert_tensor = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return Layout(
+        draw(sizes) * groups * tensor, draw(sizes) * groups * expert_tensor, groups, tensor, expert_tensor
+    )
 
 
 @given(layouts())
@@ -33,7 +35,10 @@ def test_every_rank_has_one_place(layout):
 def test_groups_partition_their_pools(layout):
     for role in (ATTENTION, EXPERT):
         pool = list(layout.pool(role))
-        for groups in (layout.expert_parallel(role), layout.expert_data_parallel(role)):
+        for groups in (
+            layout.tensor_parallel(role), layout.data_parallel(role), layout.expert_tensor_parallel(role),
+            layout.expert_parallel(role), layout.expert_data_parallel(role),
+        ):
             assert sorted(rank for group in groups for rank in group) == pool
         for group in layout.expert_data_parallel(role):
             assert len({layout.member_of(rank) for rank in group}) == 1
@@ -44,17 +49,41 @@ def test_groups_partition_their_pools(layout):
 def test_process_groups_of_two_zp_groups_by_hand():
     layout = Layout(attention_ranks=4, expert_ranks=6, groups=2)
     assert layout.zp_groups() == ((0, 1, 4, 5, 6), (2, 3, 7, 8, 9))
-    assert layout.data_parallel(ATTENTION) == (0, 1, 2, 3)
+    assert layout.data_parallel(ATTENTION) == ((0, 1, 2, 3),)
     assert layout.expert_parallel(EXPERT) == ((4, 5, 6), (7, 8, 9))
     assert layout.expert_data_parallel(EXPERT) == ((4, 7), (5, 8), (6, 9))
     assert layout.expert_data_parallel(ATTENTION) == ((0, 2), (1, 3))
+
+
+def test_process_groups_with_tensor_parallelism_by_hand():
+    """Four attention ranks in pairs, and four expert ranks that are two holders, in each of two ZP groups."""
+    layout = Layout(attention_ranks=8, expert_ranks=8, groups=2, tensor=2, expert_tensor=2)
+    assert layout.tensor_parallel(ATTENTION) == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert layout.data_parallel(ATTENTION) == ((0, 2, 4, 6), (1, 3, 5, 7)) and layout.replicas == 4
+    assert layout.tensor_parallel(EXPERT) == tuple((rank,) for rank in range(8, 16))
+    assert layout.expert_tensor_parallel(EXPERT) == ((8, 9), (10, 11), (12, 13), (14, 15))
+    assert layout.expert_parallel(EXPERT) == ((8, 10), (9, 11), (12, 14), (13, 15))
+    assert layout.expert_parallel(ATTENTION) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert layout.expert_data_parallel(EXPERT) == ((8, 12), (9, 13), (10, 14), (11, 15))
+    assert layout.holders == 6 and [layout.holder_of(rank) for rank in (4, 7, 12, 13, 14, 15)] == [0, 3, 4, 4, 5, 5]
+
+
+@given(layouts())
+def test_every_member_is_a_part_of_one_holder(layout):
+    members = [member for holder in range(layout.holders) for member in layout.members_of(holder)]
+    assert members == list(range(layout.m + layout.n))
+    for rank in range(layout.world_size):
+        assert layout.member_of(rank) in layout.members_of(layout.holder_of(rank))
 
 
 @pytest.mark.parametrize(
     "numbers, said",
     [((0, 2, 1), "at least one attention rank"), ((2, 0, 1), "at least one expert rank"),
      ((5, 4, 2), "5 attention ranks do not divide into 2 ZP groups; take 4 or 6"),
-     ((1, 4, 4), "1 attention ranks do not divide into 4 ZP groups; take 4")],
+     ((1, 4, 4), "1 attention ranks do not divide into 4 ZP groups; take 4"),
+     ((6, 4, 2, 2), "6 attention ranks do not divide into 2 ZP groups of 2 attention ranks a tensor-parallel group; take 4 or 8"),
+     ((4, 3, 1, 2, 2), "3 expert ranks do not divide into 1 ZP groups of 2 expert ranks a tensor-parallel group; take 2 or 4"),
+     ((4, 4, 1, 0), "tensor parallelism of 0 attention ranks")],
 )
 def test_layouts_that_cannot_be(numbers, said):
     assert said in " ".join(layout_problems(*numbers))
@@ -64,7 +93,7 @@ def test_layouts_that_cannot_be(numbers, said):
 def test_even_placement_holds_every_expert_once(layout, experts, layers):
     placement = even_placement(shape(experts=experts, layers=layers), layout)
     for layer in range(1, layers + 1):
-        held = [placement.held(layer, member) for member in range(layout.m + layout.n)]
+        held = [placement.held(layer, holder) for holder in range(layout.holders)]
         assert sorted(expert for part in held for expert in part) == list(range(experts))
         assert not any(held[: layout.m]), "attention ranks hold experts only where asked to"
         counts = [len(part) for part in held[layout.m:]]
