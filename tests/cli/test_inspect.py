@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,23 @@ def test_a_recorded_transfer_has_what_it_moved(trace):
     for spans in (owner, holder):
         last = max(span.end for span in spans.values() if span.stream == "compute")
         assert last <= spans["reduce"].start <= spans["reduce"].end <= spans["optimizer"].start
+
+
+def test_a_holder_of_several_ranks_is_shown_by_its_ranks(tmp_path):
+    """Two expert ranks share all experts, and each gets the rows of one of two attention ranks."""
+    flags = tiny(train_iters=2, global_batch_size=2, tensor_model_parallel_size=2, sequence_parallel=True,
+                 expert_tensor_parallel_size=2)
+    ranks = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2"]
+    run_ranks([*ranks, "--hetermoe-trace", "spans", *flags], 4, cwd=tmp_path).check()
+    page = tmp_path / "report.html"
+    assert main(["trace", str(tmp_path / "spans"), "--out", str(page)]) == 0
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', page.read_text())[1])
+    (shown,) = data["runs"]
+    assert [entry["rank"] for entry in shown["ranks"]] == [0, 1, 2, 3]
+    rows = 2 * 32 * 2 * 2  # microbatches, tokens, experts of each, layers
+    assert [holder["rank"] for holder in shown["load"]["holders"]] == [2, 3]
+    assert sum(holder["tokens"] for holder in shown["load"]["holders"]) == rows
+    assert sum(sum(layer["tokens"]) for layer in shown["load"]["layers"]) == rows
 
 
 @pytest.mark.parametrize("name", ["timeline.svg", "timeline.json"])
