@@ -20,11 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _train(argv)
     except UsageError as error:
-        # All ranks find the same; one a machine says it.
-        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-            print(error.message(), file=sys.stderr, flush=True)
-        return EXIT_CODE
+        return refuse(error)
     return 0
+
+
+def refuse(error: UsageError) -> int:
+    """Says what is wrong, once a machine since all ranks find the same. Returns the exit code."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        print(error.message(), file=sys.stderr, flush=True)
+    return EXIT_CODE
 
 
 def _train(argv: list[str]) -> None:
@@ -41,6 +45,8 @@ def _train(argv: list[str]) -> None:
         if os.environ.get("RANK", "0") == "0":
             for line in changes:
                 print(line, flush=True)
+    elif flags.slow_down is not None:
+        problems.add("--hetermoe-slow-down is for ranks without a GPU, whose tasks wait: leave it out")
     import torch
 
     if flags.enabled:

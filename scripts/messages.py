@@ -21,7 +21,7 @@ START, END = "<!-- messages: written by scripts/messages.py -->", "<!-- end of m
 HOLE = "…"  # what the message fills in
 
 # Functions that make sentences, which their callers add.
-MAKERS = {"layout_problems", "nothing_fits", "grouped_obstacle", "unmet", "_syntax_problem"}
+MAKERS = re.compile(r"\w*_(problems?|obstacle)|nothing_fits|unmet|_other_shards")
 RAISED = {"RuntimeError", "OSError", "ValueError"}
 
 # Where a message comes from, and what it is about. A module that is not here is described by its own first line.
@@ -67,8 +67,9 @@ def messages(path: Path) -> list[str]:
     found: dict[str, None] = {}
     for node in ast.walk(tree):
         for argument in _arguments(node):
-            texts = [text for value in (argument, *_assigned(argument, tree)) for text in _texts(value)]
-            if not texts and not _followed(argument, tree):
+            values = list(_expanded(argument, tree))
+            texts = [text for value in values for text in _texts(value)]
+            if not texts and not any(map(_is_found_elsewhere, values)):
                 raise SystemExit(f"{path.relative_to(ROOT)}, line {node.lineno}: the text of this message cannot be "
                                  f"followed: {ast.unparse(node)}")
             found |= dict.fromkeys(" ".join(text.split()) for text in texts)
@@ -78,7 +79,7 @@ def messages(path: Path) -> list[str]:
 
 def _arguments(node: ast.AST) -> Iterator[ast.expr]:
     """The expressions that hold a message, of a node that makes one."""
-    if isinstance(node, ast.FunctionDef) and node.name in MAKERS:
+    if isinstance(node, ast.FunctionDef) and MAKERS.fullmatch(node.name):
         for inner in ast.walk(node):
             if isinstance(inner, ast.Return) and inner.value and list(_texts(inner.value)):
                 yield inner.value
@@ -116,30 +117,49 @@ def _texts(node: ast.expr) -> Iterator[str]:
         yield from _texts(node.elt)
 
 
-def _assigned(node: ast.expr, tree: ast.Module) -> list[ast.expr]:
-    """What a name stands for somewhere in its module: assigned values, and what a loop over it goes through."""
+def _expanded(node: ast.expr, tree: ast.Module, seen: frozenset[str] = frozenset()) -> Iterator[ast.expr]:
+    """An expression and those that it stands for in its module: what its names were assigned, what a loop goes through,
+    what ranks gave each other."""
+    yield node
+    inner: list[ast.expr] = []
+    if isinstance(node, ast.Name) and node.id not in seen:
+        seen |= {node.id}
+        inner = _assigned(node.id, tree)
+    elif isinstance(node, ast.Subscript):
+        inner = [node.value]
+    elif isinstance(node, (ast.ListComp, ast.GeneratorExp)):
+        inner = [node.elt, *(part.iter for part in node.generators)]
+    elif isinstance(node, (ast.List, ast.Tuple)):
+        inner = node.elts
+    elif isinstance(node, ast.IfExp):
+        inner = [node.body, node.orelse]
+    for value in inner:
+        yield from _expanded(value, tree, seen)
+
+
+def _assigned(name: str, tree: ast.Module) -> list[ast.expr]:
+    """What a name is given somewhere in its module."""
     values = []
-    for other in ast.walk(tree) if isinstance(node, ast.Name) else ():
-        if isinstance(other, (ast.For, ast.comprehension)):
-            targets, value = [other.target], other.iter
-        elif isinstance(other, ast.Assign):
-            targets, value = other.targets, other.value
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.For, ast.comprehension)):
+            targets, value = [node.target], node.iter
+        elif isinstance(node, ast.Assign):
+            targets, value = node.targets, node.value
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "all_gather_object":
+            targets, value = node.args[:1], node.args[1]
         else:
             continue
-        if any(isinstance(target, ast.Name) and target.id == node.id for target in targets):
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             values.append(value)
     return values
 
 
-def _followed(node: ast.expr, tree: ast.Module) -> bool:
-    """Whether an argument that is no text holds messages which are found elsewhere: made by one of MAKERS, directly, in
-    a loop, or under a name; or what another check has collected."""
-    if isinstance(node, (ast.Call, ast.Attribute)):
-        inner = getattr(node, "func", node)
-        return getattr(inner, "attr", getattr(inner, "id", "")) in MAKERS | {"_problems", "problems"}
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return all(_followed(element, tree) for element in node.elts)
-    return any(_followed(value, tree) for value in _assigned(node, tree))
+def _is_found_elsewhere(node: ast.expr) -> bool:
+    """Whether an expression holds messages that are found where they are made: by MAKERS, or collected by another
+    check."""
+    inner = getattr(node, "func", node)
+    name = getattr(inner, "attr", getattr(inner, "id", ""))
+    return isinstance(node, (ast.Call, ast.Attribute)) and (name == "problems" or bool(MAKERS.fullmatch(name)))
 
 
 def written() -> str:

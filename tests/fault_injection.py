@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import random
 import signal
@@ -24,14 +25,17 @@ import megatron.core.dist_checkpointing.serialization as serialization
 import megatron.training.checkpointing as checkpointing
 import megatron.training.training as training
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 
 from megatron_hetermoe.mcore import checkpoints, forward_backward, optimizer, pretrain
 from megatron_hetermoe.runtime import executor, peers
+from megatron_hetermoe.runtime.channels import Channel
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.schedule.tasks import Pass, Stream
 
 SLOW = 5.0  # seconds; longer than the time-out of the tests
+LATE = 0.3  # seconds
 STEP = 2  # the training step in which tasks are hit; the first one may be slow for reasons of its own
 
 
@@ -47,6 +51,17 @@ def _full() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def _delay_messages() -> None:
+    """From now on every message of this rank is late."""
+    original = Channel.exchange
+
+    def exchange(self: Any, *args: Any) -> None:
+        time.sleep(LATE)
+        original(self, *args)
+
+    Channel.exchange = exchange
+
+
 KINDS: dict[str, Callable[[], object]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": _stop,
@@ -54,6 +69,7 @@ KINDS: dict[str, Callable[[], object]] = {
     "exit": lambda: os._exit(7),
     "sys-exit": lambda: sys.exit(5),
     "full": _full,
+    "late": _delay_messages,
     "slow": lambda: time.sleep(SLOW),
     # Nothing else of the rank runs meanwhile, its heartbeat included: PyDLL keeps the interpreter's lock.
     "busy": lambda: ctypes.PyDLL(None).usleep(int(SLOW * 1e6)),
@@ -97,6 +113,45 @@ def spoil(what: str, rank: int) -> None:
     forward_backward.ForwardBackward.__call__ = call
 
 
+def corrupt(what: str, rank: int, folder: Path) -> None:
+    """Flips a bit of what a rank receives in a transfer of step STEP: ``rank:task``, such as ``2:DF_1,2``."""
+    victim, name = what.split(":")
+    if rank != int(victim):
+        return
+    original_run, original_exchange, steps, now = executor.run, Channel.exchange, [0], threading.local()
+
+    def run(schedule: Any, table: Any, *args: Any) -> None:
+        steps[0] += 1
+
+        def noted(task: Any, call: Callable[[Any], None]) -> None:
+            now.hit = steps[0] == STEP and str(task) == name
+            call(task)
+
+        original_run(schedule, {key: (lambda task, call=call: noted(task, call)) for key, call in table.items()}, *args)
+
+    def exchange(self: Any, sends: Any = (), receives: Any = ()) -> None:
+        original_exchange(self, sends, receives)
+        for message in receives:
+            if getattr(now, "hit", False) and message.tensor.is_floating_point() and message.tensor.numel():
+                message.tensor.view(torch.int32).view(-1)[0] ^= 1
+                (folder / "fired").write_text(str(time.time()))
+                now.hit = False
+
+    executor.run, Channel.exchange = run, exchange
+
+
+def skew_router(what: str) -> None:
+    """Makes every router prefer and avoid experts: ``expert:logit,expert:logit``, added to what it says of a token."""
+    added = {int(expert): float(logit) for expert, _, logit in (entry.partition(":") for entry in what.split(","))}
+    original = TopKRouter.gating
+
+    def gating(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        logits = original(self, tokens)
+        return logits + torch.tensor([added.get(expert, 0.0) for expert in range(logits.shape[-1])], dtype=logits.dtype)
+
+    TopKRouter.gating = gating
+
+
 def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
     """What a test asks for by environment variables."""
     if fault := env.get("HETERMOE_TEST_FAULT"):
@@ -107,6 +162,10 @@ def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
         delay_tasks(int(seed), rank)
     if what := env.get("HETERMOE_TEST_NAN"):
         spoil(what, rank)
+    if what := env.get("HETERMOE_TEST_CORRUPT"):
+        corrupt(what, rank, folder)
+    if what := env.get("HETERMOE_TEST_ROUTING"):
+        skew_router(what)
 
 
 def install(fault: str, rank: int, folder: Path) -> None:
@@ -209,6 +268,24 @@ def emptied_tracker(fire: Callable[[], None]) -> None:
     checkpointing.maybe_msc.open = opened
 
 
+def first_write(fire: Callable[[], None]) -> None:
+    """As the first tensor of a save is written to its file; the n-th time is that of the n-th save."""
+    original_save, original_write, is_new = checkpointing.dist_checkpointing.save, filesystem_async._write_item, [False]
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        is_new[0] = True
+        return original_save(*args, **kwargs)
+
+    @functools.wraps(original_write)  # Megatron looks at its signature
+    def write(*args: Any, **kwargs: Any) -> Any:
+        if is_new[0]:
+            is_new[0] = False
+            fire()
+        return original_write(*args, **kwargs)
+
+    checkpointing.dist_checkpointing.save, filesystem_async._write_item = save, write
+
+
 def _turn(order: tuple) -> Any:
     return next(task for task in order if task.direction is Pass.BACKWARD)
 
@@ -224,6 +301,7 @@ MOMENTS: dict[str, Callable[[Callable[[], None]], None]] = {
     "transfer-back": in_tasks(Stream.BACK, lambda order: order[len(order) // 2]),
     "optimizer-step": before(optimizer.PooledOptimizer, "get_grad_norm"),
     "save": before(checkpointing.dist_checkpointing, "save"),
+    "save-write": first_write,
     "save-files": before(filesystem_async.FileSystemWriterAsync, "retrieve_write_results"),
     "save-written": before(serialization, "save_config"),
     "save-sealing": before(checkpoints, "_replace"),

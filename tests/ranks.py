@@ -44,6 +44,7 @@ class Step:
     skipped: int
     num_zeros: int | None
     loss_scale: float
+    resident: int  # bytes of the process that are in memory, after the step
     seconds: float
 
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -64,6 +65,7 @@ def record_steps(path: Path) -> None:
             "skipped": int(skipped),
             "num_zeros": None if num_zeros is None else int(num_zeros),
             "loss_scale": float(given["optimizer"].get_loss_scale()),
+            "resident": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
         }
 
     def model(given, result):

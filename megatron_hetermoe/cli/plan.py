@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from megatron_hetermoe.config.recipe import load_recipe, override
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
-NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism, CPU offload of the optimizer and precision by role " \
-               "were not searched; routing is taken to be balanced"
+NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism and CPU offload of the optimizer were not searched; " \
+               "routing is taken to be balanced"
 _RUNNERS_UP = 5
 
 
@@ -128,6 +129,7 @@ def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, A
             cluster.pools[name].memory for name, _ in pools)} for role, pools in
             ((ATTENTION, best.option.attention), (EXPERT, best.option.expert))},
         "margin": MARGIN,
+        "imbalance": dict(zip(("fits", "most"), best.imbalance)),
         "notes": [*notes, NOT_SEARCHED],
     }
 
@@ -150,6 +152,8 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     for role, memory in answer["memory"].items():
         table.add_row(f"memory, {role}", f"{memory['bytes'] / 1e9:.1f} of {memory['of'] / 1e9:.0f} GB "
                                          f"({answer['margin']:.0%} is kept free)")
+    table.add_row("uneven routing", "memory is enough while no rank's experts get more than {fits:.1f} times their part of the "
+                                    "tokens; {most:.1f} if all that can go there do".format(**answer["imbalance"]))
     moved = list(answer["experts_on_attention_ranks"].values())
     table.add_row("experts on attention ranks", f"{min(moved)} to {max(moved)} of each layer, {sum(moved)} in all")
     if answer["assignment"]["gather_and_squeeze_seconds"]:
@@ -177,7 +181,7 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     if out:
         console.print(f"written to {out}; the step task by task: hetermoe simulate {out} --cluster ...", soft_wrap=True)
         console.print(f"to train it, with the recipe's ranks left out: hetermoe train ... -- --hetermoe --hetermoe-plan {out}"
-                      f"{_flags_of(plan['step'])}", soft_wrap=True)
+                      f"{flags_of(plan['step'])}", soft_wrap=True)
 
 
 _RECOMPUTE_FLAGS = {
@@ -186,7 +190,7 @@ _RECOMPUTE_FLAGS = {
 }
 
 
-def _flags_of(step: dict[str, Any]) -> str:
+def flags_of(step: Mapping[str, Any]) -> str:
     """Megatron's flags that the plan's times and memory were reckoned with."""
     distributed = " --use-distributed-optimizer" if step["distributed_optimizer"] else ""
     return f" --micro-batch-size {step['micro_batch']}{distributed}{_RECOMPUTE_FLAGS[step['recompute']]}"

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 PLAN = "hetermoe plan: "  # rank 0 prints its plan as JSON after these words
+DRY_RUN = "hetermoe dry run: "  # rank 0 prints each line of a dry run's report after these words
 PLAIN_INTERVAL = 5.0  # seconds between lines where there is no terminal
 
 _ITERATION = re.compile(r"\biteration +(\d+)/ *(\d+) \|(.*)")
@@ -70,6 +71,7 @@ class Watch:
         plan: what rank 0 says that it runs, None for stock Megatron.
         seq_length: tokens in a sample.
         checkpoint: (iteration, folder) of the last checkpoint saved.
+        report: lines of a dry run's report.
     """
 
     def __init__(self, logs: Sequence[Path]):
@@ -78,6 +80,7 @@ class Watch:
         self.plan: dict | None = None
         self.seq_length: int | None = None
         self.checkpoint: tuple[int, str] | None = None
+        self.report: list[str] = []
         self._logs = tuple(logs)
         self._read = [0] * len(self._logs)
 
@@ -115,6 +118,8 @@ class Watch:
             self.checkpoint = int(match[1]), match[2]
         elif match := _ARGUMENT.match(line):
             self.seq_length = int(match[2])
+        elif line.startswith(DRY_RUN):
+            self.report.append(line.removeprefix(DRY_RUN))
         elif line.startswith(PLAN):
             try:
                 self.plan = json.loads(line[len(PLAN):])

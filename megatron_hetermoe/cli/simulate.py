@@ -29,13 +29,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--timeline", metavar="FILE", help=f".html for a page; {', '.join(PICTURES)} for a picture "
                         "(needs matplotlib); .json for ui.perfetto.dev; .jsonl for one span a line, as a run with "
                         "--hetermoe-trace writes them")
+    parser.add_argument("--replay", type=_scale, metavar="SCALE", help="also run the step here, a process for each member "
+                        "of a ZP group, whose tasks wait SCALE times what they would take; and beside it what it is "
+                        "compared with")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=run)
 
 
+def _scale(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from megatron_hetermoe.cost.cluster import read_cluster
+    from megatron_hetermoe.cli import replay
+    from megatron_hetermoe.cost.cluster import kinds_of, read_cluster
     from megatron_hetermoe.cost.curves import Notes
     from megatron_hetermoe.simulator.planned import predict
     from megatron_hetermoe.simulator.summary import summarise
@@ -48,14 +59,21 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError([f"cannot read {args.plan}: {getattr(error, 'strerror', None) or 'it is not text'}"]) from None
     plan = plan_from_json(text, args.plan)
     notes = Notes()
-    predicted = predict(plan, read_cluster(args.cluster, notes), args.plan, notes)
+    cluster = read_cluster(args.cluster, notes)
+    predicted = predict(plan, cluster, args.plan, notes)
     summary = summarise(predicted.result)
+    replayed = None
+    if args.replay:
+        kinds = kinds_of(cluster, plan.model, plan.attention_precision, notes)
+        replayed = replay.replayed(args.plan, args.cluster, replay.ways(plan, cluster, kinds), args.replay)
     if args.timeline:
         _write(Path(args.timeline), plan, predicted, notes)
     if args.json:
-        print(json.dumps({**asdict(summary), "notes": list(notes)}, indent=1))
+        seconds = {name: dict(zip(("simulated", "replayed"), pair)) for name, pair in (replayed or {}).items()}
+        print(json.dumps({**asdict(summary), "replay": seconds, "notes": list(notes)}, indent=1))
     else:
         _print(summary, notes, args.timeline)
+        _print_replay(replayed or {})
     return 0
 
 
@@ -89,3 +107,8 @@ def _print(summary, notes, timeline: str | None) -> None:
         console.print(f"note: {note}", highlight=False)
     if timeline:
         console.print(f"timeline written to {timeline}")
+
+
+def _print_replay(replayed: dict[str, tuple[float, float]]) -> None:
+    for name, (simulated, measured) in replayed.items():
+        print(f"{name}: tasks {simulated:.3f} s as simulated, {measured:.3f} s replayed, {measured / simulated - 1:+.1%}")

@@ -22,25 +22,44 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "shows how training goes. Flags after -- replace those of the recipe, as in `-- --num-layers 4`.")
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks, for a recipe without HETERMOE (stock Megatron)")
+    parser.add_argument("--dry-run", action="store_true", help="train three steps, print what the plan predicted beside "
+                        "what was measured, save nothing")
     parser.add_argument("--drop", action="append", default=[], metavar="FLAG",
                         help="leave out a flag of the recipe, as `--drop bf16`; may be given again")
     parser.add_argument("--keep-logs", metavar="DIR",
                         help="folder for the ranks' output (default: runs/RECIPE/logs, written over by each run)")
+    parser.add_argument("--elastic", nargs=2, type=int, metavar=("M", "N"), help="go on from the last checkpoint with at "
+                        "most M attention and N expert ranks, whatever layout it was saved under")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     recipe = load_recipe(args.recipe, os.environ)
-    argv = override(recipe.argv, args.overrides, args.drop)
+    argv = override(recipe.argv, args.overrides, args.drop) + ([f"{PREFIX}-dry-run"] if args.dry_run else [])
+    logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(args.recipe).stem, "logs")
+    if args.elastic:
+        argv = _elastic(argv, *args.elastic, logs)
     problems = Problems()
     flags, _ = parse_flags(argv, problems)
     problems.raise_if_any()
     world = world_size(flags, args.nproc)
-    logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(args.recipe).stem, "logs")
     command = [_own_name(), "train", args.recipe, *(["--nproc", str(args.nproc)] if args.nproc else []),
                *(word for flag in args.drop for word in ("--drop", flag))]
     return _train(command, args.overrides, world, argv, recipe.env, logs, flags.enabled)
+
+
+def _elastic(argv: list[str], attention_ranks: int, expert_ranks: int, logs: Path) -> list[str]:
+    """The flags that go on from the last checkpoint, with the plan nearest to its own in the logs' folder."""
+    from megatron_hetermoe.cli.elastic import fitted, with_plan, write_plan
+
+    found = fitted(argv, attention_ranks, expert_ranks)
+    logs.mkdir(parents=True, exist_ok=True)
+    path = logs / "plan.json"
+    write_plan(found.plan, path)
+    for line in found.said:
+        print(f"elastic: {line}", flush=True)
+    return with_plan(argv, str(path))
 
 
 def _own_name() -> str:
@@ -99,7 +118,10 @@ def _train(command: list[str], overrides: list[str], world: int, argv: list[str]
         display.update(watch)
     code = ranks.exit_code()
     if ranks.failed is None:
-        print_summary(console, watch, command, overrides, logs)
+        if watch.report:
+            console.print("\n".join(watch.report), highlight=False, markup=False, soft_wrap=True)
+        else:
+            print_summary(console, watch, command, overrides, logs)
         return 0
     log = ranks.log(ranks.failed if ranks.witness is None else ranks.witness)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

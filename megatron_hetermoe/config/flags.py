@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_hetermoe.config.errors import Problems
-from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, SCHEDULES
+from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS
+from megatron_hetermoe.config.slow_down import EXAMPLE, parse_slow_down
 
 PREFIX = "--hetermoe"
 STALL_TIMEOUT = 30  # seconds
+ON_SAVE_FAILURE = ("stop", "continue")
 MOST = 10**6  # of anything that is counted here
 
 
@@ -29,9 +31,15 @@ class Flags:
         wave: the most microbatches on the way together.
         attention: one of ``config.plan.ATTENTION_KERNELS``.
         experts: one of ``config.plan.EXPERT_KERNELS``.
+        expert_precision: one of ``config.plan.PRECISIONS``.
+        weight_gradients: one of ``config.plan.WEIGHT_GRADIENTS``.
         plan: plan file, in place of the flags above or beside ones that agree with it.
         trace: folder to record task times into.
+        dry_run: train a few steps, print what was predicted beside what was measured, leave nothing behind.
+        slow_down: see ``config.slow_down``.
         stall_timeout: seconds within which all ranks end after one has died or stopped.
+        self_check: training steps from one comparison of what was sent with what came to the next.
+        on_save_failure: one of ON_SAVE_FAILURE, "stop" where nothing was said.
     """
 
     enabled: bool = False
@@ -43,9 +51,15 @@ class Flags:
     wave: int | None = None
     attention: str | None = None
     experts: str | None = None
+    expert_precision: str | None = None
+    weight_gradients: str | None = None
     plan: str | None = None
     trace: str | None = None
+    dry_run: bool = False
+    slow_down: str | None = None
     stall_timeout: int | None = None
+    self_check: int | None = None
+    on_save_failure: str | None = None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -65,10 +79,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        help="attention where there is no transformer-engine: torch's kernels, or Megatron's own")
     group.add_argument("--hetermoe-experts", metavar="|".join(EXPERT_KERNELS), help="experts of a rank one after the "
                        "other, or as grouped matrix products (default: where the GPU has them)")
+    group.add_argument("--hetermoe-expert-precision", metavar="|".join(PRECISIONS), help="of the experts beside "
+                       "attention in bf16, for GPUs without bf16 (default: that of all else)")
+    group.add_argument("--hetermoe-weight-gradients", metavar="|".join(WEIGHT_GRADIENTS), help="with those of "
+                       "activations (default), or after these have gone out")
     group.add_argument("--hetermoe-plan", metavar="FILE", help="plan.json of an earlier run or of `hetermoe plan`")
     group.add_argument("--hetermoe-trace", metavar="DIR", help="record every task's start and end there")
+    group.add_argument("--hetermoe-dry-run", action="store_true", help="train three steps, print what the plan predicted "
+                       "beside what was measured, save nothing")
+    group.add_argument("--hetermoe-slow-down", metavar="WHAT=FACTOR,...", help="without a GPU: tasks wait until they took "
+                       f"so many times as long, by role or by task and role ({EXAMPLE})")
     group.add_argument("--hetermoe-stall-timeout", metavar="SECONDS", help="all ranks end within so many seconds after "
                        f"one has died or stopped (default {STALL_TIMEOUT})")
+    group.add_argument("--hetermoe-self-check", metavar="N", help="every N steps compare checksums of all that ranks "
+                       "sent to each other with what came (default: never)")
+    group.add_argument("--hetermoe-on-save-failure", metavar="|".join(ON_SAVE_FAILURE), help="end the run (default), or "
+                       "go on training, when a checkpoint cannot be written")
 
 
 def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]:
@@ -95,11 +121,18 @@ def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[st
     flags = Flags(**values)
     for name, allowed in (
         ("schedule", SCHEDULES), ("attention", ATTENTION_KERNELS), ("experts", EXPERT_KERNELS),
+        ("expert_precision", PRECISIONS), ("weight_gradients", WEIGHT_GRADIENTS),
+        ("on_save_failure", ON_SAVE_FAILURE),
     ):
         if getattr(flags, name) not in (None, *allowed):
-            problems.add(f"{PREFIX}-{name} is {getattr(flags, name)!r}; it must be one of {', '.join(allowed)}")
+            problems.add(f"{PREFIX}-{name.replace('_', '-')} is {getattr(flags, name)!r}; it must be one of "
+                         f"{', '.join(allowed)}")
+    if flags.slow_down is not None:
+        parse_slow_down(flags.slow_down, problems)
+    if flags.dry_run and flags.trace:
+        problems.add(f"{PREFIX}-trace beside {PREFIX}-dry-run: one run is timed for either; leave one out")
     given = [f"{PREFIX}-{name.replace('_', '-')}" for name, value in vars(flags).items()
-             if name != "enabled" and value is not None]
+             if name != "enabled" and value not in (None, False)]
     if given and not flags.enabled:
         problems.add(f"{', '.join(given)} without {PREFIX}: add {PREFIX}, or leave them out for plain Megatron")
     return flags, rest

@@ -9,14 +9,16 @@ from typing import Any
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.config.step import Prediction, Step
+from megatron_hetermoe.config.step import Prediction, Step, TaskSeconds
 
 FORMAT = 1
 SCHEDULES = ("zebra", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16")
+EXPERT_PRECISIONS = {"fp32": ("fp32",), "bf16": ("bf16", "fp16", "fp32"), "fp16": ("fp16",)}  # beside attention's
 ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
 EXPERT_KERNELS = ("auto", "sequential", "grouped")
-_PARTS = {kind.__name__: kind for kind in (ModelShape, Step, Prediction)}  # of a plan, each a mapping in its file
+WEIGHT_GRADIENTS = ("together", "delayed")
+_PARTS = {part.__name__: part for part in (ModelShape, Step, Prediction, TaskSeconds)}  # of a plan, mappings in its file
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,18 @@ class Plan:
             experts.
         schedule: one of SCHEDULES.
         wave: the most microbatches on the way together, None for all of a step.
-        attention_precision, expert_precision: dtype of each role's parameters, one of PRECISIONS.
+        attention_precision: of all parameters but the experts', one of PRECISIONS.
+        expert_precision: of the experts, whichever rank they are on, one of EXPERT_PRECISIONS.
         attention_kernel: one of ATTENTION_KERNELS, where there is no transformer-engine.
         expert_kernel: one of EXPERT_KERNELS: one expert after the other, or all as grouped matrix products.
         tensor_parallel: attention ranks that share the dense weights and a microbatch.
         expert_tensor_parallel: expert ranks that share the weights of their experts.
+        weight_gradients: one of WEIGHT_GRADIENTS: with those of activations, or in tasks of their own after these.
         pools: for each member of a ZP group, the pool of the cluster file that it is of; empty when no cluster file
             was there.
         step: the step that was planned for, None when nothing was predicted.
         predicted: what is expected of it.
+        tasks: what is expected of its tasks.
     """
 
     model: ModelShape
@@ -57,9 +62,21 @@ class Plan:
     expert_kernel: str = "auto"
     tensor_parallel: int = 1
     expert_tensor_parallel: int = 1
+    weight_gradients: str = "together"
     pools: tuple[str, ...] = ()
     step: Step | None = None
     predicted: Prediction | None = None
+    tasks: TaskSeconds | None = None
+
+    @property
+    def delayed(self) -> bool:
+        """Whether schedules have W tasks."""
+        return self.weight_gradients == "delayed"
+
+    @property
+    def has_loss_scale(self) -> bool:
+        """Whether gradients may overflow, on whatever rank."""
+        return "fp16" in (self.attention_precision, self.expert_precision)
 
     def to_json(self) -> str:
         """The plan as the text of a plan file."""

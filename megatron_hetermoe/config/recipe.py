@@ -14,7 +14,7 @@ from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
 
 SECTIONS = ("ENV_VARS", "MODEL_ARGS", "HETERMOE")
-HETERMOE_KEYS = tuple(field.name.replace("_", "-") for field in fields(Flags) if field.name != "enabled")
+HETERMOE_KEYS = tuple(field.name.replace("_", "-") for field in fields(Flags) if field.name not in ("enabled", "dry_run"))
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

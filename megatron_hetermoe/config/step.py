@@ -49,3 +49,27 @@ class Prediction:
     expert_bytes: float
     estimated: bool
     attention_alone: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskSeconds:
+    """What a task of each kind and pass takes, in seconds: the median over layers and over the members that have it.
+
+    Attributes:
+        attention_forward, attention_backward: A tasks.
+        dispatch_forward, dispatch_backward, combine_forward, combine_backward: D and C tasks, alone on their links, once
+            all members have come.
+        expert_forward, expert_backward: E tasks of expert ranks.
+        moved_forward, moved_backward: E tasks of attention ranks; 0 where they hold no expert.
+    """
+
+    attention_forward: float
+    attention_backward: float
+    dispatch_forward: float
+    dispatch_backward: float
+    combine_forward: float
+    combine_backward: float
+    expert_forward: float
+    expert_backward: float
+    moved_forward: float
+    moved_backward: float

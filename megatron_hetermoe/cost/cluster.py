@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_hetermoe.cost.curves import Curve, Notes
 from megatron_hetermoe.cost.devices import device_table
 from megatron_hetermoe.cost.estimate import Estimate
 from megatron_hetermoe.cost.profile import Profile, Profiled, read_profile
+from megatron_hetermoe.cost.slurm import slurm_options
 
 Kind = Estimate | Profiled
 
@@ -44,6 +46,7 @@ class ClusterPool:
         memory: of one GPU, bytes.
         intra: link of a GPU to others of its node.
         inter: link of a node to other nodes, which its GPUs share.
+        slurm: options of sbatch that get nodes of this pool, without their dashes.
         channel: of the cluster, measured: seconds of a transfer by the bytes of its busiest rank. It replaces what
             links say of transfers between roles.
     """
@@ -55,6 +58,7 @@ class ClusterPool:
     memory: float
     intra: Link
     inter: Link
+    slurm: Mapping[str, str] = field(default_factory=dict, hash=False)
     channel: Curve | None = None
 
     @property
@@ -75,10 +79,12 @@ class Cluster:
     Attributes:
         pools: by name, in the file's order.
         origin: name of the file.
+        slurm: options of sbatch for every job, without their dashes.
     """
 
     pools: dict[str, ClusterPool]
     origin: str = "the cluster"
+    slurm: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def gpus(self) -> int:
@@ -126,16 +132,18 @@ def cluster_from_document(document: Any, origin: str, notes: Notes | None = None
     pools = document.get("pools") if isinstance(document, dict) else None
     if not isinstance(pools, dict) or not pools:
         raise UsageError([f"{origin} names no pools; write it as {EXAMPLE}"])
-    for key in sorted(document.keys() - {"pools", "channel"}):
-        problems.add(f"{origin}: unknown key {key!r}; a cluster has 'pools' and, where it was measured, 'channel'")
+    for key in sorted(document.keys() - {"pools", "channel", "slurm"}):
+        problems.add(f"{origin}: unknown key {key!r}; a cluster has 'pools' and, where it was measured, 'channel', and "
+                     "'slurm' where there is one")
     channel = _channel(document.get("channel"), origin, notes or Notes(), problems)
+    slurm = slurm_options(document.get("slurm"), origin, problems)
     result = {}
     for name, entry in pools.items():
         pool = _pool(str(name), entry, f"{origin}, pool {name}", Path(origin).parent, problems)
         if pool:
             result[pool.name] = replace(pool, channel=channel)
     problems.raise_if_any()
-    return Cluster(result, origin)
+    return Cluster(result, origin, slurm)
 
 
 def _channel(points: Any, origin: str, notes: Notes, problems: Problems) -> Curve | None:
@@ -150,7 +158,7 @@ def _channel(points: Any, origin: str, notes: Notes, problems: Problems) -> Curv
     return Curve("channel", "bytes", points, notes)
 
 
-_KEYS = ("kind", "nodes", "gpus_per_node", "memory_gb", "intra_node", "inter_node")
+_KEYS = ("kind", "nodes", "gpus_per_node", "memory_gb", "intra_node", "inter_node", "slurm")
 
 
 def _pool(name: str, entry: Any, where: str, folder: Path, problems: Problems) -> ClusterPool | None:
@@ -175,12 +183,13 @@ def _pool(name: str, entry: Any, where: str, folder: Path, problems: Problems) -
             links.append(Link(bandwidth * 1e9, latency * 1e-6))
         else:
             found.add(f"{where}: {key} is missing; write it as {{gb_per_s: 12.5, latency_us: 20}}")
+    slurm = slurm_options(entry.get("slurm"), where, found)
     try:
         found.raise_if_any()
     except UsageError as error:
         problems.extend(error)
         return None
-    return ClusterPool(name, kind, int(counts[0]), int(counts[1]), memory, *links)
+    return ClusterPool(name, kind, int(counts[0]), int(counts[1]), memory, *links, slurm)
 
 
 def _kind(kind: Any, where: str, folder: Path, problems: Problems) -> str:
@@ -238,7 +247,8 @@ def kinds_of(
             elif pool.kind in device_table():
                 device = device_table()[pool.kind]
                 if precision == "bf16" and not device.bf16:
-                    notes.add(f"{pool.kind} has no bfloat16: its ranks need fp16, at the same speed as estimated here")
+                    notes.add(f"{pool.kind} has no bfloat16: it takes experts only, and a plan with them there has all "
+                              f"experts in fp16, at the same speed as estimated here")
                 kinds[name] = Estimate(device, shape, notes)
             else:
                 kinds[name] = Profiled(read_profile(pool.kind), shape, precision, notes)

@@ -58,6 +58,11 @@ class Estimate:
         notes.add(f"{device.name}: estimated from the device table ({source}); data sheets mislead by up to "
                   f"69% (Sailor, SOSP'25), so measure before you rely on it")
 
+    @property
+    def bf16(self) -> bool:
+        """Whether the hardware has bfloat16."""
+        return self.device.bf16
+
     def attention(self, tokens: int, recompute: str) -> Seconds:
         """The attention part on one sequence."""
         work = attention_work(self._shape, tokens)

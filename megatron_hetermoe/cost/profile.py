@@ -127,7 +127,7 @@ class Profiled:
     Args:
         profile: what was measured.
         shape: the model's.
-        precision: of the parameters that the role has.
+        precision: of the parameters. For bf16, a profile in fp16 is one of a GPU that has no bf16.
         notes: gets what is read beyond the measurements.
 
     Raises:
@@ -137,7 +137,9 @@ class Profiled:
     estimated = False
 
     def __init__(self, profile: Profile, shape: ModelShape, precision: str, notes: Notes):
-        wanted = taken_for(shape, precision)
+        # A GPU without bf16 is measured in fp16, and then takes experts only.
+        self.bf16 = not (precision == "bf16" and profile.taken_for.get("precision") == "fp16")
+        wanted = taken_for(shape, precision if self.bf16 else "fp16")
         differing = [f"{name} {profile.taken_for.get(name)} there, {value} here"
                      for name, value in wanted.items() if profile.taken_for.get(name) != value]
         if differing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.config.step import Step
+from megatron_hetermoe.config.step import Step, TaskSeconds
 from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Kind, Link
 from megatron_hetermoe.cost.work import dense_parameters
 from megatron_hetermoe.schedule.tasks import Kind as TaskKind
@@ -296,6 +297,29 @@ class TaskCosts:
     def experts(self, layer: int) -> tuple[int, ...]:
         """How many experts of a layer each member holds."""
         return self._counts[layer - 1]
+
+    def typical(self) -> TaskSeconds:
+        """The median of each kind and pass."""
+        group = self.group
+        layers, m = group.shape.moe_layers, group.attention_members
+
+        def computed(kind: TaskKind, way: Pass, members: range, of: Sequence[int]) -> float:
+            return statistics.median([
+                self.seconds(member, Task(kind, way, layer, 0)) for member in members for layer in of
+                if kind is TaskKind.ATTENTION or self._counts[layer - 1][member]] or [0.0])
+
+        def sent(kind: TaskKind, way: Pass) -> float:
+            prices = [self.transfer(Task(kind, way, layer, 0)) for layer in layers]
+            return statistics.median(price.latency + price.seconds for price in prices)
+
+        found: dict[str, float] = {}
+        for name, way in (("forward", Pass.FORWARD), ("backward", Pass.BACKWARD)):
+            found[f"attention_{name}"] = computed(TaskKind.ATTENTION, way, range(m), range(1, group.shape.layers + 2))
+            found[f"expert_{name}"] = computed(TaskKind.EXPERT, way, range(m, group.members), layers)
+            found[f"moved_{name}"] = computed(TaskKind.EXPERT, way, range(m), layers)
+            found[f"dispatch_{name}"] = sent(TaskKind.DISPATCH, way)
+            found[f"combine_{name}"] = sent(TaskKind.COMBINE, way)
+        return TaskSeconds(**found)
 
 
 def costs_of_plan(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> TaskCosts:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-import torch
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
@@ -18,13 +17,13 @@ from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.mcore.devices import capabilities_here, device_problems
 from megatron_hetermoe.mcore.gpt import check_args
-from megatron_hetermoe.mcore.grouped import capability, grouped_obstacle
 from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.recompute import SELECTIVE
+from megatron_hetermoe.mcore.session import DTYPES
 from megatron_hetermoe.planner.resolve import resolve
-from megatron_hetermoe.topology.layout import Layout
-from megatron_hetermoe.topology.placement import Placement
+from megatron_hetermoe.topology.layout import EXPERT, layout_of
 
 
 def _not_recomputed(args: argparse.Namespace) -> bool:
@@ -114,11 +113,21 @@ def disaggregated_arguments(
         plan = resolve(flags, shape, precision, args.world_size, problems, *sharing)
         if plan is not None and plan.step is not None:
             _check_step(args, plan, problems)
-        if plan is not None and plan.expert_kernel == "grouped":
-            _check_grouped(args, plan, problems)
+        if plan is not None:
+            for problem in device_problems(plan, args.add_bias_linear, capabilities_here(args)):
+                problems.add(problem)
+            if plan.delayed and args.tensor_model_parallel_size > 1:
+                problems.add("--hetermoe-weight-gradients delayed is not supported with tensor parallelism: leave it out")
+            if plan.delayed and args.transformer_impl != "local":
+                problems.add(f"--hetermoe-weight-gradients delayed is for --transformer-impl local, this is "
+                             f"{args.transformer_impl}: change one")
+            if args.loss_scale and plan.expert_precision == "fp32" != plan.attention_precision:
+                problems.add("--loss-scale is not supported with experts in fp32: leave it out")
+    _check_saves(args, flags, problems)
     _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
     _check_divisible(args, problems)
     _check_warm_up(args, problems)
+    _check_sinkhorn(args, problems)
     try:
         check_args(args)
     except UsageError as error:
@@ -232,20 +241,16 @@ def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> Non
                          "for it")
 
 
-def _check_grouped(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
-    """Experts can be forced to be grouped on a GPU that has the kernel. Each machine's ranks look at all its GPUs."""
-    layout = Layout(plan.attention_ranks, plan.expert_ranks, plan.groups)
-    placement = Placement(plan.placement, layout.m + layout.n)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    first = args.rank - args.local_rank if ranks > 1 else args.rank
-    for rank in range(first, first + ranks):
-        if not placement.layers_of(layout.member_of(rank)):
-            continue
-        number = args.local_rank + rank - args.rank
-        device = torch.device("cuda", number % torch.cuda.device_count())
-        obstacle = grouped_obstacle(plan, args.add_bias_linear, capability(device))
-        if obstacle:
-            problems.add(f"--hetermoe-experts grouped cannot be on rank {rank}: {obstacle}; use auto")
+def _check_saves(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:
+    """What saving in the background needs."""
+    if not args.async_save:
+        return
+    if flags.on_save_failure == "continue":
+        problems.add("--hetermoe-on-save-failure continue with --async-save: a save in the background fails in a later "
+                     "step, when its data is gone; leave one out")
+    if args.async_strategy == "nvrx" and not importlib.util.find_spec("nvidia_resiliency_ext"):
+        problems.add("--async-save with --async-strategy nvrx needs nvidia-resiliency-ext, which is not installed: "
+                     "install it, or use --async-strategy mcore")
 
 
 def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems: Problems) -> None:
@@ -294,6 +299,13 @@ def _check_warm_up(args: argparse.Namespace, problems: Problems) -> None:
                          "give --lr-warmup-fraction")
 
 
+def _check_sinkhorn(args: argparse.Namespace, problems: Problems) -> None:
+    """Sinkhorn balances without a loss; Megatron asserts it in the first step."""
+    kinds, weights = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    if "sinkhorn" in (kinds if isinstance(kinds, list) else [kinds]) and weights not in (0, 0.0, [0.0], None):
+        problems.add(f"--moe-router-load-balancing-type sinkhorn does not take --moe-aux-loss-coeff {weights}: set it to 0")
+
+
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
     """Megatron's own validation, which takes the world to be the ranks that have data: the attention ranks."""
     world_size, args.world_size = args.world_size, plan.attention_ranks
@@ -310,6 +322,17 @@ def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
     args.barrier_with_L1_time = False
     # A second set of groups, which only the legacy checkpoint format uses.
     args.use_gloo_process_groups = False
+    _set_precision(args, plan)
+
+
+def _set_precision(args: argparse.Namespace, plan: Plan) -> None:
+    """Megatron's precision of this rank, whose role may have another one than the flags say."""
+    if layout_of(plan).role(args.rank) == EXPERT:
+        args.fp16, args.bf16 = plan.expert_precision == "fp16", plan.expert_precision == "bf16"
+        args.params_dtype = DTYPES[plan.expert_precision]
+    if plan.has_loss_scale and not args.loss_scale:
+        # Megatron's own rule for fp16: what is not finite tells the loss scale to sink.
+        args.check_for_nan_in_loss_and_grad = False
 
 
 def _assertion(error: BaseException) -> str:

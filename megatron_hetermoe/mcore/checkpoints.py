@@ -8,84 +8,197 @@ empty; and nothing tells a damaged file, so every save gets Megatron's own ``int
 
 from __future__ import annotations
 
+import argparse
 import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import load_content_metadata
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.config.saved import PLAN, TRACKER, iteration_folder
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.mcore.trust import SWITCH, foreign_in_metadata, foreign_in_objects, load_weights_only
 
-TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "integrity.json"  # as megatron.core.dist_checkpointing.validation writes it
 COMPLETE = "metadata.json"  # written when all tensors are
 _ITERATION = re.compile(r"iter_(\d+)")
 _OFFERS = 3  # earlier checkpoints that are read in search of one that is whole
 
 
+class SaveFailed(UsageError):
+    """A checkpoint could not be written. All ranks raise it together, with the same text."""
+
+
 def sealing(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    """``megatron.core.dist_checkpointing.save``, with a manifest of what it wrote."""
+    """``megatron.core.dist_checkpointing.save``, with a manifest of what it wrote; it raises SaveFailed."""
 
     def save(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
         folder = Path(checkpoint_dir)
         kwargs["verify_integrity"] = False  # else rank 0 would read all files after this has
-        try:
-            if session.rank == 0:
-                (folder / MANIFEST).unlink(missing_ok=True)  # of an earlier save of this iteration
+        if session.rank == 0:
+            (folder / MANIFEST).unlink(missing_ok=True)  # of an earlier save of this iteration
+        with _told_apart(folder, session):
             request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-            if request is None:
-                seal(folder, session)
-            else:
-                request.finalize_fns.append(lambda: seal(folder, session))
-            return request
-        except Exception as error:
-            if not _is_full(error):
-                raise
-            raise OSError(
-                errno.ENOSPC, f"no space is left for the checkpoint in {folder}; make space and start again from the "
-                              f"one before, which {folder.parent / TRACKER} names"
-            ) from error
+        if request is None:
+            seal(folder, session)
+            return None
+        steps = list(request.finalize_fns)
+
+        def finish() -> None:
+            with _told_apart(folder, session):
+                for step in steps:
+                    step()
+            seal(folder, session)
+
+        request.finalize_fns[:] = [finish]
+        return request
 
     return save
 
 
-def seal(folder: Path, session: Session) -> None:
-    """Writes the manifest. All ranks call it, when all files are there."""
-    names = _share(sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST), session)
-    parts: list[Any] = [None] * session.layout.world_size
-    dist.all_gather_object(parts, {name: _sha256(folder / name) for name in names}, group=session.control)
+def going_on(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    """``megatron.training.training.save_checkpoint``, for a run that trains on when it fails."""
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except SaveFailed as error:
+            if session.rank == 0:
+                print(f"hetermoe: warning: {error}; training goes on", flush=True)
+            return None
+
+    return save_checkpoint
+
+
+@contextmanager
+def _told_apart(folder: Path, session: Session) -> Iterator[None]:
+    """Turns what a save raises into words: what all ranks raise, since one of them could not write, into SaveFailed."""
+    try:
+        yield
+    except CheckpointException as error:
+        failures = {rank: str(failure[0]) for rank, failure in error.failures.items()}  # known to rank 0 only
+        _give_up(folder, failures, session)
+    except OSError as error:  # of rank 0 alone, as it completes the checkpoint; it ends, and so the others do
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(errno.ENOSPC, f"no space is left for the checkpoint in {folder}; make space and start again: "
+                                    f"{_last_whole(folder)} is the last one that is whole") from error
+
+
+def _give_up(folder: Path, failures: dict[int, str], session: Session) -> None:
+    """Raises SaveFailed, with what rank 0 knows; before, the half-written checkpoint goes, since it takes space."""
+    said = [None]
     if session.rank == 0:
-        files = {name: digest for part in parts for name, digest in part.items()}
-        _replace(folder / MANIFEST, json.dumps({"algorithm": "sha256", "files": files}, indent=2))
+        whose = "; ".join(f"rank {rank} ({session.layout.role(rank)}): {_plain(text)}"
+                          for rank, text in sorted(failures.items()))
+        if _last_whole(folder) != folder.name:
+            shutil.rmtree(folder, ignore_errors=True)
+        said = [f"the checkpoint {folder.name} could not be written to {folder.parent}: {whose}. "
+                f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free there now; make space, or save elsewhere "
+                f"(--save). The last one that is whole is {_last_whole(folder)}"]
+    dist.broadcast_object_list(said, src=0, group=session.control)
+    raise SaveFailed(said)
 
 
-def check_load(load: str | None, step: int | None, session: Session) -> None:
+def _plain(text: str) -> str:
+    """An error of a writing thread without what Megatron puts around it. Of some it passes on the class only."""
+    text = " ".join(text.split()).removeprefix("Worker failure: ")
+    if match := re.search(r"error: <class '(\w+)'>", text):
+        return f"{match[1]}, of which this rank's log says more"
+    return re.sub(r"\[Errno \d+\] ", "", text)[:300]
+
+
+def _last_whole(folder: Path) -> str:
+    """What the tracker beside a checkpoint names."""
+    try:
+        text = (folder.parent / TRACKER).read_text(encoding="utf-8").strip()
+    except OSError:
+        return "none"
+    return iteration_folder(folder.parent, int(text)).name if text.isdecimal() else text or "none"
+
+
+def seal(folder: Path, session: Session) -> None:
+    """Writes the plan and the manifest. All ranks call it, when all of Megatron's files are there.
+
+    Raises:
+        SaveFailed: on all ranks, where one could not read its share or rank 0 could not write.
+    """
+    listed: list[Any] = [_with_plan(folder, session.plan) if session.rank == 0 else None]
+    dist.broadcast_object_list(listed, src=0, group=session.control)
+    names, unlisted = listed[0]
+    digests: dict[str, str] = {}
+    problem = unlisted if session.rank == 0 else None
+    if unlisted is None:
+        try:
+            digests = {name: _sha256(folder / name) for name in _share(names, session)}
+        except OSError as error:
+            problem = str(error)
+    parts: list[Any] = [None] * session.layout.world_size
+    dist.all_gather_object(parts, (digests, problem), group=session.control)
+    failures = {rank: problem for rank, (_, problem) in enumerate(parts) if problem}
+    if session.rank == 0 and not failures:
+        files = {name: digest for part, _ in parts for name, digest in part.items()}
+        try:
+            _replace(folder / MANIFEST, json.dumps({"algorithm": "sha256", "files": files}, indent=2))
+        except OSError as error:
+            failures = {0: str(error)}
+    found = [failures]
+    dist.broadcast_object_list(found, src=0, group=session.control)
+    if found[0]:
+        _give_up(folder, found[0], session)
+
+
+def _with_plan(folder: Path, plan: Plan) -> tuple[list[str], str | None]:
+    """Writes the plan beside a checkpoint's files. Returns the names of all of them, and what went wrong."""
+    try:
+        (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+        return sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST), None
+    except OSError as error:
+        return [], str(error)
+
+
+def check_load(args: argparse.Namespace, session: Session) -> None:
     """Reads the checkpoint that a run is about to load. All ranks call it, and find the same.
 
     A tracker file that a kill has emptied is written anew, to name the newest checkpoint that is whole.
 
     Args:
-        load: Megatron's ``--load``.
-        step: Megatron's ``--ckpt-step``.
+        args: Megatron's.
         session: this rank's.
 
     Raises:
-        UsageError: naming each damaged file, and a checkpoint that can be loaded in its place.
+        UsageError: naming each damaged file, and a checkpoint that can be loaded in its place; or what else keeps it
+            from being loaded.
     """
-    found: list[Any] = [_look(Path(load)) if load and session.rank == 0 else None]
+    found: list[Any] = [_look(Path(args.load)) if args.load and session.rank == 0 else None]
     dist.broadcast_object_list(found, src=0, group=session.control)
     if found[0] is None:
         return  # nothing is there; what that means Megatron's flags say
-    folder = Path(load)
     tracker, iterations = found[0]
+    folder = _whole(Path(args.load), args.ckpt_step, tracker, iterations, session)
+    if load_weights_only():
+        _check_trust(folder, session)
+    other = [_other_shards(folder, args, session.plan) if session.rank == 0 else None]
+    dist.broadcast_object_list(other, src=0, group=session.control)
+    if other[0]:
+        raise UsageError([other[0]])
+
+
+def _whole(folder: Path, step: int | None, tracker: str, iterations: list[int], session: Session) -> Path:
+    """The folder of the checkpoint that is to be loaded, which is not damaged."""
     if tracker == "release" and step is None:
-        return
+        return folder / tracker
     if step is None and not tracker.isdecimal():
         step = _newest_whole(folder, iterations, session)
         if step is None:
@@ -96,15 +209,51 @@ def check_load(load: str | None, step: int | None, session: Session) -> None:
                   flush=True)
             _replace(folder / TRACKER, str(step))
         dist.barrier(group=session.control)
-        return
+        return iteration_folder(folder, step)
     wanted = step if step is not None else int(tracker)
-    problems = _damage(_of(folder, wanted), session)
-    if not problems:
-        return
-    before = _newest_whole(folder, [iteration for iteration in iterations if iteration < wanted], session)
-    way_out = f"load iteration {before}, which is whole: add --ckpt-step {before}" if before is not None else \
-        "there is none before it that is whole: start without --load, or give another folder"
-    raise UsageError([f"the checkpoint of iteration {wanted} is damaged: {'; '.join(problems)}. {way_out}"])
+    problems = _damage(iteration_folder(folder, wanted), session)
+    if problems:
+        before = _newest_whole(folder, [iteration for iteration in iterations if iteration < wanted], session)
+        way_out = f"load iteration {before}, which is whole: add --ckpt-step {before}" if before is not None else \
+            "there is none before it that is whole: start without --load, or give another folder"
+        raise UsageError([f"the checkpoint of iteration {wanted} is damaged: {'; '.join(problems)}. {way_out}"])
+    return iteration_folder(folder, wanted)
+
+
+def _check_trust(folder: Path, session: Session) -> None:
+    """Refuses a checkpoint that names what is no data; each rank looks at its share of the objects."""
+    named = [foreign_in_metadata(folder) if session.rank == 0 else None]
+    dist.broadcast_object_list(named, src=0, group=session.control)
+    found = [f".metadata names {named[0]}"] if named[0] else []
+    if not found:
+        parts: list[Any] = [None] * session.layout.world_size
+        mine = foreign_in_objects(folder, session.rank, session.layout.world_size)
+        dist.all_gather_object(parts, mine, group=session.control)
+        found = sorted(said for part in parts for said in part)
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UsageError([f"the checkpoint {folder} holds more than data: {found[0]}{more}. Loading it could run a program; "
+                          f"if you trust its origin, set {SWITCH}=0"])
+
+
+def _other_shards(folder: Path, args: argparse.Namespace, plan: Plan) -> str | None:
+    """What to say when the optimizer's state is wanted and is of another layout, in a form that only that one reads."""
+    wanted = args.use_distributed_optimizer and not (args.no_load_optim or args.finetune)
+    if not wanted or not (folder / PLAN).is_file() or _same_shards(folder, plan):
+        return None
+    sharding = (load_content_metadata(str(folder)) or {}).get("distrib_optim_sharding_type")
+    if sharding != "dp_reshardable":
+        return None
+    return (f"the optimizer's state in {folder} is of another layout ({PLAN} there says which), and was saved in a form that "
+            "no other reads: go on in that layout and save once with --dist-ckpt-optim-fully-reshardable, or load without "
+            "it (--no-load-optim)")
+
+
+def _same_shards(folder: Path, plan: Plan) -> bool:
+    """Whether a checkpoint was saved by a plan whose ranks have the same parts of the optimizer's state."""
+    saved = plan_from_json((folder / PLAN).read_text(encoding="utf-8"), str(folder / PLAN))
+    return all(getattr(saved, field) == getattr(plan, field)
+               for field in ("attention_ranks", "expert_ranks", "groups", "placement"))
 
 
 def _look(folder: Path) -> tuple[str, list[int]] | None:
@@ -119,7 +268,7 @@ def _look(folder: Path) -> tuple[str, list[int]] | None:
 
 def _newest_whole(folder: Path, iterations: Iterable[int], session: Session) -> int | None:
     for iteration in sorted(iterations, reverse=True)[:_OFFERS]:
-        if not _damage(_of(folder, iteration), session):
+        if not _damage(iteration_folder(folder, iteration), session):
             return iteration
     return None
 
@@ -164,10 +313,6 @@ def _differs(path: Path, digest: str) -> str | None:
         return f"{path} cannot be read: {error.strerror}"
 
 
-def _of(folder: Path, iteration: int) -> Path:
-    return folder / f"iter_{iteration:07d}"
-
-
 def _share(names: list[str], session: Session) -> list[str]:
     return names[session.rank::session.layout.world_size]
 
@@ -185,11 +330,3 @@ def _replace(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
-
-
-def _is_full(error: BaseException | None) -> bool:
-    """Whether a full disk is at the root of an error; torch's of a checkpoint holds those of other ranks as text."""
-    if error is None:
-        return False
-    full = os.strerror(errno.ENOSPC)
-    return getattr(error, "errno", None) == errno.ENOSPC or full in str(error) or _is_full(error.__cause__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -41,6 +41,7 @@ class HeldExperts(SequentialMLP):
         uninitialised.perform_initialization = False
         super().__init__(len(held), uninitialised, submodules, pg_collection)
         self.held = tuple(held)
+        self.dtype = config.params_dtype
         # For each group of rows that forward takes, its expert's position among those held.
         self.row_order = tuple(range(len(held)))
         for expert, module in zip(self.held, self.local_experts):
@@ -53,6 +54,10 @@ class HeldExperts(SequentialMLP):
             # What makes DDP and the optimizer treat a parameter as an expert's (its gradient is reduced over the
             # ranks that are the same holder); Megatron sets it only where the expert-parallel size is above 1.
             parameter.allreduce = False
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
+        """As Module's, but a precision stays: what surrounds experts may be converted to another one."""
+        return super()._apply(lambda tensor: tensor if (moved := fn(tensor)).dtype != tensor.dtype else moved, recurse)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

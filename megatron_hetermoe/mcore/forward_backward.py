@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +13,23 @@ from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machin
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args
 
+from megatron_hetermoe.mcore.dry_run import Measurements
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
+from megatron_hetermoe.mcore.load import Load, LoadWarnings
 from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, Numbers, report
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
+from megatron_hetermoe.mcore.weights import WeightGradients, delay
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.marks import Marks
-from megatron_hetermoe.runtime.streams import streams_for
-from megatron_hetermoe.runtime.transfers import Transfers
+from megatron_hetermoe.runtime.selfcheck import Checksums
+from megatron_hetermoe.runtime.streams import Observer, streams_for
+from megatron_hetermoe.runtime.stretch import stretched
+from megatron_hetermoe.runtime.transfers import PARTS
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
+from megatron_hetermoe.schedule.tasks import Kind, Stream, Task
 
 
 class ForwardBackward:
@@ -34,16 +41,27 @@ class ForwardBackward:
         session: this rank's.
         marks: told what runs.
         meter: told of training steps; its recorder of their tasks.
+        measurements: of a dry run, told of tasks too.
+        slow_down: how many times as long this rank's tasks take, by kind; only without a GPU.
+        self_check: training steps from one comparison of what was sent with what came to the next; None for never.
     """
 
-    def __init__(self, session: Session, marks: Marks, meter: Meter):
+    def __init__(
+        self, session: Session, marks: Marks, meter: Meter, measurements: Measurements | None = None,
+        slow_down: Mapping[Kind, float] | None = None, self_check: int | None = None,
+    ):
         self._session = session
+        self._self_check = self_check
+        self._load_warnings = LoadWarnings(session)
+        self._training_steps = 0
         self._marks = marks
         self._meter = meter
+        self._measurements = measurements
+        self._slow_down = slow_down or {}
         self._streams = streams_for(session.device)
-        self._recorded = self._streams
-        if meter.recorder:
-            self._recorded = streams_for(session.device, meter.recorder.observe)
+        observers = [one.observe for one in (meter.recorder, measurements) if one]
+        self._recorded = streams_for(session.device, partial(_tell, observers)) if observers else self._streams
+        self._weights: WeightGradients | None = None
         self._schedules: dict[tuple[int, bool], tuple[Schedule, MemberSchedule]] = {}
 
     def __call__(
@@ -67,14 +85,21 @@ class ForwardBackward:
         inputs = StepInputs(
             unwrap_model(wrapped), config, schedule, forward_step_func,
             data_iterator[0] if isinstance(data_iterator, list) else data_iterator,
-            forward_only, collect_non_loss_data,
+            forward_only, collect_non_loss_data, None if forward_only else self._delayed(wrapped),
         )
         self._marks.enter("evaluation" if forward_only else "a training step")
         if not forward_only:
             self._meter.begin_step(num_microbatches)
         numbers = Numbers(self._session, get_args().check_for_nan_in_loss_and_grad and not forward_only)
         try:
-            losses, tokens = self._run(inputs, member, numbers)
+            self._training_steps += not forward_only
+            checksums = None if forward_only else self._checksums()
+            load = None if forward_only else self._load_warnings.of_step(self._training_steps)
+            losses, tokens = self._run(inputs, member, numbers, checksums, load)
+            if checksums is not None:
+                self._compare(checksums)
+            if load is not None:
+                self._load_warnings.look(load, self._training_steps)
             if not forward_only:
                 self._finalize(wrapped, tokens, force_all_reduce)
         except RuntimeError as error:
@@ -91,10 +116,19 @@ class ForwardBackward:
         self._marks.enter("what follows an evaluation step" if forward_only else "what follows a step's gradients")
         return shared
 
+    def _delayed(self, wrapped: Any) -> WeightGradients | None:
+        """What W tasks do, if there are any. The model is told once, when it has all its wrappers."""
+        if self._session.plan.delayed and self._weights is None:
+            self._weights = WeightGradients()
+            delay(unwrap_model(wrapped), self._weights)
+        return self._weights
+
     def _finalize(self, wrapped: Any, tokens: torch.Tensor, force_all_reduce: bool) -> None:
         """After a training step's last task: Megatron's reduction of gradients."""
         self._marks.enter("the reduction of gradients")
         config = get_model_config(wrapped)
+        if self._measurements:
+            self._measurements.end_step()
         with self._meter.reduction():
             config.finalize_model_grads_func(
                 [wrapped],
@@ -111,20 +145,39 @@ class ForwardBackward:
             self._schedules[key] = schedule, schedule.member(self._session.holder)
         return self._schedules[key]
 
-    def _run(self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers) -> tuple[list[Any], torch.Tensor]:
+    def _checksums(self) -> Checksums | None:
+        """What to note a training step's messages in, where it is one that is checked."""
+        if not self._self_check or self._training_steps % self._self_check:
+            return None
+        session = self._session
+        return Checksums(session.layout.zp_group(session.layout.group_of(session.rank)), session.member)
+
+    def _compare(self, checksums: Checksums) -> None:
+        """Ends the run when a message did not come as it was sent; before the optimizer has used what came."""
+        self._marks.enter("the self-check")
+        wrong = checksums.mismatches(self._session.control)
+        if wrong and wrong[0].receiver == self._session.rank:  # one rank speaks; the others end because it does
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise RuntimeError(
+                f"self-check: what came is not what was sent: {wrong[0].describe(PARTS)}{more}. A link or a memory "
+                "corrupts data: leave these ranks' machines out, and go on from the last checkpoint"
+            )
+
+    def _run(
+        self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers, checksums: Checksums | None,
+        load: Load | None,
+    ) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
-        transfers = Transfers(
-            session.placement, session.layout.m, session.member, session.out, session.back, config.hidden_size,
-            config.params_dtype, session.device, tuple(map(session.layout.members_of, range(session.layout.holders))),
-            recorder=None if inputs.forward_only else self._meter.recorder,
+        transfers = session.transfers(
+            config.hidden_size, checksums=checksums, recorder=None if inputs.forward_only else self._meter.recorder
         )
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:
-            executor.run(member, table, streams, self._marks)
+            executor.run(member, stretched(table, self._slow_down), streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
-        attention = AttentionTasks(inputs, transfers, numbers)
-        executor.run(member, {**table, **attention.table()}, streams, self._marks)
+        attention = AttentionTasks(inputs, transfers, numbers, load)
+        executor.run(member, stretched({**table, **attention.table()}, self._slow_down), streams, self._marks)
         return attention.losses, attention.tokens
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -138,6 +191,11 @@ class ForwardBackward:
         if self._session.is_attention or self._session.rank != first:
             return tokens
         return total.to(tokens.device)
+
+
+def _tell(observers: Sequence[Observer], stream: Stream, task: Task, start: float, end: float) -> None:
+    for observe in observers:
+        observe(stream, task, start, end)
 
 
 def _experts_of(model: Any) -> Callable[[int], HeldExperts]:

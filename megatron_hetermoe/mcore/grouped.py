@@ -7,7 +7,8 @@ lays them out so itself. Nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from megatron_hetermoe.mcore.session import Session
 # sizes to the host, for which the host then waits.
 _CAPABILITIES = (9, 10)
 _ALIGNMENT = 16  # bytes, of a row
+Leave = Callable[[Sequence[torch.nn.Parameter], Callable[[], Sequence[torch.Tensor]]], None]
 
 
 def grouped_obstacle(plan: Plan, has_biases: bool, capability: tuple[int, int] | None) -> str | None:
@@ -52,11 +54,6 @@ def grouped_obstacle(plan: Plan, has_biases: bool, capability: tuple[int, int] |
     return None if precision == "bf16" else f"torch's kernel is for bf16, experts are in {precision}"
 
 
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """A GPU's compute capability; None for the CPU."""
-    return torch.cuda.get_device_capability(device) if torch.empty(0, device=device).is_cuda else None
-
-
 def build_held(
     builder: Any, config: TransformerConfig, session: Session, layer: int, seed: int,
     pg_collection: ProcessGroupCollection,
@@ -69,11 +66,19 @@ def build_held(
     assert isinstance(builder, partial) and builder.func is SequentialMLP, builder
     kernel = session.plan.expert_kernel
     if kernel == "auto":
-        device = capability(session.device)
-        native = device is not None and grouped_obstacle(session.plan, config.add_bias_linear, device) is None
-        kernel = "grouped" if native else "sequential"
+        kernel = "grouped" if _is_native(session, config.add_bias_linear) else "sequential"
     kind = GroupedExperts if kernel == "grouped" else HeldExperts
+    config = copy(config)
+    config.params_dtype = session.expert_dtype
+    config.fp16, config.bf16 = config.params_dtype is torch.float16, config.params_dtype is torch.bfloat16
     return kind(config, builder.keywords["submodules"], layer, session.held(layer), seed, pg_collection)
+
+
+def _is_native(session: Session, has_biases: bool) -> bool:
+    """Whether this rank's GPU has the kernel for the plan's experts."""
+    if not torch.empty(0, device=session.device).is_cuda:
+        return False
+    return grouped_obstacle(session.plan, has_biases, torch.cuda.get_device_capability(session.device)) is None
 
 
 class GroupedExperts(HeldExperts):
@@ -81,6 +86,8 @@ class GroupedExperts(HeldExperts):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # Takes weights and a function for their gradients, where these are to be computed later (``mcore.weights``).
+        self.leave: Leave | None = None
         experts = self.local_experts
         # A gradient buffer holds parameters from the last to the first, so rows and weights follow that order.
         self.row_order = tuple(reversed(range(len(experts))))
@@ -110,7 +117,7 @@ class GroupedExperts(HeldExperts):
             rows = (probs.unsqueeze(-1) * rows).to(rows.dtype)
             probs = torch.ones_like(probs)
         groups = _Groups.of(tokens_per_expert, rows.device)
-        fc1, fc2 = (_GroupedLinear(linears, groups) for linears in self._linears)
+        fc1, fc2 = (_GroupedLinear(linears, groups, self.leave) for linears in self._linears)
         # What an expert does between its two products is done to the rows of all.
         expert = SimpleNamespace(
             config=self.config, activation_func=self.local_experts[0].activation_func, linear_fc1=fc1, linear_fc2=fc2
@@ -144,15 +151,21 @@ class _Groups:
 class _GroupedLinear(torch.nn.Module):
     """The linear layers of all experts, as Megatron calls one; without biases."""
 
-    def __init__(self, linears: Sequence[torch.nn.Module], groups: _Groups):
+    def __init__(self, linears: Sequence[torch.nn.Module], groups: _Groups, leave: Leave | None):
         super().__init__()
         self._weights = [linear() for linear in linears]
-        # Not modules of this one: their owner is the expert.
         self._groups = groups
+        self._leave = leave
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
         """[rows, in] to [rows, out]."""
-        return _GroupedProduct.apply(rows, self._groups, *self._weights), None
+        weights, groups, leave = self._weights, self._groups, self._leave
+        if leave is None or not torch.is_grad_enabled():
+            return _GroupedProduct.apply(rows, groups, *weights), None
+        output = _GroupedProduct.apply(rows, groups, *(weight.detach() for weight in weights))
+        rows = rows.detach()
+        output.register_hook(lambda grad: leave(weights, partial(_weight_grads, grad.contiguous(), rows, groups, weights)))
+        return output, None
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -169,19 +182,29 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of rows and weights. A kernel may leave what belongs to an empty group as it found it."""
+        """Gradients of rows and, where they are asked for, of weights."""
         rows, *weights = ctx.saved_tensors
         groups, grad = ctx.groups, grad.contiguous()
-        row_grads, weight_grads = [], []
-        for part, ends, stacked in _runs(groups, weights):
-            row_grads.append(_product(grad[part], stacked, ends))
-            weight_grads += (
-                grouped_mm(grad[part].t(), rows[part], offs=ends) if grad[part].numel() else torch.empty_like(stacked)
-            ).unbind()
-        for expert, weight_grad in enumerate(weight_grads):
-            if groups.start(expert) == groups.ends[expert]:
-                weight_grad.zero_()
+        row_grads = [_product(grad[part], stacked, ends) for part, ends, stacked in _runs(groups, weights)]
+        wanted = any(ctx.needs_input_grad[2:])
+        weight_grads = _weight_grads(grad, rows, groups, weights) if wanted else [None] * len(weights)
         return _joined(row_grads), None, *weight_grads
+
+
+@torch.no_grad()
+def _weight_grads(
+    grad: torch.Tensor, rows: torch.Tensor, groups: _Groups, weights: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """[rows, out] and [rows, in] to [out, in] for each group. The kernel may leave an empty group's as it found it."""
+    weight_grads: list[torch.Tensor] = []
+    for part, ends, stacked in _runs(groups, weights):
+        weight_grads += (
+            grouped_mm(grad[part].t(), rows[part], offs=ends) if grad[part].numel() else torch.empty_like(stacked)
+        ).unbind()
+    for expert, weight_grad in enumerate(weight_grads):
+        if groups.start(expert) == groups.ends[expert]:
+            weight_grad.zero_()
+    return weight_grads
 
 
 def _product(rows: torch.Tensor, stacked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.grad_scaler import MegatronGradScaler
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler, MegatronGradScaler
 
 from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.platform.wheel import initialise_adam
@@ -50,12 +50,15 @@ class PooledOptimizer(ChainedOptimizer):
 
     def _share_scaler(self) -> "_AgreedScaler | None":
         """One loss scale for all optimizers of this rank, updated when all ranks have said what they found."""
-        scalers = [getattr(optimizer, "grad_scaler", None) for optimizer in self.chained_optimizers]
-        if not any(scalers):
+        scaler = getattr(self.chained_optimizers[0], "grad_scaler", None)
+        if scaler is None and self._session.plan.has_loss_scale:
+            scaler = _dynamic_scaler(self.config)
+        if scaler is None:
             return None
-        agreed = _AgreedScaler(scalers[0])
+        agreed = _AgreedScaler(scaler)
         for optimizer in self.chained_optimizers:
             optimizer.grad_scaler = agreed
+            optimizer.found_inf = torch.zeros(1, device=scaler.scale.device)  # which one without a scaler does not have
         return agreed
 
     def step(self) -> tuple[bool, float | None, int | None]:
@@ -156,6 +159,14 @@ class _AgreedScaler(MegatronGradScaler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._scaler.load_state_dict(state_dict)
+
+
+def _dynamic_scaler(config: OptimizerConfig) -> DynamicGradScaler:
+    """What Megatron makes for fp16, for a rank in bf16 whose loss flows through experts in fp16."""
+    return DynamicGradScaler(
+        initial_scale=config.initial_loss_scale, min_scale=config.min_loss_scale, growth_factor=2.0, backoff_factor=0.5,
+        growth_interval=config.loss_scale_window, hysteresis=config.hysteresis,
+    )
 
 
 def scale_expert_gradients(model_chunks: list[Any], session: Session) -> None:

@@ -121,6 +121,17 @@ INVENTORY: tuple[Patch, ...] = (
         removable_when="--verify-integrity shares its reading between ranks, and can be on for saves alone",
         test="tests/faults/test_checkpoints.py",
     ),
+    Patch(
+        symbol="megatron.training.training.save_checkpoint",
+        reason="a run that goes on when a disk is full (--hetermoe-on-save-failure continue) must leave it before it "
+               "names the checkpoint as the last one; there is no callback between",
+        relies_on={
+            "megatron.training.training.save_checkpoint_and_time": ("save_checkpoint(iteration, model, optimizer",),
+            "megatron.training.checkpointing.save_checkpoint": ("f.write('release' if release else str(iteration))",),
+        },
+        removable_when="save_checkpoint() returns whether it saved, or asks before it writes the tracker",
+        test="tests/faults/test_full_disk.py",
+    ),
 )
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable
 from copy import copy
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,25 +21,30 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelBuilder, default_layer_spec
 
+from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
 from megatron_hetermoe.config.plan import Plan
-from megatron_hetermoe.mcore import gpt, patches
+from megatron_hetermoe.config.slow_down import parse_slow_down
+from megatron_hetermoe.mcore import dry_run, gpt, patches
 from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
-from megatron_hetermoe.mcore.checkpoints import check_load, sealing
+from megatron_hetermoe.mcore.checkpoints import check_load, going_on, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.grouped import build_held
+from megatron_hetermoe.mcore.meeting import join_world, meet
 from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
 from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.mcore.trust import SWITCH, load_weights_only
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.watch import Watch
 from megatron_hetermoe.runtime.watched import watched
-from megatron_hetermoe.topology.layout import layout_of
+from megatron_hetermoe.schedule.tasks import Kind
+from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, layout_of
 
 
 def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
@@ -53,62 +56,63 @@ def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
         flags: the ``--hetermoe`` ones, for what is no part of a plan.
     """
     patches.check()
-    set_global_variables(args)
-    store = _meet(args)
+    if flags.dry_run:
+        dry_run.prepare(args)
     layout = layout_of(plan)
+    store, store_rank = meet(args, plan, layout)
+    set_global_variables(args)
     with watched(
-        args.rank, [layout.role(rank) for rank in range(layout.world_size)], flags.stall_timeout or STALL_TIMEOUT
+        args.rank, [layout.role(rank) for rank in range(layout.world_size)], flags.stall_timeout or STALL_TIMEOUT,
+        store_rank,
     ) as watch:
         _train(args, plan, flags, store, watch)
 
 
 def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store, watch: Watch) -> None:
-    _join_world(args, store)
+    join_world(args, store)
     session = join_pools(plan)
     if not session.is_attention:
         # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
         args.no_save_rng = args.no_load_rng = True
     announce(session)
+    measurements = dry_run.Measurements() if flags.dry_run else None
     recorder = None
     if flags.trace:
         recorder = Recorder(Path(flags.trace), session.rank, session.device)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    patches.apply(_replacements(session, Meter(session, recorder), watch.marks))
+    patches.apply(_replacements(session, flags, Meter(session, recorder), measurements, watch.marks))
     watch.marks.enter("the check of the checkpoint")
-    check_load(args.load, args.ckpt_step, session)
+    if not load_weights_only() and session.rank == 0:
+        print(f"hetermoe: warning: {SWITCH} is off: a checkpoint may run a program as it is loaded", flush=True)
+    check_load(args, session)
     watch.marks.enter("start-up")
     config = pretrain_cfg_container_from_args(args, None)
     provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
     provider.is_distributed = True
-    pretrain(
-        config, provider, ModelType.encoder_or_decoder, gpt.forward_step, model_provider=model_provider(args, session)
+    train = partial(
+        pretrain, config, provider, ModelType.encoder_or_decoder, gpt.forward_step,
+        model_provider=model_provider(args, session),
     )
+    if measurements:
+        dry_run.run(train, session, measurements)
+    else:
+        train()
     # A rank that leaves early takes down those that still talk to it.
     watch.marks.enter("the end of all ranks")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _meet(args: argparse.Namespace) -> dist.Store:
-    """The run's store, in a launcher or in rank 0. It comes before all else, since ranks learn through it of each
-    other's end; so it does not wait for all of them to be there."""
-    in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), args.world_size,
-        is_master=not in_launcher and args.rank == 0, wait_for_workers=False, multi_tenant=True,
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
-    )
-
-
-def _join_world(args: argparse.Namespace, store: dist.Store) -> None:
-    """The world's group. Megatron finds it made, and skips its own set-up of it and of the groups inside."""
-    # Ranks may share a GPU where NCCL lets them; without that NCCL names the GPU that is there twice.
-    torch.cuda.set_device(args.local_rank % torch.cuda.device_count())
-    dist.init_process_group(
-        args.distributed_backend, store=dist.PrefixStore("default_pg", store), rank=args.rank,
-        world_size=args.world_size, timeout=timedelta(minutes=args.distributed_timeout_minutes),
-    )
+def slow_down(flags: Flags, session: Session) -> dict[Kind, float]:
+    """How many times as long this rank's tasks are to take, by kind."""
+    if flags.slow_down is None:
+        return {}
+    factors = parse_slow_down(flags.slow_down, Problems())
+    if session.rank == 0 and factors[ATTENTION, EXPERT] != factors[EXPERT, EXPERT]:
+        print("hetermoe: --hetermoe-slow-down: expert ranks have no attention tasks, so what it says of these changes "
+              "nothing", flush=True)
+    return {kind: factors[name, session.role] for kind, name in ((Kind.ATTENTION, ATTENTION), (Kind.EXPERT, EXPERT))}
 
 
 def announce(session: Session) -> None:
@@ -162,10 +166,12 @@ def _of_expert_pool(config: TransformerConfig, plan: Plan) -> TransformerConfig:
 
 
 def _replacements(
-    session: Session, meter: Meter, marks: Marks
+    session: Session, flags: Flags, meter: Meter, measurements: dry_run.Measurements | None, marks: Marks
 ) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
-    forward_backward = ForwardBackward(session, marks, meter)
+    forward_backward = ForwardBackward(
+        session, marks, meter, measurements, slow_down(flags, session), flags.self_check
+    )
 
     def schedule(original: Any) -> Any:
         return lambda *args, **kwargs: forward_backward
@@ -186,6 +192,9 @@ def _replacements(
     def save(original: Any) -> Any:
         return sealing(original, session)
 
+    def save_checkpoint(original: Any) -> Any:
+        return going_on(original, session) if flags.on_save_failure == "continue" else original
+
     training = "megatron.training.training"
     distributed = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
     return {
@@ -195,4 +204,5 @@ def _replacements(
         f"{distributed}._set_main_param_and_optimizer_states": with_step,
         "megatron.core.datasets.utils.compile_helpers": without_makefile,
         "megatron.core.dist_checkpointing.save": save,
+        f"{training}.save_checkpoint": save_checkpoint,
     }

@@ -196,11 +196,6 @@ class _Part:
             unwrap_model(self.model), self.config, self.session.schedule(2, False), gpt.forward_step, data, False, False
         )
 
-    def transfers(self, kind: type[Transfers] = Transfers) -> Any:
-        session = self.session
-        return kind(session.placement, 1, session.member, None, None, self.config.hidden_size,
-                    self.config.params_dtype, self.device)
-
 
 class _Attention(_Part):
     """The A tasks.
@@ -218,7 +213,7 @@ class _Attention(_Part):
         """Seconds, forward and backward, of the parts of one sequence."""
         self.args.seq_length = length
         clock = _Clock(self.device)
-        transfers = self.transfers(_Answered)
+        transfers = self.session.transfers(self.config.hidden_size, _Answered)
         for _ in range(_WARM_UP + repeats):
             table = AttentionTasks(
                 self.inputs(self._batches(length)), transfers, Numbers(self.session, False)).table()
@@ -284,19 +279,20 @@ class _Experts(_Part):
 
     def _step(self, clock: _Clock, tokens: int, held: int) -> None:
         rows, hidden = tokens * held, self.config.hidden_size
-        transfers = self.transfers()
+        transfers = self.session.transfers(hidden)
         inputs = self.inputs(None)
         table = ExpertTasks(inputs, transfers, inputs.model.experts).table()
         before = _allocated()
         task = Task(Kind.EXPERT, Pass.FORWARD, 1, 0)
-        given = torch.randn(rows, hidden, dtype=self.config.params_dtype, device=self.device)
+        given = torch.randn(rows, hidden, dtype=self.session.wire_dtype, device=self.device)
         probs = torch.full((rows,), 1 / self.config.moe_router_topk, dtype=self._probs_dtype, device=self.device)
-        routed = transfers.held[1, 0] = Routed([[tokens] * held], given, probs)
+        counts = [[tokens] * held]
+        routed = transfers.held[1, 0] = Routed(counts, given, probs, sharers=(counts,))
         del given, probs
         clock.run(task, table[Kind.EXPERT, Pass.FORWARD])
         routed.outputs = None
         self.bytes_per_row = max(self.bytes_per_row, (_allocated() - before) / rows)
-        routed.output_grads = torch.randn(rows, hidden, dtype=self.config.params_dtype, device=self.device)
+        routed.output_grads = torch.randn(rows, hidden, dtype=self.session.wire_dtype, device=self.device)
         clock.run(replace(task, direction=Pass.BACKWARD), table[Kind.EXPERT, Pass.BACKWARD])
         clock.finish()
 

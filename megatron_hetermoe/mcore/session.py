@@ -10,10 +10,16 @@ import torch.distributed as dist
 
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.runtime.channels import Channel
+from megatron_hetermoe.runtime.recorder import Recorder
+from megatron_hetermoe.runtime.selfcheck import Checksums
+from megatron_hetermoe.runtime.transfers import Transfers
 from megatron_hetermoe.schedule.orders import Schedule, build
 from megatron_hetermoe.schedule.tasks import Kind
 from megatron_hetermoe.topology.layout import ATTENTION, Layout, layout_of
 from megatron_hetermoe.topology.placement import Placement
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +48,16 @@ class Session:
     @cached_property
     def placement(self) -> Placement:
         return Placement(self.plan.placement, self.layout.holders)
+
+    @property
+    def expert_dtype(self) -> torch.dtype:
+        """Of experts, on whatever rank."""
+        return DTYPES[self.plan.expert_precision]
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Of tokens on the channels: the experts', or attention's where that is smaller."""
+        return min(self.expert_dtype, DTYPES[self.plan.attention_precision], key=lambda dtype: dtype.itemsize)
 
     @property
     def role(self) -> str:
@@ -77,11 +93,22 @@ class Session:
         dist.all_reduce(total, group=self.control)
         return total.item()
 
+    def transfers(
+        self, hidden: int, kind: type[Transfers] = Transfers, checksums: Checksums | None = None,
+        recorder: Recorder | None = None,
+    ) -> Transfers:
+        """This member's transfers of one step, of tokens that are so wide; checksums and recorder as for Transfers."""
+        layout = self.layout
+        return kind(
+            self.placement, layout.m, self.member, self.out, self.back, hidden, self.wire_dtype, self.device,
+            tuple(map(layout.members_of, range(layout.holders))), checksums, recorder=recorder,
+        )
+
     def schedule(self, microbatches: int, forward_only: bool) -> Schedule:
         """The ZP group's schedule for so many microbatches of each attention rank."""
         return build(
             self.plan.schedule, self.plan.model.layers, self.placement, self.layout.m, microbatches, self.plan.wave,
-            forward_only, self._shared_kinds,
+            forward_only, self.plan.delayed, self._shared_kinds,
         )
 
     @property

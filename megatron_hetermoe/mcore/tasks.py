@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,8 +16,10 @@ from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 
 from megatron_hetermoe.mcore.attention import ModelTasks, PlanningModel
 from megatron_hetermoe.mcore.experts import HeldExperts
+from megatron_hetermoe.mcore.load import Load
 from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.recompute import experts_again, rerun
+from megatron_hetermoe.mcore.weights import WeightGradients
 from megatron_hetermoe.runtime.executor import Table
 from megatron_hetermoe.runtime.transfers import Transfers
 from megatron_hetermoe.schedule.orders import Schedule
@@ -36,6 +38,7 @@ class StepInputs:
         data_iterator: of this rank; None on expert ranks.
         forward_only: evaluation.
         collect_non_loss_data: passed through to the loss function.
+        delayed: what W tasks do; None without them.
     """
 
     model: Any
@@ -45,6 +48,7 @@ class StepInputs:
     data_iterator: Iterator[Any] | None
     forward_only: bool
     collect_non_loss_data: bool
+    delayed: WeightGradients | None = None
 
     @property
     def microbatches(self) -> int:
@@ -55,6 +59,17 @@ class StepInputs:
         if self.config.no_sync_func is None or task.microbatch == self.schedule.last_microbatch:
             return nullcontext()
         return self.config.no_sync_func()
+
+    @contextmanager
+    def backward_of(self, task: Task) -> Iterator[None]:
+        """What a backward task runs in."""
+        with self.gradient_sync(task), self.delayed.left_by(task) if self.delayed else nullcontext():
+            yield
+
+    def weights(self, task: Task) -> None:
+        """A W task."""
+        with self.gradient_sync(task):
+            self.delayed.run(task)
 
 
 @dataclass
@@ -85,6 +100,7 @@ class AttentionTasks:
         inputs: from the training loop.
         transfers: this member's.
         numbers: shown what goes to experts and comes back.
+        load: shown how many tokens go to each expert, in a step that is looked at.
         losses: for each microbatch, what the loss function reports, in the order of the heads.
         tokens: those that count in the loss, int.
     """
@@ -92,6 +108,7 @@ class AttentionTasks:
     inputs: StepInputs
     transfers: Transfers
     numbers: Numbers
+    load: Load | None = None
     losses: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -103,7 +120,10 @@ class AttentionTasks:
 
     def table(self) -> Table:
         """What the executor calls for A tasks."""
-        return {(Kind.ATTENTION, Pass.FORWARD): self._forward, (Kind.ATTENTION, Pass.BACKWARD): self._backward}
+        return {
+            (Kind.ATTENTION, Pass.FORWARD): self._forward, (Kind.ATTENTION, Pass.BACKWARD): self._backward,
+            (Kind.ATTENTION, Pass.WEIGHT): self.inputs.weights,
+        }
 
     def _forward(self, task: Task) -> None:
         set_current_microbatch(self.inputs.model, task.microbatch)
@@ -124,7 +144,8 @@ class AttentionTasks:
             return
         tokens, probs = result
         self.numbers.sent(task.layer, task.microbatch, tokens)
-        self.transfers.route(task, layer.dispatch_state.counts, tokens.detach(), probs.detach())
+        tokens = _sent_as(tokens, self.transfers.dtype)
+        self.transfers.route(task, layer.dispatch_state.counts, tokens, probs.detach())
 
     def _begin(self, task: Task) -> tuple[_Microbatch, torch.Tensor]:
         """Reads the microbatch, makes its nodes and runs the embedding."""
@@ -139,7 +160,9 @@ class AttentionTasks:
         if layer in self._moe_layers:
             routed = self.transfers.owned[layer, number]
             self.numbers.came(layer, number, routed)
-            outputs, routed.outputs = routed.outputs, None
+            if self.load is not None:
+                self.load.note(layer, routed.counts)
+            outputs, routed.outputs = routed.outputs.to(self.inputs.config.params_dtype), None
             if self.inputs.forward_only:
                 del self.transfers.owned[layer, number]
             else:
@@ -162,7 +185,7 @@ class AttentionTasks:
         self.tokens += tokens
 
     def _backward(self, task: Task) -> None:
-        with self.inputs.gradient_sync(task):
+        with self.inputs.backward_of(task):
             microbatch = self._microbatches[task.microbatch]
             if task.layer > self._layers:
                 grad = self._head_backward(microbatch)
@@ -188,7 +211,8 @@ class AttentionTasks:
         layer = microbatch.tasks.layer(task.layer)
         if layer.has_experts:
             routed = self.transfers.owned.pop((task.layer, task.microbatch))
-            grad = layer.pre_dispatch_computation.backward((routed.token_grads, routed.prob_grads))
+            token_grads = routed.token_grads.to(self.inputs.config.params_dtype)
+            grad = layer.pre_dispatch_computation.backward((token_grads, routed.prob_grads))
         else:
             grad, microbatch.grad = microbatch.grad, None
             grad = layer.pre_dispatch_computation.backward(grad)
@@ -199,7 +223,7 @@ class AttentionTasks:
         """The end of the layer before; what it returns is the experts' to continue with, where there are some."""
         grad = microbatch.tasks.layer(layer).end.backward(grad)
         if layer in self._moe_layers:
-            self.transfers.owned[layer, number].output_grads = grad
+            self.transfers.owned[layer, number].output_grads = grad.to(self.transfers.dtype)
         else:
             microbatch.grad = grad
 
@@ -223,7 +247,10 @@ class ExpertTasks:
 
     def table(self) -> Table:
         """What the executor calls for E tasks."""
-        return {(Kind.EXPERT, Pass.FORWARD): self._forward, (Kind.EXPERT, Pass.BACKWARD): self._backward}
+        return {
+            (Kind.EXPERT, Pass.FORWARD): self._forward, (Kind.EXPERT, Pass.BACKWARD): self._backward,
+            (Kind.EXPERT, Pass.WEIGHT): self.inputs.weights,
+        }
 
     def _forward(self, task: Task) -> None:
         """Runs the experts; without a token too, since gradients of all experts are reduced together."""
@@ -234,17 +261,28 @@ class ExpertTasks:
             run = partial(rerun, run)
         node = ScheduleNode(run, get_comp_stream, torch.cuda.Event(), name="experts")
         wants_grad = not self.inputs.forward_only
-        outputs = node.forward((routed.tokens.requires_grad_(wants_grad), routed.probs.requires_grad_(wants_grad)))
-        routed.outputs, routed.tokens, routed.probs = outputs.detach(), None, None
+        tokens = routed.tokens.to(experts.dtype)
+        outputs = node.forward((tokens.requires_grad_(wants_grad), routed.probs.requires_grad_(wants_grad)))
+        routed.outputs, routed.tokens, routed.probs = _sent_as(outputs, self.transfers.dtype), None, None
         if wants_grad:
             self._nodes[task.layer, task.microbatch] = node
 
     def _backward(self, task: Task) -> None:
         routed = self.transfers.held[task.layer, task.microbatch]
         node = self._nodes.pop((task.layer, task.microbatch))
-        grads, routed.output_grads = routed.output_grads, None
-        with self.inputs.gradient_sync(task):
-            routed.token_grads, routed.prob_grads = node.backward(grads)
+        grads, routed.output_grads = routed.output_grads.to(self.experts(task.layer).dtype), None
+        with self.inputs.backward_of(task):
+            token_grads, routed.prob_grads = node.backward(grads)
+        routed.token_grads = token_grads.to(self.transfers.dtype)
+
+
+def _sent_as(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A node's result in the precision in which it is sent. Where that is a copy, the result's storage is freed: from
+    here on its shape is read only, by the backward of what made it."""
+    sent = result.detach().to(dtype)
+    if sent.dtype != result.dtype:
+        result.untyped_storage().resize_(0)
+    return sent
 
 
 def _run_shared(

@@ -88,6 +88,8 @@ def nothing_fits(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]
     found = list(options(question, cluster, kinds))
     if not found:
         sequences = question.global_batch // question.micro_batch
+        if question.precision == "bf16" and not any(kind.bf16 for kind in kinds.values()):
+            return ["no pool has bf16, which attention is to be in: train with --fp16"]
         return [f"no layout of {cluster.gpus} GPUs fits a global batch of {sequences} microbatches: it must divide by "
                 f"the number of attention ranks, and at least one GPU must be left for experts"]
     best = min(found, key=lambda option: option.shortfall() * option.groups)

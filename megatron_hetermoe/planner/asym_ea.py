@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 _SEARCH_MICROBATCHES = 8  # that the local search simulates; more change the ramps' share, not which neighbour is best
 _LONG = 300  # layers x microbatches of a step from which on the event simulator takes more than a moment
 _ROUNDS = 40  # of local search, each with all neighbours
-_FAMILY = 96  # totals that are tried before it
+_ROTATED = 12  # members of a ZP group up to which what does not divide goes round in every case
+_FAMILY = 96  # totals that are tried before it,
+_COARSE = 8  # at first every eighth
 
 
 @dataclass(frozen=True)
@@ -137,21 +139,14 @@ def balance(group: GroupCosts, limits: Limits, wave: int | None, thorough: bool 
     import numpy as np
 
     search = _Search(group, limits, wave)
-    shape = group.shape
-    everything = shape.experts * len(shape.moe_layers)
-    totals = sorted({round(everything * step / _FAMILY) for step in range(_FAMILY + 1)})
-    starts = [search.evenly(total) for total in totals]
-    # As many as fit all layers alike, which an even spread of a total does not always give.
-    starts += [tuple(count if layer in shape.moe_layers else 0 for layer in range(1, shape.layers + 1))
-               for count in range(1, min(shape.experts, _FAMILY) + 1)]
-    starts = list(dict.fromkeys(starts))
     paper = gather_and_squeeze(group, limits)
+    starts = search.family()
     starts.append(tuple(int(count) for count in paper[:, :group.attention_members].sum(axis=1)))
     seconds = search.seconds(starts)
     found = [starts[index] for index in np.argsort(seconds)[:3] if np.isfinite(seconds[index])]
     if thorough and found:
         found.insert(0, search.improve(found[0], float(seconds.min())))
-    named = [("even", search.experts(starts[0])), ("gather-and-squeeze", paper)]
+    named = [("even", search.experts(search.evenly(0))), ("gather-and-squeeze", paper)]
     named += [("balance", search.experts(moved)) for moved in dict.fromkeys(found[:2])]
     fitting = [(name, experts) for name, experts in named if feasible(experts, limits)]
     if not fitting:
@@ -223,6 +218,21 @@ def long_step_seconds(group: GroupCosts, experts: np.ndarray, wave: int | None) 
     return sum(known[size] for size in sizes) - once * (len(sizes) - 1)
 
 
+@dataclass(frozen=True)
+class _Class:
+    """Members of one role that are alike.
+
+    Attributes:
+        members: in order.
+        unit: seconds of one expert on one of them.
+        room: experts of each layer that fit on all of them together, if every layer has as many.
+    """
+
+    members: tuple[int, ...]
+    unit: float
+    room: float
+
+
 class _Search:
     """Local search over how many experts of each layer attention ranks hold together: a tuple of K numbers."""
 
@@ -230,10 +240,26 @@ class _Search:
         self._group, self._limits = group, limits
         self._microbatches = min(wave or group.step.microbatches, group.step.microbatches, _SEARCH_MICROBATCHES)
         m = group.attention_members
-        self._units = [sum(pair) for pair in group.expert]
-        self._roles = (range(m), range(m, group.members))
-        self._spreads: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self._sizes = (m, group.members - m)
+        self._classes = tuple(_classes(group, limits, role) for role in (range(m), range(m, group.members)))
+        self._shares: dict[int, list[tuple[int, ...]]] = {}
+        self._rows: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
         self._known: dict[tuple[int, ...], float] = {}
+
+    def family(self) -> list[tuple[int, ...]]:
+        """Where the search begins: totals spread evenly, some at first and then all around the best of these, and as
+        many as fit all layers alike, which an even spread of a total does not always give."""
+        shape = self._group.shape
+        everything = shape.experts * len(shape.moe_layers)
+        totals = sorted({round(everything * step / _FAMILY) for step in range(_FAMILY + 1)})
+        starts = [self.evenly(total) for total in totals[::_COARSE]]
+        seconds = self.seconds(starts)
+        best = int(seconds.argmin()) * _COARSE
+        narrow = totals[max(0, best - _COARSE):best + _COARSE + 1] if seconds.min() < float("inf") else totals
+        starts += [self.evenly(total) for total in narrow]
+        starts += [tuple(count if layer in shape.moe_layers else 0 for layer in range(1, shape.layers + 1))
+                   for count in range(1, min(shape.experts, _FAMILY) + 1)]
+        return list(dict.fromkeys(starts))
 
     def evenly(self, total: int) -> tuple[int, ...]:
         """A total of moved experts, spread evenly over the layers."""
@@ -248,35 +274,44 @@ class _Search:
         import numpy as np
 
         shape = self._group.shape
-        rows, turns = [], [0, 0]
+        moe = frozenset(shape.moe_layers)
+        every = [one for classes in self._classes for one in classes]
+        rows, turns = [], (0,) * len(every)
         for layer, count in enumerate(moved, start=1):
-            row: list[int] = []
-            for role, number in enumerate((count, shape.experts - count if layer in shape.moe_layers else 0)):
-                row += self._spread(role, number, turns[role])
-                turns[role] = (turns[role] + number) % max(1, len(self._roles[role]))
-            rows.append(row)
+            rest = shape.experts - count if layer in moe else 0
+            shares = self._share(0, count) + self._share(1, rest)
+            if (count, rest, turns) not in self._rows:
+                row = [0] * self._group.members
+                for one, number, turn in zip(every, shares, turns):
+                    self._deal(one, number, turn, row)
+                self._rows[count, rest, turns] = row
+            rows.append(self._rows[count, rest, turns])
+            turns = tuple((turn + number) % len(one.members) for one, turn, number in zip(every, turns, shares))
         return np.array(rows, int)
 
-    def _spread(self, role: int, number: int, turn: int) -> tuple[int, ...]:
-        """Experts one by one to the member that would have least with it: the least longest time, as they are alike.
-        Of equals the turn's first. Members that are full get none while others are not."""
-        members = self._roles[role]
-        # Ranks that differ are simulated one by one, so large groups rotate only where some ranks would get all.
-        turn = turn if self._group.members <= 12 or number % len(members) * 2 >= number else 0
-        key = (role, number, turn)
-        if key not in self._spreads:
-            held = dict.fromkeys(members, 0)
-            ranked = {member: (index - turn) % len(members) for index, member in enumerate(members)}
-            equal = len({self._units[member] for member in members}) == 1
-            if equal:
-                base, extra = divmod(number, len(members))
-                held = {member: base + (ranked[member] < extra) for member in members}
-            else:
-                for _ in range(number):
-                    best = min(members, key=lambda member: ((held[member] + 1) * self._units[member], ranked[member]))
-                    held[best] += 1
-            self._spreads[key] = tuple(held.values())
-        return self._spreads[key]
+    def _share(self, role: int, number: int) -> tuple[int, ...]:
+        """How many of a layer's experts each class of a role gets: one by one, to the class that would be done first
+        with one more. Classes that are full get none while others are not."""
+        classes = self._classes[role]
+        known = self._shares.setdefault(role, [(0,) * len(classes)])
+        while len(known) <= number:
+            held = known[-1]
+            best = min(range(len(classes)), key=lambda index: (
+                held[index] + 1 > classes[index].room,
+                (held[index] // len(classes[index].members) + 1) * classes[index].unit))
+            known.append((*held[:best], held[best] + 1, *held[best + 1:]))
+        return known[number]
+
+    def _deal(self, one: _Class, number: int, turn: int, row: list[int]) -> None:
+        """Puts a class's experts of a layer on its members; the turn's first gets what does not divide."""
+        size = len(one.members)
+        base, extra = divmod(number, size)
+        # Ranks that differ are simulated one by one, so large groups rotate only where some ranks would get all, or
+        # more than fits.
+        if self._group.members > _ROTATED and extra * 2 < number and (base + (extra > 0)) * size <= one.room:
+            turn = 0
+        for index, member in enumerate(one.members):
+            row[member] = base + ((index - turn) % size < extra)
 
     def seconds(self, candidates: list[tuple[int, ...]]) -> np.ndarray:
         """Of a step with each candidate; infinite where memory does not suffice."""
@@ -310,7 +345,7 @@ class _Search:
         """One expert, and as many as go round a pool, more or less in one layer, in all layers from or up to one;
         and the same from a layer to one of the next two or to the first or last."""
         layers = self._group.shape.moe_layers
-        sizes = {1, len(self._roles[0]), max(1, len(self._roles[1]))}
+        sizes = {1, self._sizes[0], max(1, self._sizes[1])}
         steps = sorted({sign * size for size in sizes for sign in (1, -1)})
         result = []
         for position, layer in enumerate(layers):
@@ -327,3 +362,12 @@ class _Search:
         """With these layers changed; None when a layer has not that many."""
         result = tuple(count + by.get(layer, 0) for layer, count in enumerate(moved, start=1))
         return result if all(0 <= count <= self._group.shape.experts for count in result) else None
+
+
+def _classes(group: GroupCosts, limits: Limits, role: range) -> tuple[_Class, ...]:
+    """The members of a role, put together where speed and memory are the same."""
+    alike: dict[tuple[float, int], list[int]] = {}
+    for member in role:
+        alike.setdefault((sum(group.expert[member]), max(0, limits.pairs[member])), []).append(member)
+    layers = len(group.shape.moe_layers)
+    return tuple(_Class(tuple(members), unit, len(members) * pairs / layers) for (unit, pairs), members in alike.items())

@@ -45,7 +45,7 @@ def usable(group: GroupCosts, member: int) -> float:
     return group.seats[member].pool.memory * (1 - MARGIN)
 
 
-def member_memory(group: GroupCosts, member: int, experts: int, wave: int) -> Memory:
+def member_memory(group: GroupCosts, member: int, experts: int, wave: int, imbalance: float = IMBALANCE) -> Memory:
     """Bytes of a member.
 
     Args:
@@ -53,6 +53,7 @@ def member_memory(group: GroupCosts, member: int, experts: int, wave: int) -> Me
         member: which.
         experts: all (layer, expert) pairs that it holds.
         wave: R, the microbatches on their way together.
+        imbalance: rows that the member's experts get, over those of balanced routing.
     """
     shape, step = group.shape, group.step
     figures = group.seats[member].kind.memory_figures
@@ -60,13 +61,14 @@ def member_memory(group: GroupCosts, member: int, experts: int, wave: int) -> Me
     routed = experts * shape.expert_weights
     state = _MOMENTS + (_MASTER if BYTES[group.precision] < 4 else 0)
     shares = (group.groups * group.attention_members, group.groups) if step.distributed_optimizer else (1, 1)
-    activations = wave * experts * expert_rows(group) * expert_row_bytes(group, member)
+    rows = group.expert_tokens * imbalance
+    activations = wave * experts * rows * expert_row_bytes(group, member)
     transient = 0.0
     if experts:
         # The layer at hand: gradients of its outputs, of its inputs and inside one expert.
         per_layer = -(-experts // len(shape.moe_layers))
         size = BYTES[group.precision]
-        transient = expert_rows(group) * size * (3 * per_layer * shape.hidden + 4 * shape.expert_ffn)
+        transient = rows * size * (3 * per_layer * shape.hidden + 4 * shape.expert_ffn)
     if dense:
         tokens = step.micro_batch * shape.sequence
         activations += wave * tokens * shape.layers * attention_token_bytes(group, member)
@@ -82,9 +84,30 @@ def member_memory(group: GroupCosts, member: int, experts: int, wave: int) -> Me
     )
 
 
-def expert_rows(group: GroupCosts) -> float:
-    """Rows of one expert and microbatch that memory is kept for."""
-    return group.expert_tokens * IMBALANCE
+def most_imbalance(group: GroupCosts, experts: int) -> float:
+    """Rows that a member's experts get when every token goes to as many of them as it can, over balanced routing.
+
+    Args:
+        group: the ZP group's costs.
+        experts: all (layer, expert) pairs that the member holds, spread evenly over layers.
+    """
+    shape = group.shape
+    per_layer = experts / len(shape.moe_layers)
+    return min(shape.topk, per_layer) * shape.experts / (shape.topk * per_layer)
+
+
+def imbalance_that_fits(group: GroupCosts, member: int, experts: int, wave: int) -> float:
+    """How uneven routing may become before a member's GPU is full, its margin used up too: the rows of its experts
+    over those of balanced routing, and at most ``most_imbalance``. For one that holds experts."""
+    low, high = 0.0, most_imbalance(group, experts)
+    full = group.seats[member].pool.memory
+    if member_memory(group, member, experts, wave, high).total <= full:
+        return high
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        fits = member_memory(group, member, experts, wave, middle).total <= full
+        low, high = (middle, high) if fits else (low, middle)
+    return low
 
 
 def expert_row_bytes(group: GroupCosts, member: int) -> float:

@@ -154,7 +154,7 @@ def options(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> 
     """All layouts whose batch divides, with each way to do a step, whether or not they fit.
 
     Megatron asks that the global batch divides by micro batch x attention ranks. A pool does attention, experts, both
-    (its attention ranks first) or nothing; at most one pool does both.
+    (its attention ranks first) or nothing; at most one pool does both. Attention in bf16 takes GPUs that have it.
     """
     sequences = question.global_batch // question.micro_batch
     names = list(cluster.pools)
@@ -162,6 +162,8 @@ def options(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> 
     for roles in product((_A, _E, _BOTH, _UNUSED), repeat=len(names)):
         by_role = {role: [name for name, given in zip(names, roles) if given == role]
                    for role in (_A, _E, _BOTH)}
+        if question.precision == "bf16" and not all(kinds[name].bf16 for name in (*by_role[_A], *by_role[_BOTH])):
+            continue
         if not (by_role[_A] or by_role[_BOTH]) or not (by_role[_E] or by_role[_BOTH]) or len(by_role[_BOTH]) > 1:
             continue
         for groups in _divisors(sequences):

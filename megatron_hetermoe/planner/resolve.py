@@ -9,15 +9,16 @@ import yaml
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
-from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, SCHEDULES, Plan, plan_from_json
+from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS, Plan, plan_from_json
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document
 
 # Flags that a plan file decides, and the plan's field that each is shorthand for.
-_PLANNED = {
+PLANNED = {
     "attention_ranks": "attention_ranks", "expert_ranks": "expert_ranks", "groups": "groups", "schedule": "schedule",
     "wave": "wave", "attention": "attention_kernel", "experts": "expert_kernel",
+    "expert_precision": "expert_precision", "weight_gradients": "weight_gradients",
 }
 
 
@@ -77,8 +78,8 @@ def _from_flags(
         placement = placement_from_document(_read_yaml(flags.placement), shape, layout, flags.placement)
     return Plan(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
-        flags.wave, precision, precision, flags.attention or "auto", flags.experts or "auto",
-        tensor_parallel=tensor, expert_tensor_parallel=expert_tensor,
+        flags.wave, precision, flags.expert_precision or precision, flags.attention or "auto", flags.experts or "auto",
+        tensor, expert_tensor, flags.weight_gradients or "together",
     )
 
 
@@ -86,7 +87,7 @@ def _from_file(
     flags: Flags, shape: ModelShape, precision: str, tensor: int, expert_tensor: int, problems: Problems
 ) -> Plan:
     plan = plan_from_json(_read(flags.plan), flags.plan)
-    for name, field in _PLANNED.items():
+    for name, field in PLANNED.items():
         said, planned = getattr(flags, name), getattr(plan, field)
         if said is not None and said != planned:
             problems.add(f"{_flag(name)} {said} disagrees with {planned} in {flags.plan}: leave one out")
@@ -104,10 +105,9 @@ def _from_file(
     ):
         if said != planned:
             problems.add(f"{flag} {said} disagrees with {planned} in {flags.plan}: change the flag")
-    for role in ("attention", "expert"):
-        planned = getattr(plan, f"{role}_precision")
-        if planned != precision:
-            problems.add(f"{flags.plan} has {role} ranks in {planned}, Megatron's flags say {precision}: change one")
+    if plan.attention_precision != precision:
+        problems.add(f"{flags.plan} has attention in {plan.attention_precision}, Megatron's flags say {precision}: "
+                     f"change one")
     return plan
 
 
@@ -120,11 +120,16 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
     _check_world(plan.attention_ranks, plan.expert_ranks, world_size, problems)
     if plan.schedule not in SCHEDULES:
         problems.add(f"the plan's schedule is {plan.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
-    for role, kernel, allowed in (
-        ("attention", plan.attention_kernel, ATTENTION_KERNELS), ("expert", plan.expert_kernel, EXPERT_KERNELS),
+    beside = EXPERT_PRECISIONS.get(plan.attention_precision, ())
+    if plan.expert_precision not in beside:
+        problems.add(f"experts in {plan.expert_precision} beside attention in {plan.attention_precision} are not supported: "
+                     f"{PREFIX}-expert-precision may be {' or '.join(beside)} there")
+    for name, allowed in (
+        ("attention_kernel", ATTENTION_KERNELS), ("expert_kernel", EXPERT_KERNELS),
+        ("weight_gradients", WEIGHT_GRADIENTS),
     ):
-        if kernel not in allowed:
-            problems.add(f"the plan's {role}_kernel is {kernel!r}; it must be one of {', '.join(allowed)}")
+        if getattr(plan, name) not in allowed:
+            problems.add(f"the plan's {name} is {getattr(plan, name)!r}; it must be one of {', '.join(allowed)}")
     if plan.wave is not None and plan.wave < 1:
         problems.add(f"the plan's wave is {plan.wave}; it must be from 1 on, or null for all of a step")
     if problems:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.cost.cluster import Cluster, Kind
-from megatron_hetermoe.cost.tasks import GroupCosts
+from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
 from megatron_hetermoe.planner.asym_ea import Assignment, balance, placement_of
-from megatron_hetermoe.planner.memory import member_memory
+from megatron_hetermoe.planner.memory import imbalance_that_fits, member_memory, most_imbalance
 from megatron_hetermoe.planner.options import Option, Question, options
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
@@ -61,6 +61,16 @@ class Priced:
         return max(member_memory(group, member, int(experts[:, member].sum()), self.wave).total
                    for member in _members(group, role))
 
+    @property
+    def imbalance(self) -> tuple[float, float]:
+        """How uneven routing may become before some GPU is full, and the most that it can become there: rows of a
+        member's experts, over those of balanced routing."""
+        group, held = self.option.group, self.assignment.experts.sum(axis=0)
+        return min(
+            (imbalance_that_fits(group, member, int(held[member]), self.wave), most_imbalance(group, int(held[member])))
+            for member in range(group.members) if held[member]
+        )
+
     def plan(self) -> Plan:
         """As a plan file has it."""
         option, group = self.option, self.option.group
@@ -68,11 +78,18 @@ class Priced:
             self.assignment.seconds, self.tokens_per_second, self.busy(ATTENTION), self.busy(EXPERT),
             self.bytes_of(ATTENTION), self.bytes_of(EXPERT), any(seat.kind.estimated for seat in group.seats),
         )
+        placement = placement_of(self.assignment.experts)
         return Plan(
             group.shape, option.m * option.groups, option.n * option.groups, option.groups,
-            placement_of(self.assignment.experts).holders, "zebra", self.wave, group.precision, group.precision,
+            placement.holders, "zebra", self.wave, group.precision, _expert_precision(group),
             pools=tuple(seat.pool.name for seat in group.seats), step=group.step, predicted=prediction,
+            tasks=TaskCosts(group, placement).typical(),
         )
+
+
+def _expert_precision(group: GroupCosts) -> str:
+    """That of all else, but fp16 where a rank for experts has no bf16."""
+    return "fp16" if group.precision == "bf16" and not all(seat.kind.bf16 for seat in group.seats) else group.precision
 
 
 def _members(group: GroupCosts, role: str) -> range:
@@ -115,7 +132,7 @@ def search(
     """
     tell("listing layouts")
     considered = list(options(question, cluster, kinds))
-    fitting = [option for option in considered if option.wave]
+    fitting = [option for option in considered if option.fits(1)]
     # Copies of a layout with more ZP groups have the same bound; the smaller groups waste less on what does not divide.
     fitting.sort(key=lambda option: (-float(f"{option.bound:.2g}"), option.group.members, -option.bound))
     priced: list[Priced] = []
@@ -162,10 +179,8 @@ def _best_wave(option: Option) -> list[Priced]:
     ramps, but leaves more room for experts where they are done sooner."""
     total = option.group.step.microbatches
     priced: list[Priced] = []
-    for count in range(-(-total // option.wave), total + 1):
-        wave = -(-total // count)
-        if priced and wave == priced[-1].wave:
-            continue
+    # Waves are as equal as can be, so only these sizes differ.
+    for wave in sorted({-(-total // count) for count in range(-(-total // option.wave), total + 1)}, reverse=True):
         found = _price(option, wave, thorough=False)
         if found is None:
             continue

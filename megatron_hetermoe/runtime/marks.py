@@ -11,6 +11,7 @@ from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 _KINDS = {
     Kind.ATTENTION: "attention", Kind.DISPATCH: "dispatch", Kind.EXPERT: "experts", Kind.COMBINE: "combine",
 }
+_PASSES = {Pass.FORWARD: "forward", Pass.BACKWARD: "backward", Pass.WEIGHT: "gradients of weights"}
 
 
 class Marks:
@@ -49,8 +50,7 @@ class Marks:
         if not tasks:
             return f"the end of: {phase}, since {_clock(since)}"
         stream, (task, since) = next((item for item in tasks if item[0] is not Stream.COMPUTE), tasks[0])
-        direction = "forward" if task.direction is Pass.FORWARD else "backward"
-        return (f"task {task} ({_KINDS[task.kind]} {direction}, layer {task.layer}, microbatch {task.microbatch + 1}) "
+        return (f"task {task} ({_KINDS[task.kind]} {_PASSES[task.direction]}, layer {task.layer}, microbatch {task.microbatch + 1}) "
                 f"on stream {stream.value} in {phase}, since {_clock(since)}")
 
 

@@ -14,11 +14,13 @@ import torch
 
 from megatron_hetermoe.runtime.channels import Channel, Message
 from megatron_hetermoe.runtime.recorder import Recorder
-from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
+from megatron_hetermoe.runtime.selfcheck import Checksums
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.topology.placement import Placement
 
 # Parts of a transfer.
 _HEADER, _TOKENS, _PROBS = range(3)
+PARTS = ("header", "tokens", "probabilities")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Counts = Callable[[], list[list[int]]]
 _HEADER_FIELDS = 5  # layer, microbatch, hidden, dtype of tokens, dtype of probabilities; then counts
@@ -74,6 +76,7 @@ class Transfers:
         holders: for each holder, the members that are it together. An owner's rows go to one of them, so that each
             token crosses between the pools once, and its number in the holder is the owner's modulo their number; all
             of them learn of all rows.
+        checksums: told of every message of a step that is checked.
         owned, held: state by (layer, microbatch), for the A and E tasks to read and fill.
         recorder: told what is sent and for which experts, where the step is recorded.
     """
@@ -87,6 +90,7 @@ class Transfers:
     dtype: torch.dtype
     device: torch.device
     holders: tuple[tuple[int, ...], ...]
+    checksums: Checksums | None = None
     owned: dict[tuple[int, int], Routed] = field(default_factory=dict)
     held: dict[tuple[int, int], Routed] = field(default_factory=dict)
     recorder: Recorder | None = None
@@ -144,7 +148,7 @@ class Transfers:
             payload += self._parts(task, state, _TOKENS, state.tokens)
             payload += self._parts(task, state, _PROBS, state.probs)
         if not self._holds(task.layer):
-            self._exchange(task, headers + payload)
+            self._exchange(task, self.out, headers + payload)
         else:
             received = self._receive_headers(task, headers)
             buffers = [
@@ -152,8 +156,8 @@ class Transfers:
                 for part, tensor in ((_TOKENS, received.tokens), (_PROBS, received.probs))
                 for owner, rows in zip(self._owners, tensor.split(received.splits))
             ]
-            self._exchange(task, payload, buffers)
-            if self.recorder:
+            self._exchange(task, self.out, payload, buffers)
+            if self.recorder is not None:
                 experts = range(len(self.placement.held(task.layer, self._holder)))
                 self.recorder.routed(task, [sum(counts[expert] for counts in received.counts) for expert in experts])
             self.held[task.layer, task.microbatch] = received
@@ -170,7 +174,7 @@ class Transfers:
         if state:
             state.outputs = self._empty(state.rows)
             buffers = self._parts(task, state, _TOKENS, state.outputs)
-        self._exchange(task, self._returned(task, _TOKENS, "outputs"), buffers)
+        self._exchange(task, self.back, self._returned(task, _TOKENS, "outputs"), buffers)
         if self._holds(task.layer):
             held = self.held[task.layer, task.microbatch]
             held.outputs.untyped_storage().resize_(0)
@@ -191,7 +195,7 @@ class Transfers:
                 Message(owner, _TOKENS, rows)
                 for owner, rows in zip(self._owners, held.output_grads.split(held.splits))
             ]
-        self._exchange(task, sends, buffers)
+        self._exchange(task, self.out, sends, buffers)
         if state:
             state.output_grads = None
 
@@ -206,15 +210,19 @@ class Transfers:
             buffers = self._parts(task, state, _TOKENS, state.token_grads)
             buffers += self._parts(task, state, _PROBS, state.prob_grads)
         sends = self._returned(task, _TOKENS, "token_grads") + self._returned(task, _PROBS, "prob_grads")
-        self._exchange(task, sends, buffers)
+        self._exchange(task, self.back, sends, buffers)
         self.held.pop((task.layer, task.microbatch), None)
 
-    def _exchange(self, task: Task, sends: Sequence[Message], receives: Sequence[Message] = ()) -> None:
-        """On the task's channel."""
-        channel = self.out if task.stream is Stream.OUT else self.back
+    def _exchange(
+        self, task: Task, channel: Channel, sends: Sequence[Message], receives: Sequence[Message] = ()
+    ) -> None:
+        if self.checksums is not None:
+            self.checksums.sending(task, sends)
         sent = channel.exchange(sends, receives)
-        if self.recorder:
+        if self.recorder is not None:
             self.recorder.sent(task, sent)
+        if self.checksums is not None:
+            self.checksums.received(task, receives)
 
     def _owner(self, task: Task) -> Routed:
         return self.owned[task.layer, task.microbatch]
@@ -262,7 +270,8 @@ class Transfers:
         """Sends this member's headers, receives those for it, checks them, and makes buffers of their sizes."""
         local = len(self.placement.held(task.layer, self._holder))
         headers = [torch.empty(_HEADER_FIELDS + local, dtype=torch.int64) for _ in range(self.attention_members)]
-        self._exchange(task, own_headers, [Message(owner, _HEADER, header) for owner, header in enumerate(headers)])
+        buffers = [Message(owner, _HEADER, header) for owner, header in enumerate(headers)]
+        self._exchange(task, self.out, own_headers, buffers)
         expected = [task.layer, task.microbatch, self.hidden, _DTYPES.index(self.dtype)]
         probs_dtype = headers[0][_HEADER_FIELDS - 1].item()
         for owner, header in enumerate(headers):

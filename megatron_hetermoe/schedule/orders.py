@@ -43,6 +43,7 @@ class Schedule:
         attention_members: M; members from M on are expert ranks.
         waves: the microbatches of each wave, in order.
         forward_only: evaluation, which has no backward.
+        delayed: weights' gradients are W tasks, after the gradients of activations have gone out.
         shared: kinds of compute tasks that several ranks run together, each with a part of the weights, and talk
             to each other while they do (tensor parallelism).
     """
@@ -52,6 +53,7 @@ class Schedule:
     attention_members: int
     waves: tuple[tuple[int, ...], ...]
     forward_only: bool
+    delayed: bool = False
     shared: frozenset[Kind] = frozenset()
 
     @cached_property
@@ -116,6 +118,8 @@ class Schedule:
             else:
                 for layer in range(head, 0, -1):
                     yield from self._issue_layer(Pass.BACKWARD, layer, layer - 1, wave)
+                # W tasks carry nothing; no transfer is queued behind one that is not before it in compute's order.
+                yield from (task for task in self._wave_order(wave) if task.direction is Pass.WEIGHT)
 
     def _issue_layer(self, direction: Pass, layer: int, experts: int, wave: Sequence[int]) -> Iterator[Task]:
         """A layer's attention in one direction, and the experts that it goes on to."""
@@ -142,27 +146,48 @@ class Schedule:
         A member's own order is this one without the tasks that it does not have, so members that hold
         experts beside attention agree with all others on the order of every transfer.
         """
-        head = self.layers + 1
         for wave in self.waves:
-            for layer in range(1, head):
-                yield from (Task(Kind.ATTENTION, Pass.FORWARD, layer, microbatch) for microbatch in wave)
-                if layer in self.moe_layers:
-                    yield from (Task(Kind.EXPERT, Pass.FORWARD, layer, microbatch) for microbatch in wave)
-            for microbatch in wave:
-                yield Task(Kind.ATTENTION, Pass.FORWARD, head, microbatch)
-                if not self.forward_only:
-                    yield Task(Kind.ATTENTION, Pass.BACKWARD, head, microbatch)
-            if self.forward_only:
-                continue
-            for layer in range(self.layers, 0, -1):
-                if layer in self.moe_layers:
-                    yield from (Task(Kind.EXPERT, Pass.BACKWARD, layer, microbatch) for microbatch in wave)
-                yield from (Task(Kind.ATTENTION, Pass.BACKWARD, layer, microbatch) for microbatch in wave)
+            yield from self._wave_order(wave)
+
+    def _wave_order(self, wave: tuple[int, ...]) -> Iterator[Task]:
+        """The part of ``_compute_order`` that is one wave's.
+
+        A W task follows its B task at once: the same order as without W tasks, so never slower, and what was waited for
+        leaves earlier. In the first layer with experts, whose backward is an expert rank's last, W tasks come after all
+        B tasks: attention ranks still need these, and W tasks fill the time that they need then.
+        """
+        head = self.layers + 1
+        lowest = min(self.moe_layers, default=None)
+        for layer in range(1, head):
+            yield from (Task(Kind.ATTENTION, Pass.FORWARD, layer, microbatch) for microbatch in wave)
+            if layer in self.moe_layers:
+                yield from (Task(Kind.EXPERT, Pass.FORWARD, layer, microbatch) for microbatch in wave)
+        for microbatch in wave:
+            yield Task(Kind.ATTENTION, Pass.FORWARD, head, microbatch)
+            if not self.forward_only:
+                yield from self._backward(Kind.ATTENTION, head, (microbatch,), together=False)
+        if self.forward_only:
+            return
+        for layer in range(self.layers, 0, -1):
+            if layer in self.moe_layers:
+                yield from self._backward(Kind.EXPERT, layer, wave, together=layer == lowest)
+            yield from self._backward(Kind.ATTENTION, layer, wave, together=False)
+
+    def _backward(self, kind: Kind, layer: int, wave: tuple[int, ...], together: bool) -> Iterator[Task]:
+        """A layer's B tasks with their W tasks, one by one or together at the end."""
+        for microbatch in wave:
+            yield Task(kind, Pass.BACKWARD, layer, microbatch)
+            if self.delayed and not together:
+                yield Task(kind, Pass.WEIGHT, layer, microbatch)
+        if self.delayed and together:
+            yield from (Task(kind, Pass.WEIGHT, layer, microbatch) for microbatch in wave)
 
     def _transfer_order(self) -> Iterator[Task]:
         """All transfers, each directly after the compute task whose result it carries."""
         for task in self._compute_order():
             layer, microbatch = task.layer, task.microbatch
+            if task.direction is Pass.WEIGHT:
+                continue
             if task.kind is Kind.EXPERT:
                 kind = Kind.COMBINE if task.direction is Pass.FORWARD else Kind.DISPATCH
                 yield Task(kind, task.direction, layer, microbatch)
@@ -212,7 +237,7 @@ class Schedule:
 
 def zebra(
     layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
-    forward_only: bool = False, shared: frozenset[Kind] = frozenset(),
+    forward_only: bool = False, delayed: bool = False, shared: frozenset[Kind] = frozenset(),
 ) -> Schedule:
     """Zebra parallelism: a wave's microbatches go through the model together, layer by layer.
 
@@ -224,31 +249,32 @@ def zebra(
         wave: R, the most microbatches on the way together; None for all. Waves are as equal as can be, since a short
             one at the end would have the longest bubbles.
         forward_only: no backward.
+        delayed: gradients of weights are W tasks.
         shared: as ``Schedule.shared``.
     """
     count = -(-microbatches // (wave or microbatches))
     bounds = [microbatches * index // count for index in range(count + 1)]
     waves = tuple(tuple(range(first, last)) for first, last in zip(bounds, bounds[1:]))
-    return Schedule(layers, placement, attention_members, waves, forward_only, shared)
+    return Schedule(layers, placement, attention_members, waves, forward_only, delayed, shared)
 
 
 def sequential(
     layers: int, placement: Placement, attention_members: int, microbatches: int, forward_only: bool = False,
-    shared: frozenset[Kind] = frozenset(),
+    delayed: bool = False, shared: frozenset[Kind] = frozenset(),
 ) -> Schedule:
     """Naive disaggregation: one microbatch at a time, so one pool always waits for the other."""
-    return zebra(layers, placement, attention_members, microbatches, 1, forward_only, shared)
+    return zebra(layers, placement, attention_members, microbatches, 1, forward_only, delayed, shared)
 
 
 def build(
     name: str, layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
-    forward_only: bool = False, shared: frozenset[Kind] = frozenset(),
+    forward_only: bool = False, delayed: bool = False, shared: frozenset[Kind] = frozenset(),
 ) -> Schedule:
     """The schedule that a plan names (``config.plan.SCHEDULES``)."""
     if name == "sequential":
-        return sequential(layers, placement, attention_members, microbatches, forward_only, shared)
+        return sequential(layers, placement, attention_members, microbatches, forward_only, delayed, shared)
     assert name == "zebra"
-    return zebra(layers, placement, attention_members, microbatches, wave, forward_only, shared)
+    return zebra(layers, placement, attention_members, microbatches, wave, forward_only, delayed, shared)
 
 
 def transfers_between(schedule: Schedule, stream: Stream, members: Sequence[int]) -> tuple[Order, ...]:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-_WRITTEN = re.compile(r"([ADEC])([FB])_(\d+),(\d+)")
+_WRITTEN = re.compile(r"([ADEC])([FBW])_(\d+),(\d+)")
 
 
 class Kind(str, Enum):
@@ -29,7 +29,8 @@ class Pass(str, Enum):
     """Which way through the model."""
 
     FORWARD = "F"
-    BACKWARD = "B"
+    BACKWARD = "B"  # gradients of activations and, unless these have tasks of their own, of weights
+    WEIGHT = "W"
 
 
 class Stream(str, Enum):
@@ -49,7 +50,7 @@ class Task:
 
     Attributes:
         kind: what it does.
-        direction: forward or backward.
+        direction: forward, backward, or, for A and E, the weights' part of backward.
         layer: from 1 on; A tasks go to K+1.
         microbatch: from 0 on, within the step.
     """
@@ -101,6 +102,8 @@ def dependencies(task: Task, layers: int, moe_layers: frozenset[int]) -> tuple[T
             return (before, other(Kind.COMBINE, forward, layer - 1)) if layer - 1 in moe_layers else (before,)
         previous = {Kind.DISPATCH: Kind.ATTENTION, Kind.EXPERT: Kind.DISPATCH, Kind.COMBINE: Kind.EXPERT}
         return (other(previous[kind], forward, layer),)
+    if direction is Pass.WEIGHT:
+        return (other(kind, backward, layer),)
     if kind is Kind.ATTENTION:
         own = other(Kind.ATTENTION, forward, layer)
         if layer == layers + 1:

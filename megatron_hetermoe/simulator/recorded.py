@@ -37,7 +37,9 @@ def results_of(spans: Iterable[Span], plan: Plan) -> list[Result]:
     tasks = {name: Task.parse(name) for name in {span.task for span in spans}}
     microbatches = 1 + max((task.microbatch for task in tasks.values() if task), default=0)
     placement = Placement(plan.placement, layout.holders)
-    schedule = build(plan.schedule, plan.model.layers, placement, layout.m, microbatches, plan.wave)
+    schedule = build(
+        plan.schedule, plan.model.layers, placement, layout.m, microbatches, plan.wave, delayed=plan.delayed
+    )
     times: dict[int, dict[Task, tuple[float, float]]] = {rank: {} for rank in range(layout.world_size)}
     after: dict[tuple[int, str], tuple[float, float]] = {}
     for span in spans:

@@ -2,8 +2,9 @@
 """How long planning takes as GPUs grow: two kinds up to 4096 GPUs, three kinds up to 128.
 
 The model is Mixtral 8x7B's shape with 4096 tokens, on A100s and V100s (and A40s), priced from the device table. Prints
-wall and processor seconds of the search, the growth from row to row, and the targets: 512 GPUs of two kinds in 10 s,
-4096 in 60 s, 128 of three kinds in 60 s, on two cores.
+wall and processor seconds of the whole answer that `hetermoe plan` gives (the search, the pools alone, the baselines, a
+search without a node of each pool), processor seconds of the first search alone, the growth from row to row, and the
+targets: 512 GPUs of two kinds in 10 s, 4096 in 60 s, 128 of three kinds in 60 s, on two cores.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import time
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.cost.cluster import Cluster, cluster_from_document, kinds_of
 from megatron_hetermoe.cost.curves import Notes
+from megatron_hetermoe.planner.advice import alone, baselines
 from megatron_hetermoe.planner.options import Question
-from megatron_hetermoe.planner.search import search
+from megatron_hetermoe.planner.search import after_losing_a_node, search
 
 MODEL = ModelShape(
     layers=32, moe_layers=tuple(range(1, 33)), experts=8, topk=2, hidden=4096, expert_ffn=14336, dense_ffn=14336,
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=4096, help="leave out clusters with more GPUs")
     most = parser.parse_args().most
     before: dict[int, tuple[int, float]] = {}
-    print("kinds   GPUs  batch  wall s   cpu s  target  growth  best")
+    print("kinds   GPUs  batch  wall s   cpu s  search  target  growth  best")
     for names, gpus in CASES:
         if gpus > most:
             continue
@@ -52,15 +54,20 @@ def main() -> None:
         batch = 8 * cluster.pools["new"].gpus
         question = Question(MODEL, "fp16", 1, batch, 32_000)
         wall, cpu = time.perf_counter(), time.process_time()
-        found = search(question, cluster, kinds_of(cluster, MODEL, "fp16", Notes()))
+        kinds = kinds_of(cluster, MODEL, "fp16", Notes())
+        found = search(question, cluster, kinds)
+        searched = time.process_time() - cpu
+        baselines(found.best[0])
+        alone(question, cluster, kinds)
+        after_losing_a_node(question, cluster, kinds)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         growth = ""
         if len(names) in before:
             fewer, took = before[len(names)]
             growth = f"{cpu / took:.1f}x for {gpus // fewer}x"
         before[len(names)] = (gpus, cpu)
-        best = found.best[0].option.describe() if found.best else "nothing fits"
-        print(f"{len(names):5} {gpus:6} {batch:6} {wall:7.1f} {cpu:7.1f} {TARGETS.get((len(names), gpus), ''):>7}  "
+        best = found.best[0].option.describe()
+        print(f"{len(names):5} {gpus:6} {batch:6} {wall:7.1f} {cpu:7.1f} {searched:7.1f} {TARGETS.get((len(names), gpus), ''):>7}  "
               f"{growth:>6}  {best}", flush=True)
 
 

@@ -13,7 +13,6 @@ import os
 import socket
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -22,10 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from megatron_hetermoe.cost.tasks import Transfer
-from megatron_hetermoe.runtime import executor
-from megatron_hetermoe.runtime.channels import Channel
-from megatron_hetermoe.runtime.replay import replay_table
-from megatron_hetermoe.runtime.streams import HostStreams
+from megatron_hetermoe.runtime.replay import Case, priced, replay
 from megatron_hetermoe.schedule.orders import Schedule, build
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 from megatron_hetermoe.simulator.events import simulate
@@ -73,7 +69,7 @@ class Prices:
         return tuple(len(self.placement.held(layer, member)) for member in range(self.placement.members))
 
 
-def cases() -> list[tuple[Schedule, Prices]]:
+def configurations() -> list[tuple[Schedule, Prices]]:
     """Layouts, placements, waves and speeds of channel, four ranks or fewer."""
     even = Placement(((2, 2, 3, 3), (2, 2, 3, 3)), 4)
     mixed = Placement(((0, 2, 2, 3), (1, 0, 2, 3)), 4)
@@ -90,42 +86,21 @@ def cases() -> list[tuple[Schedule, Prices]]:
     return found
 
 
-def run_cases(rank: int, world: int):
-    """Seconds of each case on this rank; ranks that a case has no use for wait."""
-    seconds = []
-    for schedule, prices in cases():
-        members = schedule.placement.members
-        groups = [dist.new_group(list(range(members))) for _ in range(2)]
-        dist.barrier()
-        if rank >= members:
-            seconds.append(0.0)
-            continue
-        channels = {
-            stream: Channel(group, group, range(members), rank)
-            for stream, group in zip((Stream.OUT, Stream.BACK), groups)
-        }
-
-        def price(task: Task) -> float:
-            return prices.seconds(rank, task) if task.stream is Stream.COMPUTE else prices.transfer(task).seconds
-
-        table = replay_table(schedule, rank, price, channels)
-        start = time.perf_counter()
-        executor.run(schedule.member(rank), table, HostStreams())
-        seconds.append(time.perf_counter() - start)
-    dist.barrier()
-    return seconds
+def cases() -> list[Case]:
+    """The same, as the executor runs them."""
+    return [priced(schedule, prices) for schedule, prices in configurations()]
 
 
 def predictions() -> list[float]:
-    """Seconds of each case as simulated."""
-    return [simulate(schedule, prices).seconds for schedule, prices in cases()]
+    """Seconds of each configuration as simulated."""
+    return [simulate(schedule, prices).seconds for schedule, prices in configurations()]
 
 
 def _rank(rank: int, port: int, results) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    results.put(run_cases(rank, RANKS))
+    results.put(replay(rank, RANKS, cases()))
     dist.destroy_process_group()
 
 
@@ -138,7 +113,7 @@ def main() -> int:
     measured = [max(of_case) for of_case in zip(*(results.get() for _ in range(RANKS)))]
     told = predictions()
     errors = [real / simulated - 1 for real, simulated in zip(measured, told)]
-    for (schedule, prices), real, simulated, error in zip(cases(), measured, told, errors):
+    for (schedule, prices), real, simulated, error in zip(configurations(), measured, told, errors):
         print(f"members {schedule.placement.members}, waves {[len(wave) for wave in schedule.waves]}, "
               f"transfer {prices.transfer_seconds * 1e3:.0f} ms: told {simulated:.3f} s, was {real:.3f} s, {error:+.1%}")
     print(f"median error of {len(errors)}: {statistics.median(map(abs, errors)):.1%}")

@@ -87,9 +87,13 @@ def test_placements(tmp_path, placement, document, said):
         ([*OURS, *tiny(context_parallel_size=2)], "--context-parallel-size above 1 is not supported"),
         ([*OURS, *tiny(train_iters=5, lr_warmup_iters=5)],
          "--lr-warmup-iters 5 does not end before --train-iters 5"),
+        ([*OURS, *tiny(moe_router_load_balancing_type="sinkhorn")], "sinkhorn does not take --moe-aux-loss-coeff"),
         ([*OURS[1:], *tiny()], "without --hetermoe: add --hetermoe"),
         ([*OURS, "--hetermoe-experts", "grouped", *tiny(hidden_size=36, bf16=True)],
          "--hetermoe-experts grouped cannot be on rank 2: hidden sizes 36 and 32 in bf16 are not"),
+        ([*OURS, "--hetermoe-expert-precision", "fp16", *tiny()],
+         "experts in fp16 beside attention in fp32 are not supported: --hetermoe-expert-precision may be fp32 there"),
+        ([*OURS, "--hetermoe-expert-precision", "fp32", *tiny(bf16=True, loss_scale=8)], "--loss-scale is not supported"),
         ([*OURS, "--hetermoe-schedule", "sequential", "--hetermoe-wave", "2", *tiny()], "contradicts"),
     ],
 )

@@ -35,6 +35,10 @@ NOT_RUN = {
     r"scripts/quickstart\.sh\b.*": "tests/cli/test_scripts.py runs it",
     r"scripts/test\.sh": "it is what runs this test",
     r"torchrun .*pretrain_gpt .*": "tests/parity starts the same module on ranks of its own",
+    r"(torchrun|srun) .* rank .*": "tests/slurm runs it",
+    r"hetermoe submit .* --yes": "tests/slurm submits to a real Slurm",
+    r"(torchrun .*)?hetermoe doctor.*": "tests/cli/test_doctor.py runs it; what it finds is the machine's",
+    r"torchrun .* -m megatron_hetermoe doctor .*": "tests/cli/test_doctor.py runs it on several ranks",
     r"torchrun .*profile --network .*": "tests/cli/test_profile.py runs it under torchrun",
     r"hetermoe profile .*": "tests/cli/test_profile.py runs it",
 }
@@ -86,7 +90,10 @@ def run_commands(rank: int, world: int, pages: list[tuple[str, list[str]]], fold
         place = folder / name
         shutil.copytree(folder / "given", place, symlinks=True)
         os.chdir(place)
+        before = dict(os.environ)
         for line in lines:
+            os.environ.clear()
+            os.environ.update(before)
             words = words_of(line)[1:]
             try:
                 said = plans.get(line)

@@ -17,9 +17,9 @@ LINK = {"gb_per_s": 12.5, "latency_us": 20}
 MODEL = ModelShape(4, (1, 2, 3, 4), 12, 2, 1024, 3584, 3584, 0, True, 16, 8, 64, False, 4096)
 
 
-def cluster(folder, **changed):
-    """A cluster file with two kinds; JSON is YAML."""
-    pools = {name: {"kind": kind, "nodes": 1, "gpus_per_node": 2, "memory_gb": memory, "intra_node": LINK,
+def cluster(folder, gpus=2, **changed):
+    """A cluster file with so many GPUs of each of two kinds; JSON is YAML."""
+    pools = {name: {"kind": kind, "nodes": 1, "gpus_per_node": gpus, "memory_gb": memory, "intra_node": LINK,
                     "inter_node": LINK} for name, kind, memory in (("new", "A40", 48), ("old", "V100-SXM2", 32))}
     pools["old"].update(changed)
     path = folder / "cluster.yaml"
@@ -114,3 +114,15 @@ def test_the_stage_is_seen_on_a_terminal_only(tmp_path):
         seen += more
     assert process.wait() == 0 and b"simulating layout 7" in seen
     os.close(ours)
+
+
+def test_a_plan_is_replayed_beside_what_it_is_compared_with(tmp_path, ask, capsys):
+    """With processes for its ranks; no step can be over before the simulator's."""
+    out, on = str(tmp_path / "plan.json"), cluster(tmp_path, gpus=1)
+    ask(global_batch=3)
+    assert command.main(["plan", "recipe.yaml", "--cluster", on, "--out", out]) == 0
+    capsys.readouterr()
+    assert command.main(["simulate", out, "--cluster", on, "--replay", "3", "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)["replay"]
+    assert list(replayed) == ["the plan", "experts spread over expert ranks", "that, one microbatch at a time"]
+    assert all(0.2 < one["simulated"] < one["replayed"] + 0.01 for one in replayed.values()), replayed

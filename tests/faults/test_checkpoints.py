@@ -64,13 +64,14 @@ def test_stock_megatron_accepts_the_manifest(saved, tmp_path):
        if (victim, moment) not in {(0, "save-tracker"), (1, "save-files")}
        and (victim == 0 or moment not in ("save-written", "save-sealing", "save-tracker")))],
 )
-def test_a_kill_during_a_save_leaves_one_to_go_on_from(saved, tmp_path, victim, moment):
+def test_a_kill_during_a_save_leaves_one_to_go_on_from(saved, tmp_path, summary, victim, moment):
     """Killed in the second save; the resume is exact, from whichever save was complete."""
     _, steps = saved
     run = train(tmp_path, fault=f"kill:{victim}:{moment}:2", check=False, save=tmp_path / "run", save_interval=2)
     assert run.exit_codes[victim] == -9 and run.exit_codes[1 - victim] == 3
     whole = 4 if moment in ("save-tracker", "save-done") else 2
     resumed(tmp_path, tmp_path / "run", steps, whole)
+    summary.append(("kill", ("attention", "expert")[victim], moment, 0.0, f"resumed exactly from step {whole}"))
 
 
 def flip(path):
@@ -81,6 +82,27 @@ def flip(path):
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.slow
+def test_saves_in_the_background_are_sealed_too(saved, tmp_path):
+    train(tmp_path, save=tmp_path / "run", save_interval=2, async_save=True, async_strategy="mcore")
+    assert (tmp_path / "run" / TRACKER).read_text() == "6"
+    test_a_save_lists_all_its_files((tmp_path / "run", None))
+    (tmp_path / "run" / TRACKER).write_text("4")
+    resumed(tmp_path, tmp_path / "run", saved[1], 4)
+
+
+@pytest.mark.parametrize(
+    "hetermoe, flags, said",
+    [([], {"async_strategy": "nvrx"}, "needs nvidia-resiliency-ext, which is not installed"),
+     (["--hetermoe-on-save-failure", "continue"], {"async_strategy": "mcore"}, "leave one out"),
+     (["--hetermoe-on-save-failure", "never"], {}, "it must be one of stop, continue")],
+)
+def test_saves_that_are_refused(tmp_path, hetermoe, flags, said):
+    run = run_ranks([*LAYOUT, *hetermoe, *tiny(global_batch_size=2, async_save=True, save=tmp_path / "run", **flags)], 2,
+                    cwd=tmp_path)
+    assert run.exit_codes == [2, 2] and said in run.output[0], run.output[0][-2000:]
 
 
 @pytest.mark.parametrize("damage", [flip, cut, lambda path: path.unlink()], ids=["flip", "cut", "missing"])
@@ -107,10 +129,3 @@ def test_no_checkpoint_is_whole(copy, tmp_path):
     (copy / TRACKER).write_text("")
     run = train(tmp_path, load=copy, check=False)
     assert run.exit_codes == [2, 2] and f"no checkpoint in {copy} is whole" in run.output[0]
-
-
-def test_a_full_disk_ends_the_save_with_a_message(tmp_path):
-    run = train(tmp_path, fault="full:1:save-files:2", check=False, save=tmp_path / "run", save_interval=2)
-    assert all(run.exit_codes)
-    assert "no space is left for the checkpoint in" in "".join(run.output)
-    assert (tmp_path / "run" / TRACKER).read_text() == "2"

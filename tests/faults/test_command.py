@@ -11,21 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from models import tiny
+from recipes import recipe_of
 
 ROOT = Path(__file__).parents[2]
 
 
 def recipe(path):
-    words, flags = tiny(train_iters=100_000, global_batch_size=4), {}
-    for word in words:
-        if word.startswith("--"):
-            flags[name := word] = True
-        else:
-            flags[name] = word
-    path.write_text(yaml.safe_dump(
-        {"MODEL_ARGS": flags, "HETERMOE": {"attention-ranks": 1, "expert-ranks": 1, "stall-timeout": 3}}))
+    path.write_text(recipe_of(tiny(train_iters=100_000, global_batch_size=4),
+                              {"attention-ranks": 1, "expert-ranks": 1, "stall-timeout": 3}))
     return path
 
 

@@ -34,7 +34,7 @@ ALL = [
     (kind, victim, moment)
     for kind in (*FATAL, "slow") for moment in MOMENTS for victim in VICTIMS[moment]
     if (kind, victim, moment) not in SAMPLE
-]
+] + [("late", victim, moment) for moment in ("warm-up", "steady", "turn", "evaluation") for victim in (0, 1, 2)]
 SAID = {
     "kill": "has died: its process is gone", "exit": "has died: its process is gone", "stop": "is stopped: ",
     "raise": "failed: ValueError: injected", "sys-exit": "has ended with exit code 5",
@@ -62,7 +62,7 @@ def inject(kind, victim, moment, folder, checkpoint, summary):
     others = [rank for rank in range(3) if rank != victim]
     if kind not in FATAL:
         run.check()
-        summary.append((kind, ROLES[victim], moment, seconds, "all went on"))
+        summary.append((kind, ROLES[victim], moment, 0.0, "all went on"))
         return
     assert seconds < TIMEOUT + SLACK
     host = re.escape(socket.gethostname())

@@ -8,7 +8,9 @@ from pricing import cluster, group, profile, shape
 from megatron_hetermoe.planner.asym_ea import (
     Limits, balance, feasible, gather_and_squeeze, limits_of, placement_of,
 )
-from megatron_hetermoe.planner.memory import member_memory, most_experts, usable
+from megatron_hetermoe.planner.memory import (
+    imbalance_that_fits, member_memory, most_experts, most_imbalance, usable,
+)
 from megatron_hetermoe.simulator.baselines import ideal_seconds, zebra_seconds
 
 
@@ -94,12 +96,37 @@ def test_better_than_the_paper_where_m_and_n_do_not_divide():
     assert best.seconds < ideal_seconds(priced)
 
 
+def test_ranks_with_little_memory_leave_experts_to_those_with_much():
+    """Equally fast, so only memory tells them apart; everything fits in one way."""
+    limits = Limits((0, 4, 4, 12, 12))
+    best = balance(slow_experts(1, 4, layers=4, experts=8), limits, None)
+    assert (best.experts == [0, 1, 1, 3, 3]).all()
+
+
+def test_what_does_not_divide_goes_round_where_memory_asks_for_it():
+    """Large groups keep ranks alike where they can; 13 ranks with room for 20 pairs take 5 x 32 of 12 in turn."""
+    of = shape(layers=12, experts=20)
+    priced = slow_experts(1, 13, layers=12, experts=20)
+    best = balance(priced, Limits((0, *(19,) * 13)), None)
+    assert of.layers * of.experts > 13 * 18 and feasible(best.experts, Limits((0, *(19,) * 13)))
+
+
 def test_memory_counts_what_a_rank_holds():
     priced = group(2, 2, microbatches=4)
     few, many = (member_memory(priced, 2, experts, 4) for experts in (3, 6))
     assert many.weights == 2 * few.weights and many.activations == 2 * few.activations
     assert member_memory(priced, 0, 0, 4).activations == 2 * member_memory(priced, 0, 0, 2).activations
     assert few.gradients == 2 * few.weights and few.optimizer == 6 * few.weights  # bf16: fp32 gradients, 12 bytes
+
+
+def test_memory_bounds_how_uneven_routing_may_become():
+    """Two of eight experts a token: one that gets every token has four times its part; a rank with four, twice."""
+    assert most_imbalance(group(2, 2), 3) == 4 and most_imbalance(group(2, 2), 4 * 3) == 2
+    roomy, tight = group(2, 2), group(2, 2, on=cluster(2, 2, memory=1.5105e9))
+    assert imbalance_that_fits(roomy, 2, 12, 4) == 2
+    fits = imbalance_that_fits(tight, 2, 12, 4)
+    assert 1 < fits < 2
+    assert member_memory(tight, 2, 12, 4, fits).total <= 1.5105e9 < member_memory(tight, 2, 12, 4, fits + 0.02).total
 
 
 def test_the_most_experts_fit_and_one_more_does_not():

@@ -13,6 +13,7 @@ from shapes import shape
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags, parse_flags
 from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.config.slow_down import parse_slow_down
 from megatron_hetermoe.planner.resolve import resolve
 
 BASE = Flags(enabled=True, attention_ranks=2, expert_ranks=2)
@@ -152,3 +153,19 @@ def test_a_plan_file_that_is_no_json(tmp_path):
     path.write_text("placement: yes")
     with pytest.raises(UsageError, match="is not JSON"):
         resolved(Flags(True, plan=str(path)))
+
+
+def test_what_is_to_be_slowed_down():
+    problems = Problems()
+    assert parse_slow_down("expert=1.25,attention-on-expert=3", problems) == {
+        ("attention", "attention"): 1.0, ("expert", "attention"): 1.0, ("attention", "expert"): 3.0,
+        ("expert", "expert"): 1.25,
+    }
+    assert not problems
+    for text in ("", "expert", "expert=0.5", "experts=2", "expert=2,expert=3", "expert=inf", "dispatch-on-expert=2"):
+        wrong = Problems()
+        parse_slow_down(text, wrong)
+        assert wrong, text
+    parse_flags(["--hetermoe", "--hetermoe-slow-down", "expert=-1"], problems)
+    with pytest.raises(UsageError, match="--hetermoe-slow-down has 'expert=-1'"):
+        problems.raise_if_any()

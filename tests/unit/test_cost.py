@@ -119,6 +119,20 @@ def test_experts_cost_by_their_number_and_bytes_by_their_holders():
     assert combine.seconds == pytest.approx(2 * 6 * rows * 64 * 2 / 1e9)
 
 
+def test_the_typical_task_is_the_median_of_those_that_have_it():
+    priced = group(2, 2, of=shape(layers=3, moe_layers=(1, 3)), microbatches=1)
+    costs = TaskCosts(priced, Placement(((2, 2, 2, 2, 2, 2, 3, 3), (), (0, 2, 2, 2, 2, 2, 2, 3)), 4))
+    typical = costs.typical()
+    one = sum(priced.expert[2]) / 3  # forward is a third
+    assert typical.expert_forward == pytest.approx(4 * one)  # of 6, 2, 6 and 1 experts
+    assert typical.moved_backward == pytest.approx(2 * one)
+    assert typical.attention_forward == pytest.approx(1e-3)
+    dispatch = [costs.transfer(Task(Kind.DISPATCH, Pass.FORWARD, layer, 0)) for layer in (1, 3)]
+    assert typical.dispatch_forward == pytest.approx(sum(one.seconds + one.latency for one in dispatch) / 2)
+    none = TaskCosts(priced, Placement(((2,) * 8, (), (3,) * 8), 4)).typical()
+    assert none.moved_forward == 0 and none.expert_forward == pytest.approx(8 * one)
+
+
 def test_a_measured_channel_replaces_what_links_say(tmp_path):
     measured = cluster_from_document({"pools": {"new": POOL, "old": POOL}, "channel": {1000: 1.0, 1e9: 2.0}}, "c.yaml")
     assert all(pool.channel(1000) == 1.0 for pool in measured.pools.values())

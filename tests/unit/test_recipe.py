@@ -61,7 +61,9 @@ def test_hetermoe_section_becomes_flags():
 
 def test_every_key_of_the_section_is_a_flag():
     for key in HETERMOE_KEYS:
-        value = {"schedule": "zebra", "attention": "flash", "experts": "grouped"}.get(key, "1")
+        value = {
+            "schedule": "zebra", "attention": "flash", "experts": "grouped", "expert-precision": "fp16",
+        }.get(key, "1")
         flags_of(parse(f"MODEL_ARGS:\nHETERMOE: {{{key}: {value}}}\n").argv)
 
 

@@ -27,7 +27,7 @@ def schedules(draw):
     shared = frozenset(draw(st.sets(st.sampled_from([Kind.ATTENTION, Kind.EXPERT]))))
     return build(
         name, layers, placement, m, draw(st.integers(1, 7)), draw(st.none() | st.integers(1, 8)), draw(st.booleans()),
-        shared,
+        shared=shared,
     )
 
 

@@ -128,3 +128,22 @@ def test_the_bound_counts_no_more_than_there_is():
                 if (option.attention, option.expert, option.groups) == (slow.attention, slow.expert, slow.groups))
     assert fast.bound == pytest.approx(2 * slow.bound, rel=1e-3)
     assert replace(slow, groups=1).bound > 0
+
+
+def test_gpus_without_bf16_take_experts_only_and_have_them_in_fp16():
+    on, old = cluster(4, 4), profile(OF, (1e-4, 2e-4), (1e-4, 2e-4))
+    without = replace(old, taken_for={**old.taken_for, "precision": "fp16"})
+    for slow, precision in ((old, "bf16"), (without, "fp16")):
+        found = search(question(), on, kinds(on, old=slow))
+        attention = {name for one in found.best for name, _ in one.option.attention}
+        assert ("old" in attention) == (slow is old)
+        assert {one.plan().expert_precision for one in found.best if "old" in one.option.used()} == {precision}
+        assert {one.plan().attention_precision for one in found.best} == {"bf16"}
+
+
+def test_attention_in_bf16_needs_a_pool_that_has_it():
+    old = profile(OF)
+    without = replace(old, taken_for={**old.taken_for, "precision": "fp16"})
+    on = Cluster({"old": pool("old", 4, 1)})
+    [said] = nothing_fits(question(), on, kinds(on, old=without))
+    assert "no pool has bf16" in said and "--fp16" in said

@@ -2,7 +2,8 @@
 // The timeline: a canvas for each run, all on one time axis. Times are in microseconds.
 
 const KINDS = {
-  AF: "attention forward", AB: "attention backward", EF: "experts forward", EB: "experts backward",
+  AF: "attention forward", AB: "attention backward", AW: "attention weights", EF: "experts forward",
+  EB: "experts backward", EW: "experts weights",
   DF: "dispatch", CF: "combine", CB: "combine backward", DB: "dispatch backward",
   reduce: "gradient reduction", optimizer: "optimizer step",
 };

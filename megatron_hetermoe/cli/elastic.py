@@ -1,0 +1,138 @@
+"""``hetermoe elastic``: the plan with which a run goes on from its checkpoint on the ranks that are there now."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.config.flags import PREFIX
+from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.saved import saved_plan
+from megatron_hetermoe.planner.elastic import Refit, refit, within_memory
+from megatron_hetermoe.planner.resolve import PLANNED
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "elastic", help="fit a checkpoint's layout to the ranks that are there", usage="hetermoe elastic RECIPE.yaml "
+        "--attention-ranks M --expert-ranks N --out plan.json [options] [-- Megatron's flags]",
+        description="Reads the plan beside the recipe's last checkpoint (--load, else --save) and writes the nearest one "
+        "for at most so many ranks of each role, for --hetermoe-plan. What is different is said. A batch script starts as "
+        "many ranks as --json names. Exit code 2: no plan fits.")
+    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument("--attention-ranks", type=int, required=True, metavar="M", help="that are there")
+    parser.add_argument("--expert-ranks", type=int, required=True, metavar="N", help="that are there")
+    parser.add_argument("--out", required=True, metavar="plan.json")
+    parser.add_argument("--plan", metavar="FILE", help="start from this plan in place of the checkpoint's")
+    parser.add_argument("--cluster", metavar="CLUSTER.yaml", help="see to it that memory is enough, for a plan that "
+                        "`hetermoe plan` made")
+    parser.add_argument("--json", action="store_true", help="print ranks and changes as JSON")
+    parser.add_argument("--drop", action="append", default=[], metavar="FLAG", help="leave out a flag of the recipe")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    recipe = load_recipe(args.recipe, os.environ)
+    argv = override(recipe.argv, args.overrides, args.drop)
+    found = fitted(argv, args.attention_ranks, args.expert_ranks, args.plan, args.cluster)
+    write_plan(found.plan, args.out)
+    if args.json:
+        print(json.dumps({"attention_ranks": found.plan.attention_ranks, "expert_ranks": found.plan.expert_ranks,
+                          "groups": found.plan.groups, "changes": found.said}, indent=1))
+    else:
+        for line in found.said or ("nothing changes",):
+            print(line)
+    return 0
+
+
+def fitted(
+    argv: Sequence[str], attention_ranks: int, expert_ranks: int, plan: str | None = None, cluster: str | None = None
+) -> Refit:
+    """The plan nearest to that of a run's checkpoint.
+
+    Args:
+        argv: the run's flags.
+        attention_ranks, expert_ranks: that are there.
+        plan: a plan file in place of the checkpoint's.
+        cluster: a cluster file, to see to memory.
+
+    Raises:
+        UsageError: when there is no plan to start from, or none fits.
+    """
+    before = _read(plan) if plan else _of_checkpoint(argv)
+    found = refit(before, attention_ranks, expert_ranks, _microbatches(argv))
+    if cluster is None:
+        return found
+    from megatron_hetermoe.cost.cluster import kinds_of, read_cluster
+    from megatron_hetermoe.cost.curves import Notes
+
+    machines = read_cluster(cluster)
+    missing = set(found.plan.pools) - machines.pools.keys()
+    if missing or not found.plan.pools or found.plan.step is None:
+        raise UsageError([f"the plan is not one of `hetermoe plan` for {cluster}: leave --cluster out, or make a plan"])
+    return within_memory(found, machines, kinds_of(machines, found.plan.model, found.plan.attention_precision, Notes()))
+
+
+def with_plan(argv: Sequence[str], path: str) -> list[str]:
+    """A run's flags with a plan file in place of those that a plan decides."""
+    decided = {f"{PREFIX}-{name.replace('_', '-')}" for name in (*PLANNED, "placement", "plan")}
+    given = {word.partition("=")[0] for word in argv}
+    load = [] if "--load" in given else ["--load", _value(argv, "--save")]
+    return override(argv, [f"{PREFIX}-plan", path, *load], sorted(decided & given))
+
+
+def write_plan(plan: Plan, path: str | Path) -> None:
+    """Writes a plan file."""
+    try:
+        Path(path).write_text(plan.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise UsageError([f"cannot write {path}: {error.strerror}"]) from None
+
+
+def _read(path: str) -> Plan:
+    try:
+        return plan_from_json(Path(path).read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError([f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}"]) from None
+
+
+def _of_checkpoint(argv: Sequence[str]) -> Plan:
+    folder = _value(argv, "--load") or _value(argv, "--save")
+    if folder is None:
+        raise UsageError(["the recipe names no checkpoint: give -- --load DIR, or --plan FILE"])
+    step = _value(argv, "--ckpt-step")
+    if step is not None and not (step.isdecimal() and len(step) <= 12):
+        raise UsageError([f"--ckpt-step is {step!r}; it must be a whole number"])
+    return saved_plan(folder, None if step is None else int(step))
+
+
+def _microbatches(argv: Sequence[str]) -> int:
+    """Of a step, all attention ranks together."""
+    problems = Problems()
+    sizes = []
+    for flag in ("--global-batch-size", "--micro-batch-size"):
+        text = _value(argv, flag) or ""
+        if not text.isdecimal() or len(text) > 12 or int(text) == 0:
+            problems.add(f"{flag} is {text or 'missing'}: how the batch divides over ranks depends on it")
+        sizes.append(int(text) if text.isdecimal() and len(text) <= 12 else 0)
+    problems.raise_if_any()
+    if sizes[0] % sizes[1]:
+        raise UsageError([f"--global-batch-size {sizes[0]} does not divide by --micro-batch-size {sizes[1]}"])
+    return sizes[0] // sizes[1]
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag, in either spelling; the last one counts, as for argparse."""
+    value = None
+    for word, following in zip(argv, (*argv[1:], "")):
+        name, joined, rest = word.partition("=")
+        if name == flag:
+            value = rest if joined else following
+    return value

@@ -1,0 +1,67 @@
+"""What the GPUs of this machine cannot do of a plan, found before ranks meet."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+
+import torch
+
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.mcore.grouped import grouped_obstacle
+from megatron_hetermoe.topology.layout import ATTENTION, layout_of
+from megatron_hetermoe.topology.placement import Placement
+
+_BF16_CAPABILITY = (8, 0)  # Ampere; torch.cuda.is_bf16_supported() counts emulation too
+
+
+def capabilities_here(args: argparse.Namespace) -> dict[int, tuple[int, int] | None]:
+    """The compute capability of the GPU of each rank on this machine, None on the CPU.
+
+    A launcher that does not say how many there are (LOCAL_WORLD_SIZE) leaves each rank to look at its own.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = range(ranks) if ranks > 1 else [args.local_rank]
+    return {
+        args.rank - args.local_rank + local: capability(torch.device("cuda", local % torch.cuda.device_count()))
+        for local in here
+    }
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """A GPU's compute capability; None for the CPU."""
+    return torch.cuda.get_device_capability(device) if torch.empty(0, device=device).is_cuda else None
+
+
+def device_problems(
+    plan: Plan, has_biases: bool, capabilities: Mapping[int, tuple[int, int] | None]
+) -> list[str]:
+    """What a plan asks of ranks' GPUs in vain, one sentence each.
+
+    Args:
+        plan: the run's.
+        has_biases: whether linear layers have biases.
+        capabilities: by rank.
+    """
+    layout = layout_of(plan)
+    placement = Placement(plan.placement, layout.holders)
+    problems = []
+    for rank, found in capabilities.items():
+        holds = bool(placement.layers_of(layout.holder_of(rank)))
+        lacks_bf16 = found is not None and found < _BF16_CAPABILITY
+        if lacks_bf16 and plan.attention_precision == "bf16" and layout.role(rank) == ATTENTION:
+            problems.append(f"rank {rank} has a GPU without bf16 ({_version(found)}) for attention in bf16: train with "
+                            f"--fp16, or give attention to others")
+        if lacks_bf16 and plan.expert_precision == "bf16" and holds:
+            problems.append(f"rank {rank} has a GPU without bf16 ({_version(found)}) for experts in bf16: add "
+                            f"--hetermoe-expert-precision fp16")
+        if plan.expert_kernel == "grouped" and holds:
+            obstacle = grouped_obstacle(plan, has_biases, found)
+            if obstacle:
+                problems.append(f"--hetermoe-experts grouped cannot be on rank {rank}: {obstacle}; use auto")
+    return problems
+
+
+def _version(found: tuple[int, int]) -> str:
+    return f"compute capability {found[0]}.{found[1]}"

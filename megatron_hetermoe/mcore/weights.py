@@ -1,0 +1,76 @@
+"""Gradients of weights in tasks of their own: a backward gives the gradients of activations and leaves the rest.
+
+Megatron splits them for transformer-engine's linear layers only. For its own ones, and for grouped experts, the weight
+is hidden from autograd; a hook on the output leaves what the product for the weight needs. That product's result
+enters autograd at the weight, so that DDP's hooks find it as they find any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, linear_with_frozen_weight
+
+from megatron_hetermoe.mcore.grouped import GroupedExperts
+from megatron_hetermoe.schedule.tasks import Pass, Task
+
+Gradients = Callable[[], Sequence[torch.Tensor]]
+
+
+class WeightGradients:
+    """What the backward tasks of one rank have left to its W tasks."""
+
+    def __init__(self) -> None:
+        self._left: dict[Task, list[tuple[Sequence[torch.nn.Parameter], Gradients]]] = {}
+        self._task: Task | None = None
+
+    @contextmanager
+    def left_by(self, task: Task) -> Iterator[None]:
+        """What is left inside the context is left by this backward task."""
+        self._task = task
+        self._left[task] = []
+        yield
+        self._task = None
+
+    def leave(self, weights: Sequence[torch.nn.Parameter], gradients: Gradients) -> None:
+        """Leaves the gradients of some weights, to be computed by a function."""
+        assert self._task is not None, "a gradient outside of any backward task"
+        self._left[self._task].append((weights, gradients))
+
+    def run(self, task: Task) -> None:
+        """A W task: computes what its backward task has left, and adds it to the gradients of the weights."""
+        for weights, gradients in self._left.pop(Task(task.kind, Pass.BACKWARD, task.layer, task.microbatch)):
+            torch.autograd.backward([weight.expand_as(weight) for weight in weights], gradients())
+
+
+def delay(model: torch.nn.Module, gradients: WeightGradients) -> None:
+    """Has all torch linear layers of a model, and grouped experts, leave the gradients of their weights."""
+    for module in model.modules():
+        if isinstance(module, GroupedExperts):
+            module.leave = gradients.leave
+        elif isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            module._forward_impl = partial(_linear, module._forward_impl, gradients)
+
+
+def _linear(
+    original: Callable[..., torch.Tensor], gradients: WeightGradients, input: torch.Tensor, weight: torch.Tensor,
+    bias: torch.Tensor | None = None, **others: Any,
+) -> torch.Tensor:
+    """A linear layer of Megatron's, [..., in] to [..., out], whose weight [out, in] gets its gradient later."""
+    if not torch.is_grad_enabled() or not weight.requires_grad:
+        return original(input=input, weight=weight, bias=bias, **others)
+    output = linear_with_frozen_weight(input=input, weight=weight.detach(), bias=None, **others)
+    rows = input.detach()
+    output.register_hook(lambda grad: gradients.leave([weight], partial(_linear_gradient, rows, grad)))
+    return output if bias is None else output + bias
+
+
+@torch.no_grad()
+def _linear_gradient(rows: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+    """[..., in] and [..., out] to [out, in]."""
+    rows, grad = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (rows, grad))
+    return [grad.t().matmul(rows)]

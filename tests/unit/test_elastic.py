@@ -1,0 +1,94 @@
+"""The nearest plan for other ranks: valid, as large as can be, the same where nothing changed, and few experts move."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shapes import shape
+
+from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.config.flags import Flags
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.step import Step
+from megatron_hetermoe.planner.elastic import refit
+from megatron_hetermoe.planner.resolve import resolve
+from megatron_hetermoe.topology.layout import Layout
+from megatron_hetermoe.topology.placement import Placement, even_placement
+
+SHAPE = shape(experts=8)
+
+
+def plan(attention, expert, groups=1, placement=None, **fields):
+    holders = placement or even_placement(SHAPE, Layout(attention, expert, groups)).holders
+    return Plan(SHAPE, attention, expert, groups, holders, **fields)
+
+
+@st.composite
+def cases(draw):
+    groups = draw(st.integers(1, 3))
+    m, n = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    layer = st.lists(st.integers(0, m + n - 1), min_size=8, max_size=8).map(tuple)
+    holders = tuple(draw(layer) if number in SHAPE.moe_layers else () for number in range(1, SHAPE.layers + 1))
+    there = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    return plan(groups * m, groups * n, groups, holders), there, groups * m * draw(st.integers(1, 6))
+
+
+@given(cases())
+def test_any_ranks_give_a_valid_plan(case):
+    before, (attention, expert), microbatches = case
+    found = refit(before, attention, expert, microbatches)
+    now = found.plan
+    assert now.attention_ranks <= attention and now.expert_ranks <= expert and microbatches % now.attention_ranks == 0
+    Placement(now.placement, (now.attention_ranks + now.expert_ranks) // now.groups)
+    assert [len(layer) for layer in now.placement] == [len(layer) for layer in before.placement]
+    assert (now == before) == (not found.said)
+    if (attention, expert) == (before.attention_ranks, before.expert_ranks):
+        assert now == before
+
+
+def test_nothing_moves_between_ranks_that_are_left():
+    """Of four expert ranks with two experts a layer each the last is lost: its two go, the other six stay."""
+    found = refit(plan(2, 4, wave=3), 2, 3, 8)
+    for old, new in zip(plan(2, 4).placement, found.plan.placement):
+        assert all(one == other for one, other in zip(old, new) if one != 5)
+        assert sorted(Counter(new).values()) in ([], [2, 3, 3])
+    assert found.plan.wave == 3
+    layers = len(SHAPE.moe_layers)
+    assert f"{2 * layers} of {8 * layers} experts of all layers move" in found.said[1]
+
+
+def test_new_ranks_take_their_part():
+    found = refit(plan(2, 2), 4, 4, 8)
+    assert found.plan.groups == 1
+    assert all(sorted(Counter(layer).values()) in ([], [2, 2, 2, 2]) for layer in found.plan.placement)
+
+
+def test_roles_keep_their_part_of_the_experts():
+    """Two attention ranks hold two experts a layer together; one of them lost, the other still holds one."""
+    holders = tuple((0, 1, 2, 2, 2, 3, 3, 3) if number in SHAPE.moe_layers else ()
+                    for number in range(1, SHAPE.layers + 1))
+    found = refit(plan(2, 2, placement=holders), 1, 2, 8)
+    assert all(Counter(layer)[0] == 1 for layer in found.plan.placement if layer)
+
+
+def test_ranks_that_do_not_divide_stay_idle():
+    found = refit(plan(4, 4, 2, step=Step(1, 2, 1000)), 3, 3, 8)
+    assert (found.plan.attention_ranks, found.plan.expert_ranks, found.plan.groups) == (2, 3, 1)
+    assert found.plan.step.microbatches == 4 and found.plan.predicted is None
+    assert any("1 attention ranks stay idle: 3 do not divide 8 microbatches" in said for said in found.said)
+
+
+def test_no_rank_of_a_role():
+    with pytest.raises(UsageError, match="at least one of each role"):
+        refit(plan(2, 2), 2, 0, 8)
+
+
+def test_what_is_found_is_a_plan_that_a_run_takes(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(refit(plan(2, 4), 2, 3, 8).plan.to_json())
+    problems = Problems()
+    resolve(Flags(enabled=True, plan=str(path)), SHAPE, "fp32", 5, problems)
+    problems.raise_if_any()
