@@ -28,7 +28,8 @@ ATTENTION, LAYERS, MICROBATCHES = 2, 2, 5
 def transfers_of(rank: int, world: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN) -> Transfers:
     groups = [dist.new_group(list(range(world))) for _ in range(2)]
     out, back = (Channel(group, group, range(world), rank) for group in groups)
-    return Transfers(PLACEMENT, ATTENTION, rank, out, back, hidden, dtype, torch.device("cpu"))
+    alone = tuple((member,) for member in range(world))
+    return Transfers(PLACEMENT, ATTENTION, rank, out, back, hidden, dtype, torch.device("cpu"), alone)
 
 
 class FakeModel:
