@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hetermoe.cli.quiet import quiet
+from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from megatron_hetermoe.cost.cluster import kinds_of, read_cluster
     from megatron_hetermoe.cost.curves import Notes
-    from megatron_hetermoe.planner.advice import nothing_fits
+    from megatron_hetermoe.planner.advice import alone, nothing_fits, with_attention_alone
     from megatron_hetermoe.planner.search import search
 
     problems = Problems()
@@ -58,19 +59,25 @@ def run(args: argparse.Namespace) -> int:
         problems.add(f"--vocabulary is {args.vocabulary}; it must be from 1 on")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
         problems.add(f"--out {args.out}: there is no folder {Path(args.out).parent}, or it is a folder itself; name a file")
-    try:
-        question = _question(args, problems, notes)
-    except UsageError as error:  # of the recipe's file
-        problems.extend(error)
-    problems.raise_if_any()
-    kinds = kinds_of(cluster, question.shape, question.precision, notes)
-    found = search(question, cluster, kinds)
-    if not found.best:
-        raise UsageError(nothing_fits(question, cluster, kinds))
-    answer = _answer(question, cluster, kinds, found, notes)
+    with Stages() as stages:
+        stages.enter("reading the recipe with Megatron")
+        try:
+            question = _question(args, problems, notes)
+        except UsageError as error:  # of the recipe's file
+            problems.extend(error)
+        problems.raise_if_any()
+        kinds = kinds_of(cluster, question.shape, question.precision, notes)
+        found = search(question, cluster, kinds, tell=stages.enter)
+        if not found.best:
+            stages.enter("looking for what would fit")
+            raise UsageError(nothing_fits(question, cluster, kinds))
+        stages.enter("comparing with other ways to use these GPUs")
+        alones = alone(question, cluster, kinds)
+        plan = with_attention_alone(found.best[0], alones)
+        answer = _answer(question, cluster, kinds, found, plan, alones, notes)
     if args.out:
         try:
-            Path(args.out).write_text(found.best[0].plan().to_json(), encoding="utf-8")
+            Path(args.out).write_text(plan.to_json(), encoding="utf-8")
         except OSError as error:
             raise UsageError([f"cannot write the plan to {args.out}: {error.strerror}"]) from None
     if args.json:
@@ -124,14 +131,13 @@ def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
     return (1,) if parsed.transformer_impl == "local" else _TENSOR
 
 
-def _answer(question, cluster, kinds, found, notes) -> dict[str, Any]:
+def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, Any]:
     """Everything that is said, as data."""
-    from megatron_hetermoe.planner.advice import alone, baselines
+    from megatron_hetermoe.planner.advice import baselines
     from megatron_hetermoe.planner.memory import MARGIN
     from megatron_hetermoe.planner.search import after_losing_a_node, left_out
 
     best = found.best[0]
-    plan = best.plan()
     assignment = best.assignment
     held = assignment.experts
     lost = after_losing_a_node(question, cluster, kinds)
@@ -146,7 +152,7 @@ def _answer(question, cluster, kinds, found, notes) -> dict[str, Any]:
         "runners_up": [{"layout": one.option.describe(), "wave": one.wave, "tokens_per_second": one.tokens_per_second}
                        for one in found.best[1:1 + _RUNNERS_UP]],
         "other_ways": baselines(best),
-        "alone": [asdict(one) for one in alone(question, cluster, kinds)],
+        "alone": [asdict(one) for one in alones],
         "after_losing_a_node": {
             name: {"layout": one.option.describe(), "tokens_per_second": one.tokens_per_second} if one else None
             for name, one in lost.items()},

@@ -35,6 +35,7 @@ from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.grouped import build_held
 from megatron_hetermoe.mcore.meeting import join_world, meet
+from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
 from megatron_hetermoe.mcore.platform.wheel import with_step, without_makefile
 from megatron_hetermoe.mcore.pools import join_pools
@@ -132,12 +133,14 @@ def _train(
         args.no_save_rng = args.no_load_rng = True
         script.config.checkpoint.save_rng = script.config.checkpoint.load_rng = False
     announce(session)
-    recorder = dry_run.Measurements() if flags.dry_run else None
+    measurements = dry_run.Measurements() if flags.dry_run else None
+    recorder = None
     if flags.trace:
-        recorder = Recorder(Path(flags.trace), session.rank)
+        recorder = Recorder(Path(flags.trace), session.rank, session.device)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    patches.apply(patches.RUN, _replacements(session, flags, recorder, watch.marks))
+    replacements = _replacements(session, flags, Meter(session, recorder), measurements, watch.marks)
+    patches.apply(patches.RUN, replacements)
     watch.marks.enter("the check of the checkpoint")
     if not load_weights_only() and session.rank == 0:
         print(f"hetermoe: warning: {SWITCH} is off: a checkpoint may run a program as it is loaded", flush=True)
@@ -148,8 +151,8 @@ def _train(
         pretrain, script.config, _datasets_provider(script.datasets_provider, session), script.model_type,
         script.forward_step, model_provider=model_provider(model, args.seed, session), **script.options,
     )
-    if isinstance(recorder, dry_run.Measurements):
-        dry_run.run(train, session, recorder)
+    if measurements:
+        dry_run.run(train, session, measurements)
     else:
         train()
     # A rank that leaves early takes down those that still talk to it.
@@ -247,10 +250,12 @@ def _of_expert_pool(config: TransformerConfig, plan: Plan) -> TransformerConfig:
 
 
 def _replacements(
-    session: Session, flags: Flags, recorder: Recorder | dry_run.Measurements | None, marks: Marks
+    session: Session, flags: Flags, meter: Meter, measurements: dry_run.Measurements | None, marks: Marks
 ) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
-    forward_backward = ForwardBackward(session, marks, recorder, slow_down(flags, session), flags.self_check)
+    forward_backward = ForwardBackward(
+        session, marks, meter, measurements, slow_down(flags, session), flags.self_check
+    )
 
     def schedule(original: Any) -> Any:
         return lambda *args, **kwargs: forward_backward
@@ -258,7 +263,7 @@ def _replacements(
     def optimizer(original: Any) -> Any:
         def get_megatron_optimizer(config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any) -> Any:
             scale_expert_gradients(model_chunks, session)
-            return PooledOptimizer(original(config, model_chunks, *args, **kwargs), session, marks)
+            return PooledOptimizer(original(config, model_chunks, *args, **kwargs), session, marks, meter)
 
         return get_megatron_optimizer
 
