@@ -136,7 +136,7 @@ def _plan(args: argparse.Namespace, problems: Problems) -> tuple[Any, list[str]]
         return None, []
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
     plan = resolve(ours, shape, precision, world, problems, parallelism_of(parsed))
-    return plan, shlex.split(flags_of(asdict(plan.step))) if plan and plan.step else []
+    return plan, shlex.split(flags_of(asdict(plan.step), plan.tensor_parallel)) if plan and plan.step else []
 
 
 def _command(args: argparse.Namespace) -> list[str]:

@@ -28,8 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
                         help="leave out a flag of the recipe, as `--drop bf16`; may be given again")
     parser.add_argument("--keep-logs", metavar="DIR",
                         help="folder for the ranks' output (default: runs/RECIPE/logs, written over by each run)")
-    parser.add_argument("--elastic", nargs=2, type=int, metavar=("M", "N"), help="go on from the last checkpoint with at "
-                        "most M attention and N expert ranks, whatever layout it was saved under")
+    parser.add_argument("--elastic", nargs=2, type=int, metavar=("M", "N"), help="go on from the last checkpoint with "
+                        "at most M attention and N expert ranks, whatever layout it was saved under")
     parser.set_defaults(run=run)
 
 

@@ -164,6 +164,11 @@ def arguments_to_plan_for(
     for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
         if not value:
             problems.add(f"{flag} is missing: what fits and how long a step takes depends on it")
+        elif value < 0:
+            problems.add(f"{flag} is {value}: it must be from 1 on")
+    if (args.micro_batch_size or 0) > 0 and (args.global_batch_size or 0) % args.micro_batch_size:
+        problems.add(f"--global-batch-size {args.global_batch_size} does not divide by --micro-batch-size "
+                     f"{args.micro_batch_size}: take a multiple of it")
     return args, model_shape(args, problems)
 
 
@@ -199,9 +204,12 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
     missing = [flag for flag, value in required.items() if value is None]
     if missing:
         problems.add(f"{', '.join(missing)} missing: the model's shape must be given")
+    senseless = [f"{flag} is {value}" for flag, value in required.items() if value is not None and value < 1]
+    if senseless:
+        problems.add(f"{', '.join(senseless)}: each must be 1 or more")
     if not args.num_experts:
         problems.add("the model has no experts: --hetermoe is for mixture-of-experts models; give --num-experts")
-    if missing or not args.num_experts:
+    if missing or senseless or not args.num_experts:
         return None
     pattern = args.moe_layer_freq
     if isinstance(pattern, int):
@@ -313,7 +321,8 @@ def _check_sinkhorn(args: argparse.Namespace, problems: Problems) -> None:
     """Sinkhorn balances without a loss; Megatron asserts it in the first step."""
     kinds, weights = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
     if "sinkhorn" in (kinds if isinstance(kinds, list) else [kinds]) and weights not in (0, 0.0, [0.0], None):
-        problems.add(f"--moe-router-load-balancing-type sinkhorn does not take --moe-aux-loss-coeff {weights}: set it to 0")
+        problems.add(f"--moe-router-load-balancing-type sinkhorn does not take --moe-aux-loss-coeff {weights}: "
+                     "set it to 0")
 
 
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:

@@ -53,6 +53,7 @@ def test_without_ours_nothing_changes():
         ("--hetermoe --hetermoe-wave 0", "--hetermoe-wave is '0'; it must be a whole number from 1 on"),
         ("--hetermoe --hetermoe-groups two", "--hetermoe-groups is 'two'"),
         ("--hetermoe --hetermoe-plan --lr 1", "--hetermoe-plan needs a value (FILE)"),
+        ("--hetermoe --hetermoe-wave=--", "--hetermoe-wave is '--'"),
         ("--hetermoe=1", "--hetermoe takes no value"),
         ("--hetermoe --hetermoe-schedule zebras", "must be one of zebra, sequential"),
         ("--hetermoe-groups 2 --hetermoe-wave 1", "--hetermoe-groups, --hetermoe-wave without --hetermoe"),
