@@ -91,9 +91,10 @@ def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
         from megatron_hetermoe.mcore.arguments import arguments_to_plan_for, parallelism_of
 
         parsed, shape = arguments_to_plan_for(rest, problems)
-    if max(parallelism_of(parsed)) > 1:
-        problems.add("no plan is made for tensor and context parallelism yet, which the recipe asks for: plan without "
-                     "them, or give ranks and placement by hand")
+    asked = parallelism_of(parsed)
+    if max(asked.expert_tensor, asked.context) > 1:
+        problems.add("no plan is made yet for expert tensor and context parallelism, which the recipe asks for: plan "
+                     "without them, or give ranks and placement by hand")
     problems.raise_if_any()
     vocabulary = args.vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
     if vocabulary is None:

@@ -92,8 +92,9 @@ def _check(plan: Plan, cluster, origin: str) -> None:
     if plan.step is None or not plan.pools:
         problems.add(f"{origin} says no step and no pools: make it with `hetermoe plan --cluster`, or there is nothing "
                      f"to price")
-    if max(plan.expert_tensor_parallel, plan.context_parallel) > 1:
-        problems.add(f"{origin} has experts or sequences shared by ranks, which nothing prices yet: simulate a plan without")
+    if max(plan.context_parallel, plan.expert_tensor_parallel) > 1:
+        problems.add(f"{origin} has context parallelism, or experts shared by ranks, which nothing prices yet: simulate a "
+                     f"plan without that")
     for name in sorted(set(plan.pools) - cluster.pools.keys()):
         problems.add(f"{origin} uses the pool {name}, {cluster.origin} has {', '.join(cluster.pools)}: give the "
                      f"cluster file that it was made for")

@@ -104,33 +104,10 @@ def disaggregated_arguments(
         UsageError: with all problems.
     """
     args = _parse(rest, problems)
-    shape = model_shape(args, problems)
-    for name, asked, way_out in _UNSUPPORTED:
-        if asked(args):
-            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
-    plan = None
-    if shape is not None and flags.enabled:
-        precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        plan = resolve(flags, shape, precision, args.world_size, problems, parallelism_of(args))
-        if plan is not None and plan.step is not None:
-            _check_step(args, plan, problems)
-        if plan is not None:
-            for problem in device_problems(plan, args.add_bias_linear, capabilities_here(args)):
-                problems.add(problem)
-            if plan.delayed and args.tensor_model_parallel_size > 1:
-                problems.add("--hetermoe-weight-gradients delayed is not supported with tensor parallelism: leave it out")
-            if plan.context_parallel > 1 and plan.attention_kernel == "megatron" and args.transformer_impl == "local":
-                problems.add("--hetermoe-attention megatron knows no context parallelism: leave it out")
-            if plan.delayed and args.transformer_impl != "local":
-                problems.add(f"--hetermoe-weight-gradients delayed is for --transformer-impl local, this is "
-                             f"{args.transformer_impl}: change one")
-            if args.loss_scale and plan.expert_precision == "fp32" != plan.attention_precision:
-                problems.add("--loss-scale is not supported with experts in fp32: leave it out")
-    _check_saves(args, flags, problems)
-    _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
-    _check_divisible(args, problems)
-    _check_warm_up(args, problems)
-    _check_sinkhorn(args, problems)
+    plan = _resolved(args, flags, args.world_size, problems)
+    if plan is not None:
+        for problem in device_problems(plan, args.add_bias_linear, capabilities_here(args)):
+            problems.add(problem)
     try:
         check_args(args)
     except UsageError as error:
@@ -146,6 +123,46 @@ def disaggregated_arguments(
         for line in superseded:
             print(line, flush=True)
     return args, plan
+
+
+def plan_elsewhere(flags: Flags, rest: Sequence[str], world_size: int, problems: Problems) -> Plan | None:
+    """The plan of a run on other machines: checked as far as that depends neither on their devices nor on this one's.
+
+    Args:
+        flags, rest, problems: as of ``disaggregated_arguments``.
+        world_size: ranks that will be started.
+    """
+    return _resolved(_parse(rest, problems), flags, world_size, problems)
+
+
+def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems: Problems) -> Plan | None:
+    """The run's plan, None when there are problems with it; and all checks of Megatron's parsed arguments beside it."""
+    shape = model_shape(args, problems)
+    for name, asked, way_out in _UNSUPPORTED:
+        if asked(args):
+            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    plan = None
+    if shape is not None and flags.enabled:
+        precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+        plan = resolve(flags, shape, precision, world_size, problems, parallelism_of(args))
+    if plan is not None:
+        if plan.step is not None:
+            _check_step(args, plan, problems)
+        if plan.delayed and args.tensor_model_parallel_size > 1:
+            problems.add("--hetermoe-weight-gradients delayed is not supported with tensor parallelism: leave it out")
+        if plan.context_parallel > 1 and plan.attention_kernel == "megatron" and args.transformer_impl == "local":
+            problems.add("--hetermoe-attention megatron knows no context parallelism: leave it out")
+        if plan.delayed and args.transformer_impl != "local":
+            problems.add(f"--hetermoe-weight-gradients delayed is for --transformer-impl local, this is "
+                         f"{args.transformer_impl}: change one")
+        if args.loss_scale and plan.expert_precision == "fp32" != plan.attention_precision:
+            problems.add("--loss-scale is not supported with experts in fp32: leave it out")
+    _check_saves(args, flags, problems)
+    _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
+    _check_divisible(args, problems)
+    _check_warm_up(args, problems)
+    _check_sinkhorn(args, problems)
+    return plan
 
 
 def arguments_to_plan_for(
