@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_hetermoe", "megatron_hetermoe.*"]),
-    package_data={"megatron_hetermoe.cost": ["*.yaml"], "megatron_hetermoe.cli": ["*.sh"]},
+    package_data={"megatron_hetermoe.cost": ["*.yaml"], "megatron_hetermoe.cli": ["page/*", "*.sh"]},
     python_requires=">=3.12",
     install_requires=[
         # Ranges are those the test suite has run with. torch stays wide at the top because V100 needs a

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_hetermoe.cli.quiet import quiet
+from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
-from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from megatron_hetermoe.cost.cluster import kinds_of, read_cluster
     from megatron_hetermoe.cost.curves import Notes
-    from megatron_hetermoe.planner.advice import nothing_fits
+    from megatron_hetermoe.planner.advice import alone, nothing_fits, with_attention_alone
     from megatron_hetermoe.planner.search import search
 
     problems = Problems()
@@ -58,19 +59,25 @@ def run(args: argparse.Namespace) -> int:
         problems.add(f"--vocabulary is {args.vocabulary}; it must be from 1 on")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
         problems.add(f"--out {args.out}: there is no folder {Path(args.out).parent}, or it is a folder itself; name a file")
-    try:
-        question = _question(args, problems, notes)
-    except UsageError as error:  # of the recipe's file
-        problems.extend(error)
-    problems.raise_if_any()
-    kinds = kinds_of(cluster, question.shape, question.precision, notes)
-    found = search(question, cluster, kinds)
-    if not found.best:
-        raise UsageError(nothing_fits(question, cluster, kinds))
-    answer = _answer(question, cluster, kinds, found, notes)
+    with Stages() as stages:
+        stages.enter("reading the recipe with Megatron")
+        try:
+            question = _question(args, problems, notes)
+        except UsageError as error:  # of the recipe's file
+            problems.extend(error)
+        problems.raise_if_any()
+        kinds = kinds_of(cluster, question.shape, question.precision, notes)
+        found = search(question, cluster, kinds, tell=stages.enter)
+        if not found.best:
+            stages.enter("looking for what would fit")
+            raise UsageError(nothing_fits(question, cluster, kinds))
+        stages.enter("comparing with other ways to use these GPUs")
+        alones = alone(question, cluster, kinds)
+        plan = with_attention_alone(found.best[0], alones)
+        answer = _answer(question, cluster, kinds, found, plan, alones, notes)
     if args.out:
         try:
-            Path(args.out).write_text(found.best[0].plan().to_json(), encoding="utf-8")
+            Path(args.out).write_text(plan.to_json(), encoding="utf-8")
         except OSError as error:
             raise UsageError([f"cannot write the plan to {args.out}: {error.strerror}"]) from None
     if args.json:
@@ -83,27 +90,32 @@ def run(args: argparse.Namespace) -> int:
 def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
     """What the recipe asks to train; Megatron parses its flags, which takes some seconds to import."""
     recipe = load_recipe(args.recipe, os.environ)
-    _, rest = parse_flags(override(recipe.argv, args.overrides, args.drop), problems)
+    argv = override(recipe.argv, args.overrides, args.drop)
+    with locating(places_left(recipe, args.overrides)):
+        return _question_of(argv, args.vocabulary, problems, notes)
+
+
+def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems, notes: Any) -> Any:
+    _, rest = parse_flags(argv, problems)
     os.environ.setdefault("WORLD_SIZE", "1")
     from megatron_hetermoe.planner.options import Question
 
     with quiet():
-        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for, parallelism_of
+        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for, parallelism_of, recomputed
 
         parsed, shape = arguments_to_plan_for(rest, problems)
-    asked = parallelism_of(parsed)
-    if max(asked.expert_tensor, asked.context) > 1:
-        problems.add("no plan is made yet for expert tensor and context parallelism, which the recipe asks for: plan "
+    parallelism = parallelism_of(parsed)
+    if max(parallelism.expert_tensor, parallelism.context) > 1:
+        problems.add("no plan is made for expert tensor and context parallelism yet, which the recipe asks for: plan "
                      "without them, or give ranks and placement by hand")
     problems.raise_if_any()
-    vocabulary = args.vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
+    vocabulary = vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
     if vocabulary is None:
         vocabulary = DEFAULT_VOCABULARY
         notes.add(f"the recipe's vocabulary is known to its tokenizer only: {vocabulary:,} taken; "
                   f"--vocabulary N says it")
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
-    least = {None: "none", "selective": "core_attn", "full": "full"}[parsed.recompute_granularity]
-    recompute = RECOMPUTE[RECOMPUTE.index(least):]  # more than the recipe asks for, where memory asks for it
+    recompute = RECOMPUTE[RECOMPUTE.index(recomputed(parsed)):]  # more than asked for, where memory asks for it
     distributed = bool(parsed.use_distributed_optimizer)
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
                     (distributed,) if distributed else (False, True), _tensor(parsed),
@@ -119,14 +131,13 @@ def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
     return (1,) if parsed.transformer_impl == "local" else _TENSOR
 
 
-def _answer(question, cluster, kinds, found, notes) -> dict[str, Any]:
+def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, Any]:
     """Everything that is said, as data."""
-    from megatron_hetermoe.planner.advice import alone, baselines
+    from megatron_hetermoe.planner.advice import baselines
     from megatron_hetermoe.planner.memory import MARGIN
     from megatron_hetermoe.planner.search import after_losing_a_node, left_out
 
     best = found.best[0]
-    plan = best.plan()
     assignment = best.assignment
     held = assignment.experts
     lost = after_losing_a_node(question, cluster, kinds)
@@ -141,7 +152,7 @@ def _answer(question, cluster, kinds, found, notes) -> dict[str, Any]:
         "runners_up": [{"layout": one.option.describe(), "wave": one.wave, "tokens_per_second": one.tokens_per_second}
                        for one in found.best[1:1 + _RUNNERS_UP]],
         "other_ways": baselines(best),
-        "alone": [asdict(one) for one in alone(question, cluster, kinds)],
+        "alone": [asdict(one) for one in alones],
         "after_losing_a_node": {
             name: {"layout": one.option.describe(), "tokens_per_second": one.tokens_per_second} if one else None
             for name, one in lost.items()},

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import replace
 from pathlib import Path
 
+from megatron_hetermoe.cli.drawing import PICTURES, VIEWER, write_timeline
+from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.config.errors import UsageError
-from megatron_hetermoe.config.plan import plan_from_json
-from megatron_hetermoe.schedule.trace import Span, read_jsonl, write_chrome
+from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.schedule.trace import STEP, Span, read_jsonl
+from megatron_hetermoe.simulator.recorded import from_start
 from megatron_hetermoe.topology.layout import layout_of
 
 _FILE = re.compile(r"step(\d+)\.rank(\d+)\.jsonl")
-_PICTURES = (".png", ".svg", ".pdf")
+_ENDINGS = (".html", *PICTURES, VIEWER)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,7 +25,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Reads the folder that a run with --hetermoe-trace DIR wrote and draws one step.")
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--out", required=True, metavar="FILE",
-                        help=f"{', '.join(_PICTURES)} for a picture (needs matplotlib), .json for ui.perfetto.dev")
+                        help=f".html for a page, {', '.join(PICTURES)} for a picture (needs matplotlib), .json for "
+                             f"ui.perfetto.dev")
+    parser.add_argument("--cluster", metavar="CLUSTER.yaml",
+                        help="that the run's plan was made for: the page then has the predicted step beside the recorded")
     parser.add_argument("--step", type=int, metavar="N", help="training step since the start (default: the shortest)")
     parser.set_defaults(run=run)
 
@@ -31,33 +36,52 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     folder, out = Path(args.folder), Path(args.out)
-    roles = _roles(folder)
-    step, spans = _step(folder, args.step, len(roles))
-    if out.suffix == ".json":
-        write_chrome(spans, out, roles)
-    elif out.suffix in _PICTURES:
-        try:
-            from megatron_hetermoe.cli.timeline import draw
-        except ModuleNotFoundError:
-            raise UsageError(["a picture needs matplotlib: pip install 'megatron-hetermoe[plot]'"]) from None
-        draw(spans, roles, out)
-    else:
-        raise UsageError([f"--out {out}: the name must end in one of {', '.join((*_PICTURES, '.json'))}"])
-    print(f"step {step}, {len(spans)} tasks of {len(roles)} ranks: {out}")
+    if out.suffix not in _ENDINGS:
+        raise UsageError([f"--out {out}: the name must end in one of {', '.join(_ENDINGS)}"])
+    if args.cluster and out.suffix != ".html":
+        raise UsageError([f"--cluster is for what was predicted, which a page shows: give --out a name that ends in "
+                          f".html in place of {out}"])
+    plan = _plan(folder)
+    layout = layout_of(plan)
+    roles = {rank: layout.role(rank) for rank in range(layout.world_size)}
+    with Stages() as stages:
+        step, spans = _step(folder, args.step, len(roles), stages)
+        stages.enter(f"writing {out}")
+        if out.suffix == ".html":
+            _write_page(out, step, spans, plan, folder, args.cluster)
+        else:
+            write_timeline(spans, roles, out)
+    print(f"step {step}, {sum(span.stream != STEP for span in spans)} tasks of {len(roles)} ranks: {out}")
     return 0
 
 
-def _roles(folder: Path) -> dict[int, str]:
-    """The role of each rank of the recorded run."""
+def _write_page(
+    out: Path, step: int, spans: list[Span], plan: Plan, folder: Path, cluster: str | None
+) -> None:
+    """The page of a recorded step, with the predicted one beside it where there is a cluster file."""
+    from megatron_hetermoe.cli.report import MEASURED, PREDICTED, Run, write_page
+    from megatron_hetermoe.cost.cluster import read_cluster
+    from megatron_hetermoe.cost.curves import Notes
+    from megatron_hetermoe.simulator.planned import predict
+    from megatron_hetermoe.simulator.recorded import results_of
+
+    runs = [Run(MEASURED, spans, results_of(spans, plan))]
+    notes = Notes()
+    if cluster:
+        predicted = predict(plan, read_cluster(cluster, notes), str(folder / "plan.json"), notes)
+        runs.append(Run(PREDICTED, predicted.spans, [predicted.result]))
+    write_page(out, f"Training step {step}, recorded in {folder.absolute().name}", plan, runs, [*notes])
+
+
+def _plan(folder: Path) -> Plan:
+    """The plan of the recorded run."""
     plan_file = folder / "plan.json"
     if not plan_file.exists():
         raise UsageError([f"{folder} has no plan.json: record a run with --hetermoe-trace {folder}"])
-    plan = plan_from_json(plan_file.read_text(encoding="utf-8"), str(plan_file))
-    layout = layout_of(plan)
-    return {rank: layout.role(rank) for rank in range(layout.world_size)}
+    return plan_from_json(plan_file.read_text(encoding="utf-8"), str(plan_file))
 
 
-def _step(folder: Path, wanted: int | None, ranks: int) -> tuple[int, list[Span]]:
+def _step(folder: Path, wanted: int | None, ranks: int, stages: Stages) -> tuple[int, list[Span]]:
     """A step's number and spans, in seconds since its first task; without a wish the shortest step's."""
     files: dict[int, list[Path]] = {}
     for path in sorted(folder.iterdir()):
@@ -66,15 +90,18 @@ def _step(folder: Path, wanted: int | None, ranks: int) -> tuple[int, list[Span]
     steps = {step: paths for step, paths in files.items() if len(paths) == ranks}
     if not steps or (wanted is not None and wanted not in steps):
         found = ", ".join(map(str, steps)) or "none"
-        raise UsageError([f"{folder} has no step {'' if wanted is None else wanted} of all {ranks} ranks (found: {found}); "
-                          "copy the files of all machines into one folder"])
-    spans = {
-        step: [span for path in paths for span in read_jsonl(path)]
-        for step, paths in steps.items() if wanted in (None, step)
-    }
-    step = min(spans, key=lambda number: _length(spans[number]))
-    start = min(span.start for span in spans[step])
-    return step, [replace(span, start=span.start - start, end=span.end - start) for span in spans[step]]
+        step = "step" if wanted is None else f"step {wanted}"
+        raise UsageError([f"{folder} has no {step} of all {ranks} ranks (found: {found}); copy the files of all machines "
+                          f"into one folder"])
+    shortest: tuple[int, list[Span]] | None = None
+    for step, paths in steps.items():
+        if wanted not in (None, step):
+            continue
+        stages.enter(f"reading step {step} of {ranks} ranks")
+        spans = [span for path in paths for span in read_jsonl(path)]
+        if shortest is None or _length(spans) < _length(shortest[1]):
+            shortest = step, spans
+    return shortest[0], from_start(shortest[1])
 
 
 def _length(spans: list[Span]) -> float:

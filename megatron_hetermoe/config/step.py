@@ -37,6 +37,8 @@ class Prediction:
         attention_busy, expert_busy: share of the step in which a pool computes.
         attention_bytes, expert_bytes: memory of a role's fullest rank.
         estimated: a GPU that nobody has profiled was priced from the device table.
+        attention_alone: tokens a second of the attention ranks' pools by themselves, with stock expert parallelism;
+            None where the model does not fit them.
     """
 
     step_seconds: float
@@ -46,6 +48,7 @@ class Prediction:
     attention_bytes: float
     expert_bytes: float
     estimated: bool
+    attention_alone: float | None = None
 
 
 @dataclass(frozen=True)

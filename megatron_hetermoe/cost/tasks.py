@@ -345,6 +345,23 @@ class TaskCosts:
             self._transfers[key] = Transfer(self.group.latency, float(loads.max()), loads)
         return self._transfers[key]
 
+    def sent(self, member: int, task: Task) -> int:
+        """Bytes that a member sends others in a task; none in one that is no transfer."""
+        if task.stream is Stream.COMPUTE:
+            return 0
+        held, owners = self._counts[task.layer - 1], range(self.group.attention_members)
+        if task.stream is Stream.OUT:
+            experts = sum(held) - held[member] if member in owners else 0
+        else:
+            experts = held[member] * sum(owner != member for owner in owners)
+        return round(self.group.rows_per_expert * self.group.bytes_per_row(task.kind) * experts)
+
+    def received(self, member: int, task: Task) -> tuple[int, ...]:
+        """The tokens for each of a member's experts that a dispatch brings it; none in another task."""
+        if task.kind is not TaskKind.DISPATCH or task.direction is not Pass.FORWARD:
+            return ()
+        return (round(self.group.expert_tokens),) * self._counts[task.layer - 1][member]
+
     def reduction(self, member: int) -> float:
         """Seconds of a member's gradient reduction."""
         return self.group.reduction(member, self.placement.experts_held(member))

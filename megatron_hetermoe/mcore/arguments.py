@@ -9,14 +9,17 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.recipe import by_flag, hint
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.mcore.devices import capabilities_here, device_problems
 from megatron_hetermoe.mcore.gpt import check_args
@@ -77,6 +80,10 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
      or getattr(args, "moe_router_padding_for_fp8", False), "leave it out"),
     ("--log-max-attention-logit", lambda args: getattr(args, "log_max_attention_logit", False), "leave it out"),
     ("--moe-use-upcycling", lambda args: args.moe_use_upcycling, "convert the checkpoint with stock Megatron first"),
+    ("--use-checkpoint-args", lambda args: args.use_checkpoint_args, "give the model's flags"),
+    ("--yaml-cfg", lambda args: args.yaml_cfg, "give flags, or a recipe"),
+    ("--spec", lambda args: args.spec, "leave it out: layers are Megatron's own"),
+    ("--inprocess-restart", lambda args: args.inprocess_restart, "leave it out: let the launcher start all ranks again"),
     ("--optimizer other than adam and sgd", lambda args: args.optimizer not in ("adam", "sgd"), "use adam or sgd"),
 )
 
@@ -88,8 +95,21 @@ _SUPERSEDED = {
 }
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How a training script asks Megatron for its arguments.
+
+    Attributes:
+        extra_args_provider: adds the script's own to the parser, and returns it.
+        args_defaults: values for arguments that the user leaves out.
+    """
+
+    extra_args_provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None = None
+    args_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
 def disaggregated_arguments(
-    flags: Flags, rest: Sequence[str], problems: Problems
+    flags: Flags, rest: Sequence[str], problems: Problems, asked: Asked = Asked()
 ) -> tuple[argparse.Namespace, Plan]:
     """Megatron's arguments, validated, and the run's plan.
 
@@ -99,11 +119,12 @@ def disaggregated_arguments(
         flags: the ``--hetermoe`` ones.
         rest: the command line without them.
         problems: what was found so far.
+        asked: by the training script.
 
     Raises:
         UsageError: with all problems.
     """
-    args = _parse(rest, problems)
+    args = _parse(rest, problems, asked)
     plan = _resolved(args, flags, args.world_size, problems)
     if plan is not None:
         for problem in device_problems(plan, args.add_bias_linear, capabilities_here(args)):
@@ -118,7 +139,7 @@ def disaggregated_arguments(
     if args.tensor_model_parallel_size > 1 and args.expert_tensor_parallel_size is None:
         superseded.append("hetermoe: experts are not split as attention is: --expert-tensor-parallel-size says how "
                           "many expert ranks share one")
-    _validate(args, plan, problems)
+    _validate(args, plan, problems, asked)
     if args.rank == 0:
         for line in superseded:
             print(line, flush=True)
@@ -132,7 +153,7 @@ def plan_elsewhere(flags: Flags, rest: Sequence[str], world_size: int, problems:
         flags, rest, problems: as of ``disaggregated_arguments``.
         world_size: ranks that will be started.
     """
-    return _resolved(_parse(rest, problems), flags, world_size, problems)
+    return _resolved(_parse(rest, problems, Asked()), flags, world_size, problems)
 
 
 def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems: Problems) -> Plan | None:
@@ -174,9 +195,9 @@ def arguments_to_plan_for(
         rest: a recipe's command line without the ``--hetermoe`` flags.
         problems: gets what keeps it from being a model to plan for.
     """
-    args = _parse(rest, problems)
-    for name, asked, way_out in _UNSUPPORTED:
-        if asked(args):
+    args = _parse(rest, problems, Asked())
+    for name, is_asked, way_out in _UNSUPPORTED:
+        if is_asked(args):
             problems.add(f"{name} is not supported with --hetermoe: {way_out}")
     for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
         if not value:
@@ -196,20 +217,50 @@ def parallelism_of(args: argparse.Namespace) -> Parallelism:
     )
 
 
-def _parse(rest: Sequence[str], problems: Problems) -> argparse.Namespace:
-    """Megatron's parser on our words. It exits at its first fault; that becomes the last problem of the list."""
+def _parse(rest: Sequence[str], problems: Problems, asked: Asked) -> argparse.Namespace:
+    """Megatron's parser on our words."""
     sys.argv = [sys.argv[0], *rest]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return parse_args()
+            return parse_args(asked.extra_args_provider)
     except SystemExit as exit_:
         if not exit_.code:
             raise  # --help
-        _, _, fault = said.getvalue().rpartition("error: ")
-        problems.add(f"Megatron does not accept these flags: {fault.strip()}")
-        problems.raise_if_any()
-        raise AssertionError("unreachable") from None
+    # It exits at its first fault. All are wanted, and making the parser again takes a second.
+    for fault in _faults(rest, asked, said.getvalue()):
+        problems.add(f"Megatron does not accept these flags: {fault}")
+    problems.raise_if_any()
+    raise AssertionError("unreachable")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that does not exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def _faults(rest: Sequence[str], asked: Asked, said: str) -> list[str]:
+    """What Megatron's parser has against each flag, or else what it ``said`` of all."""
+    parser = add_megatron_arguments(_Parser(add_help=False, allow_abbrev=False))
+    if asked.extra_args_provider is not None:
+        parser = asked.extra_args_provider(parser)
+    known = parser._option_string_actions
+    faults = []
+    for flag, words in by_flag(rest, Problems()):
+        if flag not in known:
+            faults.append(f"unrecognized arguments: {flag}{hint(flag, known)}")
+            continue
+        try:
+            _, more = parser.parse_known_args(words)
+        except ValueError as error:
+            faults.append(str(error))
+        else:
+            if more:
+                most = "no value; write `true` for it in a recipe" if known[flag].nargs == 0 else "one value"
+                faults.append(f"{flag} takes {most}, and is given {' '.join(words[1:])}")
+    return faults or [said.rpartition("error: ")[2].strip()]
 
 
 def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | None:
@@ -259,11 +310,9 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
 
 def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
     """What a plan's memory and times were reckoned with must be what Megatron's flags ask for."""
-    modules = set(args.recompute_modules or ()) if args.recompute_granularity == "selective" else set()
-    recompute = "full" if args.recompute_granularity == "full" else "core_attn" if "core_attn" in modules else "none"
     flags = {
         "micro_batch": ("--micro-batch-size", args.micro_batch_size),
-        "recompute": ("recomputation (--recompute-granularity, --recompute-modules)", recompute),
+        "recompute": ("recomputation (--recompute-granularity, --recompute-modules)", recomputed(args)),
         "distributed_optimizer": ("--use-distributed-optimizer", args.use_distributed_optimizer),
     }
     for field, (flag, here) in flags.items():
@@ -271,6 +320,14 @@ def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> Non
         if planned != here:
             problems.add(f"the plan was made with {flag} {planned}, the flags say {here}: change the flag, or make a plan "
                          "for it")
+
+
+def recomputed(args: argparse.Namespace) -> str:
+    """What flags ask to run again, as a plan reckons with it: one of ``config.step.RECOMPUTE``."""
+    if args.recompute_granularity == "full":
+        return "full"
+    modules = args.recompute_modules or ["core_attn"]  # Megatron's default
+    return "core_attn" if args.recompute_granularity == "selective" and "core_attn" in modules else "none"
 
 
 def _check_saves(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:
@@ -342,13 +399,13 @@ def _check_sinkhorn(args: argparse.Namespace, problems: Problems) -> None:
                      "set it to 0")
 
 
-def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
+def _validate(args: argparse.Namespace, plan: Plan, problems: Problems, asked: Asked) -> None:
     """Megatron's own validation, which takes the world to be the ranks that have data: the attention ranks."""
     world_size, args.world_size = args.world_size, plan.attention_ranks
     args.expert_model_parallel_size, args.moe_token_dispatcher_type, args.moe_grouped_gemm = 1, "alltoall", False
     args.expert_tensor_parallel_size = 1  # of attention ranks; the expert pool's is the plan's
     try:
-        validate_args(args, {})
+        validate_args(args, dict(asked.args_defaults))
         core_transformer_config_from_args(args)  # has checks of its own, which would come after the ranks have met
     except (AssertionError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         problems.add(f"Megatron does not accept these flags: {str(error) or _assertion(error)}")

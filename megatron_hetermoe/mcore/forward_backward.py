@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron_hetermoe.mcore.dry_run import Measurements
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
 from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
+from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, report
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.step_checks import Checker, StepChecks
@@ -21,11 +23,10 @@ from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInput
 from megatron_hetermoe.mcore.weights import WeightGradients, delay
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.marks import Marks
-from megatron_hetermoe.runtime.recorder import Recorder
-from megatron_hetermoe.runtime.streams import streams_for
+from megatron_hetermoe.runtime.streams import Observer, streams_for
 from megatron_hetermoe.runtime.stretch import stretched
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
-from megatron_hetermoe.schedule.tasks import Kind
+from megatron_hetermoe.schedule.tasks import Kind, Stream, Task
 
 
 class ForwardBackward:
@@ -36,22 +37,25 @@ class ForwardBackward:
     Args:
         session: this rank's.
         marks: told what runs.
-        recorder: told of each task of a training step with its times.
+        meter: told of training steps; its recorder of their tasks.
+        measurements: of a dry run, told of tasks too.
         slow_down: how many times as long this rank's tasks take, by kind; only without a GPU.
         self_check: training steps from one comparison of what was sent with what came to the next; None for never.
     """
 
     def __init__(
-        self, session: Session, marks: Marks, recorder: Recorder | Measurements | None = None,
+        self, session: Session, marks: Marks, meter: Meter, measurements: Measurements | None = None,
         slow_down: Mapping[Kind, float] | None = None, self_check: int | None = None,
     ):
         self._session = session
         self._checker = Checker(session, marks, self_check)
         self._marks = marks
-        self._recorder = recorder
+        self._meter = meter
+        self._measurements = measurements
         self._slow_down = slow_down or {}
         self._streams = streams_for(session.device)
-        self._recorded = streams_for(session.device, recorder.observe) if recorder else self._streams
+        observers = [one.observe for one in (meter.recorder, measurements) if one]
+        self._recorded = streams_for(session.device, partial(_tell, observers)) if observers else self._streams
         self._weights: WeightGradients | None = None
         self._schedules: dict[tuple[int, bool], tuple[Schedule, MemberSchedule]] = {}
 
@@ -80,6 +84,8 @@ class ForwardBackward:
         )
         self._marks.enter("evaluation" if forward_only else "a training step")
         checks = self._checker.evaluation_step() if forward_only else self._checker.training_step()
+        if not forward_only:
+            self._meter.begin_step(num_microbatches)
         try:
             losses, tokens = self._run(inputs, member, checks)
             self._checker.after(checks)
@@ -109,15 +115,16 @@ class ForwardBackward:
     def _finalize(self, wrapped: Any, tokens: torch.Tensor, force_all_reduce: bool) -> None:
         """After a training step's last task: Megatron's reduction of gradients."""
         self._marks.enter("the reduction of gradients")
-        if self._recorder:
-            self._recorder.end_step()
         config = get_model_config(wrapped)
-        config.finalize_model_grads_func(
-            [wrapped],
-            self._tokens_of_pool(tokens) if config.calculate_per_token_loss else None,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            force_all_reduce=force_all_reduce,
-        )
+        if self._measurements:
+            self._measurements.end_step()
+        with self._meter.reduction():
+            config.finalize_model_grads_func(
+                [wrapped],
+                self._tokens_of_pool(tokens) if config.calculate_per_token_loss else None,
+                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+                force_all_reduce=force_all_reduce,
+            )
 
     def _schedule(self, microbatches: int, forward_only: bool) -> tuple[Schedule, MemberSchedule]:
         """Made once for each number of microbatches: a step repeats the last one's."""
@@ -129,7 +136,9 @@ class ForwardBackward:
 
     def _run(self, inputs: StepInputs, member: MemberSchedule, checks: StepChecks) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
-        transfers = session.transfers(config.hidden_size, checksums=checks.checksums)
+        transfers = session.transfers(
+            config.hidden_size, checksums=checks.checksums, recorder=None if inputs.forward_only else self._meter.recorder
+        )
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:
@@ -150,6 +159,11 @@ class ForwardBackward:
         if self._session.is_attention or self._session.rank != first:
             return tokens
         return total.to(tokens.device)
+
+
+def _tell(observers: Sequence[Observer], stream: Stream, task: Task, start: float, end: float) -> None:
+    for observe in observers:
+        observe(stream, task, start, end)
 
 
 def _experts_of(model: Any) -> Callable[[int], HeldExperts]:

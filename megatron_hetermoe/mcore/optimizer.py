@@ -13,6 +13,7 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler, MegatronGradScaler
 
+from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.platform.wheel import initialise_adam
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.runtime.marks import Marks
@@ -31,11 +32,13 @@ class PooledOptimizer(ChainedOptimizer):
         chained: what Megatron built for this rank's pool.
         session: this rank's.
         marks: told what runs.
+        meter: told when a training step ends.
     """
 
-    def __init__(self, chained: ChainedOptimizer, session: Session, marks: Marks):
+    def __init__(self, chained: ChainedOptimizer, session: Session, marks: Marks, meter: Meter):
         super().__init__(chained.chained_optimizers)
         self._marks = marks
+        self._meter = meter
         self._session = session
         self._scaler = self._share_scaler()
         for optimizer in self.chained_optimizers:
@@ -60,8 +63,10 @@ class PooledOptimizer(ChainedOptimizer):
 
     def step(self) -> tuple[bool, float | None, int | None]:
         """As ChainedOptimizer's."""
-        with self._marks.phase("the optimizer step"):
-            return super().step()
+        with self._marks.phase("the optimizer step"), self._meter.optimizer():
+            result = super().step()
+        self._meter.end_step()
+        return result
 
     def prepare_grads(self) -> bool:
         """As ChainedOptimizer's; an overflow on any rank of either pool counts everywhere."""

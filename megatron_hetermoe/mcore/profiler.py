@@ -17,6 +17,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import training
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_hetermoe.config.errors import Problems
@@ -189,7 +191,7 @@ class _Part:
         self.args, self.device = args, device
         # No member is there to send to, so there are no channels and no control group.
         self.session = Session(plan, self.rank, None, None, None, device)
-        (self.model,) = training.get_model(model_provider(args, self.session))
+        (self.model,) = training.get_model(model_provider(gpt_config_from_args(args), args.seed, self.session))
         self.config = get_model_config(self.model)
         self.config.no_sync_func = self.model.no_sync
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.runtime.channels import Channel
+from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.runtime.transfers import Transfers
 from megatron_hetermoe.schedule.orders import Schedule, build
@@ -93,13 +94,14 @@ class Session:
         return total.item()
 
     def transfers(
-        self, hidden: int, kind: type[Transfers] = Transfers, checksums: Checksums | None = None
+        self, hidden: int, kind: type[Transfers] = Transfers, checksums: Checksums | None = None,
+        recorder: Recorder | None = None,
     ) -> Transfers:
-        """This member's transfers of one step, of tokens that are so wide; checksums as for Transfers."""
+        """This member's transfers of one step, of tokens that are so wide; checksums and recorder as for Transfers."""
         layout = self.layout
         return kind(
             self.placement, layout.m, self.member, self.out, self.back, hidden, self.wire_dtype, self.device,
-            tuple(map(layout.members_of, range(layout.holders))), checksums,
+            tuple(map(layout.members_of, range(layout.holders))), checksums, recorder=recorder,
         )
 
     def schedule(self, microbatches: int, forward_only: bool) -> Schedule:

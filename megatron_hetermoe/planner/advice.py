@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.step import RECOMPUTE, Step
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
@@ -59,6 +60,14 @@ def alone(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> li
                 break
         result.append(Alone(name, best, size_of_best))
     return result
+
+
+def with_attention_alone(best: Priced, alones: Sequence[Alone]) -> Plan:
+    """The plan, with what the pools of its attention ranks would do alone beside its own prediction."""
+    plan = best.plan()
+    names = {name for name, _ in best.option.attention}
+    speeds = [one.tokens_per_second for one in alones if one.pool in names and one.tokens_per_second]
+    return replace(plan, predicted=replace(plan.predicted, attention_alone=sum(speeds) if speeds else None))
 
 
 def baselines(best: Priced) -> dict[str, float]:

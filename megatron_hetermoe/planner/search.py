@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from megatron_hetermoe.config.plan import Plan
@@ -119,7 +119,10 @@ class Found:
     simulated: int
 
 
-def search(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thorough: bool = True) -> Found:
+def search(
+    question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thorough: bool = True,
+    tell: Callable[[str], None] = lambda what: None,
+) -> Found:
     """Finds the fastest plan that fits.
 
     Every option has a bound on its throughput that no placement can beat; options are simulated from the highest on,
@@ -131,7 +134,9 @@ def search(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thor
         cluster: on what.
         kinds: what its GPUs cost.
         thorough: whether placements are searched in full.
+        tell: called with what comes next, in words.
     """
+    tell("listing layouts")
     considered = list(options(question, cluster, kinds))
     fitting = [option for option in considered if option.fits(1)]
     # Copies of a layout with more ZP groups have the same bound; the smaller groups waste less on what does not divide.
@@ -145,11 +150,13 @@ def search(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thor
         if option.bound <= reached:
             continue
         simulated += 1
+        tell(f"simulating layout {simulated} of at most {min(len(fitting), _QUICK)}: {option.describe()}")
         found = _best_wave(option)
         priced += found
         reached = max([reached, *(one.tokens_per_second for one in found)])
     priced.sort(key=_fastest)
     if thorough:
+        tell("placing experts of the best layouts")
         priced = _thoroughly(priced)
     by_layout: dict[tuple, Priced] = {}
     for one in priced:

@@ -56,11 +56,14 @@ class Channel:
         self._ranks = tuple(ranks)
         self._member = member
 
-    def exchange(self, sends: Sequence[Message] = (), receives: Sequence[Message] = ()) -> None:
+    def exchange(self, sends: Sequence[Message] = (), receives: Sequence[Message] = ()) -> int:
         """Sends and receives; then all buffers are filled and all that was sent may be overwritten.
 
         On a GPU that holds for what follows on the current stream. A message to this member itself is a copy. Empty
         tensors are not sent: both ends know their size.
+
+        Returns:
+            bytes sent to other members.
         """
         own = {message.part: message.tensor for message in sends if message.member == self._member}
         for message in receives:
@@ -85,3 +88,4 @@ class Channel:
             works += dist.batch_isend_irecv(together)
         for work in works:
             work.wait()
+        return sum(message.tensor.nbytes for operation, message in messages if operation is dist.isend)

@@ -1,37 +1,87 @@
-"""Records when tasks ran, in the format that the simulator writes too."""
+"""Records when tasks ran and what they moved, in the format that the simulator writes too."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_hetermoe.schedule.tasks import Stream, Task
-from megatron_hetermoe.schedule.trace import Span, write_jsonl
+import torch
 
-FIRST, LAST = 2, 11  # training steps of a start that are recorded; the first one warms up
+from megatron_hetermoe.schedule.tasks import Stream, Task
+from megatron_hetermoe.schedule.trace import OPTIMIZER, REDUCE, STEP, Span, write_jsonl
+
+FIRST, LAST = 2, 11  # training steps of a start that are written; the first one warms up
 
 
 class Recorder:
     """Writes a file for each recorded step of one rank.
 
+    Times are of the host's clock, so ranks of several nodes are as far apart in a trace as their clocks are.
+
     Args:
         folder: where to; made if it is not there.
         rank: this rank.
+        device: where it computes.
     """
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path, rank: int, device: torch.device):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._rank = rank
+        self._device = device
+        self._is_gpu = torch.empty(0, device=device).is_cuda
+        self._epoch = time.time() - time.perf_counter()
         self._step = 0
-        self._spans: list[Span] = []
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Forgets a step that did not end, as one that Megatron runs again."""
+        self._spans: list[tuple[str, str, float, float]] = []
+        self._sent: dict[str, int] = {}
+        self._tokens: dict[str, tuple[int, ...]] = {}
 
     def observe(self, stream: Stream, task: Task, start: float, end: float) -> None:
         """Notes one task; called from the thread of its stream, times in seconds of ``time.perf_counter``."""
-        self._spans.append(Span(self._rank, stream.value, str(task), start, end))
+        self._spans.append((stream.value, str(task), start, end))
 
-    def end_step(self) -> None:
-        """Writes what was noted since the last step, if the step is one to record."""
+    def sent(self, task: Task, size: int) -> None:
+        """Adds to the bytes that a transfer sent from here; called from the thread of its stream."""
+        self._sent[str(task)] = self._sent.get(str(task), 0) + size
+
+    def routed(self, task: Task, tokens: Sequence[int]) -> None:
+        """Notes the tokens that a dispatch brought for each of this rank's experts."""
+        self._tokens[str(task)] = tuple(tokens)
+
+    @contextmanager
+    def reduction(self) -> Iterator[None]:
+        """What the reduction of gradients runs in."""
+        with self._after_tasks(REDUCE):
+            yield
+
+    @contextmanager
+    def optimizer(self) -> Iterator[None]:
+        """What the optimizer step runs in."""
+        with self._after_tasks(OPTIMIZER):
+            yield
+
+    @contextmanager
+    def _after_tasks(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self._is_gpu:
+            torch.cuda.synchronize(self._device)
+        self._spans.append((STEP, name, start, time.perf_counter()))
+
+    def end_step(self) -> list[Span]:
+        """The step's spans; written, if the step is one to keep."""
         self._step += 1
+        spans = [
+            Span(self._rank, stream, task, self._epoch + start, self._epoch + end, self._sent.get(task, 0),
+                 self._tokens.get(task, ()))
+            for stream, task, start, end in self._spans
+        ]
         if FIRST <= self._step <= LAST:
-            write_jsonl(self._spans, self._folder / f"step{self._step:05d}.rank{self._rank:05d}.jsonl")
-        self._spans.clear()
+            write_jsonl(spans, self._folder / f"step{self._step:05d}.rank{self._rank:05d}.jsonl")
+        return spans

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_hetermoe.runtime.channels import Channel, Message
+from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.topology.placement import Placement
@@ -78,6 +79,7 @@ class Transfers:
             owner's modulo their number; all of them learn of all rows.
         checksums: told of every message of a step that is checked.
         owned, held: state by (layer, microbatch), for the A and E tasks to read and fill.
+        recorder: told what is sent and for which experts, where the step is recorded.
     """
 
     placement: Placement
@@ -92,6 +94,7 @@ class Transfers:
     checksums: Checksums | None = None
     owned: dict[tuple[int, int], Routed] = field(default_factory=dict)
     held: dict[tuple[int, int], Routed] = field(default_factory=dict)
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         self.holders = self.holders or tuple((member,) for member in range(self.placement.members))
@@ -156,6 +159,9 @@ class Transfers:
                 for owner, rows in zip(self._owners, tensor.split(received.splits))
             ]
             self._exchange(task, self.out, payload, buffers)
+            if self.recorder is not None:
+                experts = range(len(self.placement.held(task.layer, self._holder)))
+                self.recorder.routed(task, [sum(counts[expert] for counts in received.counts) for expert in experts])
             self.held[task.layer, task.microbatch] = received
         if state:
             # Only their shape is read from here on, by the backward of the task that made them.
@@ -214,7 +220,9 @@ class Transfers:
     ) -> None:
         if self.checksums is not None:
             self.checksums.sending(task, sends)
-        channel.exchange(sends, receives)
+        sent = channel.exchange(sends, receives)
+        if self.recorder is not None:
+            self.recorder.sent(task, sent)
         if self.checksums is not None:
             self.checksums.received(task, receives)
 

@@ -89,6 +89,15 @@ class Schedule:
         }
         return MemberSchedule(streams, self._waits(streams), self._issued_before(streams))
 
+    def tasks_of(self, member: int) -> frozenset[Task]:
+        """One member's tasks, in no order."""
+        holds, is_attention = self.placement.layers_of(member), member < self.attention_members
+        return frozenset(
+            task for task in self.issue_order()
+            if (is_attention if task.kind is Kind.ATTENTION else
+                task.layer in holds or is_attention and task.kind is not Kind.EXPERT)
+        )
+
     def dependencies(self, task: Task) -> Order:
         """The tasks of the ZP group whose results a task reads."""
         return dependencies(task, self.layers, self.moe_layers)

@@ -9,8 +9,11 @@ optimal order is K+1. A layer without experts has an A task only.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
+
+_WRITTEN = re.compile(r"([ADEC])([FBW])_(\d+),(\d+)")
 
 
 class Kind(str, Enum):
@@ -60,6 +63,12 @@ class Task:
     def __str__(self) -> str:
         """As in the paper: kind, pass, layer, microbatch, such as ``AF_1,2``."""
         return f"{self.kind.value}{self.direction.value}_{self.layer},{self.microbatch + 1}"
+
+    @classmethod
+    def parse(cls, text: str) -> Task | None:
+        """The task that ``str`` writes so; None for any other text."""
+        match = _WRITTEN.fullmatch(text)
+        return match and cls(Kind(match[1]), Pass(match[2]), int(match[3]), int(match[4]) - 1)
 
     @property
     def stream(self) -> Stream:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_hetermoe.config.errors import Problems
 
-# Rows of a rank in a viewer, top to bottom. "step" has what is no task: gradient reduction and optimizer.
-STREAMS = ("compute", "out", "back", "step")
+STEP, REDUCE, OPTIMIZER = "step", "reduce", "optimizer"  # a stream for what is no task, and what is there
+STREAMS = ("compute", "out", "back", STEP)  # rows of a rank in a viewer, top to bottom
 _COLOURS = {"A": "thread_state_running", "E": "rail_animation", "D": "thread_state_iowait", "C": "rail_response"}
 
 
@@ -21,8 +21,10 @@ class Span:
     Attributes:
         rank: global rank.
         stream: one of STREAMS.
-        task: as ``str(Task)`` writes it, such as ``AF_1,2``; or ``reduce``, ``optimizer``.
-        start, end: seconds since the start of the step.
+        task: as ``str(Task)`` writes it, such as ``AF_1,2``; or REDUCE, OPTIMIZER.
+        start, end: seconds; in a file that a rank writes since the epoch, else since the start of the step.
+        sent: bytes that a transfer sends from this rank to others.
+        tokens: of a dispatch that this rank receives, tokens for each of its experts of that layer, ascending.
     """
 
     rank: int
@@ -30,6 +32,8 @@ class Span:
     task: str
     start: float
     end: float
+    sent: int = 0
+    tokens: tuple[int, ...] = ()
 
 
 def write_jsonl(spans: Iterable[Span], path: str | Path) -> None:
@@ -48,15 +52,16 @@ def read_jsonl(path: str | Path) -> list[Span]:
     problems = Problems()
     spans = []
     names = {field.name for field in fields(Span)}
+    needed = {field.name for field in fields(Span) if field.default is MISSING}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
             values = None
-        if isinstance(values, dict) and values.keys() == names:
-            spans.append(Span(**values))
+        if isinstance(values, dict) and needed <= values.keys() <= names:
+            spans.append(Span(**{**values, "tokens": tuple(values.get("tokens", ()))}))
         else:
-            problems.add(f"{path}, line {number} is not a span with {', '.join(sorted(names))}: record the trace anew")
+            problems.add(f"{path}, line {number} is not a span with {', '.join(sorted(needed))}: record the trace anew")
     problems.raise_if_any()
     return spans
 
@@ -87,6 +92,8 @@ def _event(span: Span) -> dict:
         "ph": "X", "pid": span.rank, "tid": STREAMS.index(span.stream), "name": span.task, "cat": span.task[:2],
         "ts": span.start * microseconds, "dur": (span.end - span.start) * microseconds,
     }
+    if span.sent or span.tokens:
+        event["args"] = {"bytes sent": span.sent, "tokens": sum(span.tokens)}
     if span.task[0] in _COLOURS:
         event["cname"] = _COLOURS[span.task[0]]
     return event

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megatron_hetermoe.cost.tasks import TaskCosts, Transfer
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
 from megatron_hetermoe.schedule.tasks import Stream, Task
-from megatron_hetermoe.schedule.trace import Span
+from megatron_hetermoe.schedule.trace import OPTIMIZER, REDUCE, STEP, Span
 
 _CHANNELS = (Stream.OUT, Stream.BACK)
 
@@ -49,19 +49,24 @@ class Result:
     members: tuple[MemberResult, ...]
     seconds: float
 
-    def spans(self, rank_of: Callable[[int], int]) -> list[Span]:
+    def spans(self, rank_of: Callable[[int], int], costs: TaskCosts) -> list[Span]:
         """The step as a trace.
 
         Args:
             rank_of: global rank of a member.
+            costs: that were simulated.
         """
         spans = []
         for member, result in enumerate(self.members):
             rank = rank_of(member)
-            spans += [Span(rank, task.stream.value, str(task), *times) for task, times in result.times.items()]
-            for name, (start, end) in (("reduce", result.reduced), ("optimizer", result.stepped)):
+            spans += [
+                Span(rank, task.stream.value, str(task), *times, costs.sent(member, task),
+                     costs.received(member, task))
+                for task, times in result.times.items()
+            ]
+            for name, (start, end) in ((REDUCE, result.reduced), (OPTIMIZER, result.stepped)):
                 if end > start:
-                    spans.append(Span(rank, "step", name, start, end))
+                    spans.append(Span(rank, STEP, name, start, end))
         return sorted(spans, key=lambda span: (span.rank, span.start, span.stream))
 
 

@@ -1,4 +1,4 @@
-"""What a simulated step says: how busy each pool is, where time is lost, and how far from the bound it ends."""
+"""What a step says, simulated or recorded: how busy each pool is, where time is lost, and how far from the bound it ends."""
 
 from __future__ import annotations
 
@@ -18,6 +18,21 @@ CAUSES = (RAMP, TURN, CHANNEL, OTHER_POOL, TAIL)
 
 
 @dataclass(frozen=True)
+class MemberSummary:
+    """One member of a ZP group.
+
+    Attributes:
+        work: seconds of A and E tasks.
+        bubbles: for each of CAUSES, seconds; they and the work add up to the group's last task's end.
+        after: seconds of gradient reduction and optimizer step.
+    """
+
+    work: float
+    bubbles: dict[str, float]
+    after: float
+
+
+@dataclass(frozen=True)
 class RoleSummary:
     """A role's members, on average.
 
@@ -34,7 +49,7 @@ class RoleSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """One step.
+    """One step of one ZP group.
 
     Attributes:
         seconds: of the step.
@@ -53,35 +68,48 @@ class Summary:
 
 
 def summarise(result: Result) -> Summary:
-    """The summary of a simulated step."""
-    schedule = result.schedule
-    last = max(max((end for _, end in member.times.values()), default=0.0) for member in result.members)
-    works, bubbles, bound = [], [], 0.0
-    known: dict[int, tuple[float, dict[str, float]]] = {}  # members that share a result share these too
+    """The summary of a step."""
+    members = summarise_members(result)
+    bound = max(member.work + member.after for member in members)
+    m = result.schedule.attention_members
+    roles = {
+        role: _on_average(part, result.seconds)
+        for role, part in ((ATTENTION, members[:m]), (EXPERT, members[m:])) if part
+    }
+    after = result.seconds - _last_task(result)
+    return Summary(result.seconds, roles, bound, result.seconds / bound - 1, after)
+
+
+def summarise_members(result: Result) -> list[MemberSummary]:
+    """The summary of each member of the ZP group."""
+    last = _last_task(result)
+    known: dict[int, MemberSummary] = {}  # members that share a result share this too
     for member in result.members:
         if id(member) not in known:
             computes = sorted(
                 ((task, *times) for task, times in member.times.items() if task.stream is Stream.COMPUTE),
                 key=lambda entry: entry[1],
             )
-            work = sum(end - start for _, start, end in computes)
-            known[id(member)] = (work, _bubbles(member.times, computes, schedule, last))
-        work, causes = known[id(member)]
-        works.append(work)
-        bubbles.append(causes)
-        after = sum(end - start for start, end in (member.reduced, member.stepped))
-        bound = max(bound, work + after)
-    roles = {}
-    m = schedule.attention_members
-    for role, members in ((ATTENTION, range(m)), (EXPERT, range(m, len(result.members)))):
-        if members:
-            count = len(members)
-            roles[role] = RoleSummary(
-                sum(works[member] for member in members) / count / result.seconds,
-                {cause: sum(bubbles[member][cause] for member in members) / count for cause in CAUSES},
-                max(works[member] for member in members),
+            known[id(member)] = MemberSummary(
+                sum(end - start for _, start, end in computes),
+                _bubbles(member.times, computes, result.schedule, last),
+                sum(end - start for start, end in (member.reduced, member.stepped)),
             )
-    return Summary(result.seconds, roles, bound, result.seconds / bound - 1, result.seconds - last)
+    return [known[id(member)] for member in result.members]
+
+
+def _last_task(result: Result) -> float:
+    """When a group's last task ends, in seconds."""
+    return max(max((end for _, end in member.times.values()), default=0.0) for member in result.members)
+
+
+def _on_average(members: list[MemberSummary], seconds: float) -> RoleSummary:
+    count = len(members)
+    return RoleSummary(
+        sum(member.work for member in members) / count / seconds,
+        {cause: sum(member.bubbles[cause] for member in members) / count for cause in CAUSES},
+        max(member.work for member in members),
+    )
 
 
 def _bubbles(

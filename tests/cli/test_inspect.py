@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,42 @@ def test_a_recorded_step_has_every_task(trace):
             assert all(end <= start for (_, end), (start, _) in zip(times, times[1:]))
 
 
+def test_a_recorded_transfer_has_what_it_moved(trace):
+    """32 tokens go to two experts each, 32 wide in fp32 with a probability, behind a header of 5 and 8 numbers."""
+    rows, header = 32 * 2, 8 * (5 + 8)
+    owner, holder = (
+        {span.task: span for span in read_jsonl(trace / f"step{FIRST:05d}.rank{rank:05d}.jsonl")} for rank in (0, 1))
+    for layer in (1, 2):
+        for microbatch in (1, 2):
+            at = f"_{layer},{microbatch}"
+            assert owner[f"DF{at}"].sent == rows * (32 + 1) * 4 + header and holder[f"DF{at}"].sent == 0
+            assert holder[f"CF{at}"].sent == rows * 32 * 4 and owner[f"CF{at}"].sent == 0
+            assert owner[f"CB{at}"].sent == rows * 32 * 4 and holder[f"CB{at}"].sent == 0
+            assert holder[f"DB{at}"].sent == rows * (32 + 1) * 4 and owner[f"DB{at}"].sent == 0
+            assert len(holder[f"DF{at}"].tokens) == 8 and sum(holder[f"DF{at}"].tokens) == rows
+            assert owner[f"DF{at}"].tokens == ()
+    for spans in (owner, holder):
+        last = max(span.end for span in spans.values() if span.stream == "compute")
+        assert last <= spans["reduce"].start <= spans["reduce"].end <= spans["optimizer"].start
+
+
+def test_a_holder_of_several_ranks_is_shown_by_its_ranks(tmp_path):
+    """Two expert ranks share all experts, and each gets the rows of one of two attention ranks."""
+    flags = tiny(train_iters=2, global_batch_size=2, tensor_model_parallel_size=2, sequence_parallel=True,
+                 expert_tensor_parallel_size=2)
+    ranks = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2"]
+    run_ranks([*ranks, "--hetermoe-trace", "spans", *flags], 4, cwd=tmp_path).check()
+    page = tmp_path / "report.html"
+    assert main(["trace", str(tmp_path / "spans"), "--out", str(page)]) == 0
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', page.read_text())[1])
+    (shown,) = data["runs"]
+    assert [entry["rank"] for entry in shown["ranks"]] == [0, 1, 2, 3]
+    rows = 2 * 32 * 2 * 2  # microbatches, tokens, experts of each, layers
+    assert [holder["rank"] for holder in shown["load"]["holders"]] == [2, 3]
+    assert sum(holder["tokens"] for holder in shown["load"]["holders"]) == rows
+    assert sum(sum(layer["tokens"]) for layer in shown["load"]["layers"]) == rows
+
+
 @pytest.mark.parametrize("name", ["timeline.svg", "timeline.json"])
 def test_a_timeline_is_drawn(trace, tmp_path, name):
     assert main(["trace", str(trace), "--out", str(tmp_path / name)]) == 0
@@ -61,7 +98,8 @@ def test_a_timeline_is_drawn(trace, tmp_path, name):
         events = json.loads(drawn)["traceEvents"]
         assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {
             "rank 0 (attention)", "rank 1 (expert)"}
-        assert sum(event["ph"] == "X" for event in events) == 12 + 8 + 2 * 16  # A, E, and transfers on both ranks
+        # A, E, transfers on both ranks, and what follows the last task there
+        assert sum(event["ph"] == "X" for event in events) == 12 + 8 + 2 * 16 + 2 * 2
     else:
         assert "<svg" in drawn
 
@@ -69,6 +107,7 @@ def test_a_timeline_is_drawn(trace, tmp_path, name):
 @pytest.mark.parametrize(
     "argv, said",
     [(["{trace}", "--out", "x.txt"], "must end in one of"), (["{trace}", "--step", "99", "--out", "x.json"], "no step 99"),
+     (["{trace}", "--cluster", "c.yaml", "--out", "x.svg"], "ends in .html"),
      (["{tmp}", "--out", "x.json"], "has no plan.json")],
 )
 def test_what_cannot_be_drawn(trace, tmp_path, capsys, argv, said):

@@ -1,6 +1,10 @@
 """``hetermoe plan`` and ``hetermoe simulate``, without Megatron: what a recipe asks is put in its place."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
 
 import pytest
 
@@ -114,6 +118,37 @@ def test_a_plan_for_another_cluster_is_refused(tmp_path, ask, capsys):
     error = capsys.readouterr().err
     assert "newer" in error and "placement" in error
     assert command.main(["simulate", str(tmp_path / "none.json"), "--cluster", cluster(tmp_path)]) == 2
+
+
+def test_a_search_says_what_it_does(tmp_path, ask, monkeypatch):
+    said = []
+    monkeypatch.setattr(plan.Stages, "enter", lambda stages, what: said.append(what))
+    assert command.main(["plan", "recipe.yaml", "--cluster", cluster(tmp_path)]) == 0
+    assert said[:2] == ["reading the recipe with Megatron", "listing layouts"]
+    assert any(what.startswith("simulating layout 1 of at most ") for what in said)
+    assert said[-1] == "comparing with other ways to use these GPUs"
+
+
+def test_the_stage_is_seen_on_a_terminal_only(tmp_path):
+    """On a pseudo-terminal the line is there, and gone at the end; in a pipe there is nothing."""
+    script = ("from megatron_hetermoe.cli.stages import Stages\n"
+              "with Stages() as stages:\n    stages.enter('simulating layout 7')\n")
+    piped = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert piped.stderr == "" and piped.stdout == ""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            more = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not more:
+            break
+        seen += more
+    assert process.wait() == 0 and b"simulating layout 7" in seen
+    os.close(ours)
 
 
 def test_a_plan_is_replayed_beside_what_it_is_compared_with(tmp_path, ask, capsys):

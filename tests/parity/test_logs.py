@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+
+import pytest
+from models import tiny
+from ranks import run_ranks
+
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.config.step import Prediction
+from megatron_hetermoe.schedule.trace import read_jsonl
 
 import pytest
 
@@ -45,3 +55,51 @@ def reference_count(output: str) -> int:
     count = output.count("validation loss at")
     assert count > 1
     return count
+
+
+# What models.tiny describes, with an expert of each layer on the attention rank.
+PLAN = Plan(
+    ModelShape(layers=2, moe_layers=(1, 2), experts=8, topk=2, hidden=32, expert_ffn=32, dense_ffn=64,
+               shared_expert_ffn=0, gated=True, heads=4, query_groups=2, head_dim=8, tied_embeddings=False, sequence=32),
+    1, 1, 1, ((0, 1, 1, 1, 1, 1, 1, 1),) * 2,
+    predicted=Prediction(1.0, 500.0, 0.5, 0.5, 1.0, 1.0, False, attention_alone=250.0),
+)
+
+
+def test_each_log_interval_says_what_was_measured(tmp_path):
+    """TensorBoard gets what the trace of the same two steps says; the log has tokens/s beside what was predicted."""
+    (tmp_path / "plan.json").write_text(PLAN.to_json())
+    flags = tiny(train_iters=4, global_batch_size=2, log_interval=2, tensorboard_dir="tensorboard")
+    run = run_ranks(["--hetermoe", "--hetermoe-plan", "plan.json", "--hetermoe-trace", "spans", *flags], 2,
+                    cwd=tmp_path).check()
+    assert not any("hetermoe/" in name for name, _ in run.scalars[0]), "the last rank alone writes"
+    scalars = {name.removeprefix("hetermoe/"): value for (name, step), value in run.scalars[1].items()
+               if name.startswith("hetermoe/") and step == 4}
+    spans = [span for step in (3, 4) for rank in (0, 1)
+             for span in read_jsonl(tmp_path / "spans" / f"step{step:05d}.rank{rank:05d}.jsonl")]
+    sent, work, tokens = Counter(), Counter(), Counter()
+    for span in spans:
+        sent[span.stream] += span.sent
+        work[span.rank] += (span.end - span.start) * (span.stream == "compute")
+        if span.tokens:
+            layer = int(span.task[3])
+            held = (0,) if span.rank == 0 else range(1, 8)
+            tokens.update({(layer, expert): count for expert, count in zip(held, span.tokens, strict=True)})
+    seconds = 2 * 2 * 32 / scalars["tokens-per-second"]
+    assert scalars["expert-busy"] == pytest.approx(work[1] / seconds)  # of rank 1, whose seconds these are
+    assert 0 < scalars["attention-busy"] <= 1  # by rank 0's seconds, which only it knows
+    for role in ("attention", "expert"):
+        assert 0 <= scalars[f"{role}-bubble"] <= 1 - scalars[f"{role}-busy"]
+    for name in ("out", "back"):
+        assert scalars[f"{name}-bytes-per-second"] == pytest.approx(sent[name] / seconds)
+    by_layer = [[tokens[layer, expert] for expert in range(8)] for layer in (1, 2)]
+    assert all(sum(counts) == 2 * 2 * 32 * 2 for counts in by_layer)
+    assert scalars["expert-load-most-over-mean"] == pytest.approx(max(8 * max(counts) / sum(counts) for counts in by_layer))
+    held = [sum(counts[0] for counts in by_layer), sum(sum(counts[1:]) for counts in by_layer)]
+    assert scalars["holder-load-most-over-mean"] == pytest.approx(2 * max(held) / sum(held))
+    said = re.findall(r"hetermoe: ([\d,]+) tokens/s \| ([\d.]+) of the plan's 500 \| ([\d.]+) of 250 predicted for the "
+                      r"attention GPUs alone \| attention ranks compute", run.output[1])
+    assert len(said) == 2 and "tokens/s" not in run.output[0]
+    rate = float(said[1][0].replace(",", ""))
+    assert rate == pytest.approx(scalars["tokens-per-second"], abs=0.51)
+    assert float(said[1][2]) == pytest.approx(rate / 250, abs=0.01)

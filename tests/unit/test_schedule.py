@@ -78,7 +78,7 @@ def test_each_task_once_where_it_belongs(schedule):
     assert microbatches == set(range(len(microbatches))) and schedule.last_microbatch == max(microbatches)
     for member in range(schedule.placement.members):
         tasks = [task for order in schedule.member(member).streams.values() for task in order]
-        assert len(tasks) == len(set(tasks))
+        assert len(tasks) == len(set(tasks)) and schedule.tasks_of(member) == set(tasks)
         attention = {task for task in tasks if task.kind is Kind.ATTENTION}
         expected = len(computed) * head * len(microbatches) if member < schedule.attention_members else 0
         assert len(attention) == expected

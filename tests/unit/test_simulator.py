@@ -87,7 +87,7 @@ def test_spans_have_every_task_of_every_rank():
     priced = group(2, 1, microbatches=2)
     placement = spread(priced, [2])
     schedule = sequential(3, placement, 2, 2)
-    spans = simulate(schedule, TaskCosts(priced, placement)).spans(lambda member: 10 + member)
+    spans = simulate(schedule, TaskCosts(priced, placement)).spans(lambda member: 10 + member, TaskCosts(priced, placement))
     for member in range(3):
         tasks = {str(task) for order in schedule.member(member).streams.values() for task in order}
         assert {span.task for span in spans if span.rank == 10 + member} - {"reduce", "optimizer"} == tasks

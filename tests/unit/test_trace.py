@@ -7,13 +7,19 @@ import pytest
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.schedule.trace import Span, read_jsonl, write_chrome, write_jsonl
 
-SPANS = [Span(0, "compute", "AF_1,1", 0.0, 0.5), Span(0, "out", "DF_1,1", 0.5, 0.6),
+SPANS = [Span(0, "compute", "AF_1,1", 0.0, 0.5), Span(0, "out", "DF_1,1", 0.5, 0.6, 4096),
+         Span(1, "out", "DF_1,1", 0.5, 0.6, 0, (3, 0, 5)),
          Span(1, "step", "optimizer", 1.0, 1.5)]
 
 
 def test_spans_are_read_back(tmp_path):
     write_jsonl(SPANS, tmp_path / "t.jsonl")
     assert read_jsonl(tmp_path / "t.jsonl") == SPANS
+
+
+def test_what_was_moved_may_be_left_out(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"rank": 0, "stream": "out", "task": "DF_1,1", "start": 0.5, "end": 0.6}\n')
+    assert read_jsonl(tmp_path / "t.jsonl") == [Span(0, "out", "DF_1,1", 0.5, 0.6, 0, ())]
 
 
 def test_lines_that_are_no_spans_are_named(tmp_path):
@@ -28,5 +34,7 @@ def test_the_chrome_trace_has_a_process_a_rank_and_microseconds(tmp_path):
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     first = next(event for event in events if event["ph"] == "X")
     assert (first["pid"], first["ts"], first["dur"]) == (0, 0.0, 500000.0)
+    assert [event["args"] for event in events if event.get("name") == "DF_1,1"] == [
+        {"bytes sent": 4096, "tokens": 0}, {"bytes sent": 0, "tokens": 8}]
     assert {event["args"]["name"] for event in events if event.get("name") == "process_name"} == {
         "rank 0 (attention)", "rank 1 (expert)"}

@@ -1,0 +1,154 @@
+"""A step as one HTML page that needs no network: timeline, shares of time, traffic, load of experts.
+
+The timeline is a canvas of our own: tens of thousands of tasks, two runs on one axis and a lane for each stream take 300
+lines, and a page of some hundred kilobytes, where a plotting library would bring five megabytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
+from megatron_hetermoe.schedule.trace import STREAMS, Span
+from megatron_hetermoe.simulator.events import Result
+from megatron_hetermoe.simulator.summary import summarise_members
+from megatron_hetermoe.topology.layout import Layout, layout_of
+from megatron_hetermoe.topology.placement import Placement
+
+_PAGE = Path(__file__).parent / "page"
+_CHANNELS = STREAMS[1:3]
+MEASURED, PREDICTED = "measured", "predicted"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One step, to be shown.
+
+    Attributes:
+        name: MEASURED or PREDICTED.
+        spans: of its ranks, in seconds since its start.
+        results: of its ZP groups, from the first one on.
+    """
+
+    name: str
+    spans: Sequence[Span]
+    results: Sequence[Result]
+
+
+def write_page(path: Path, title: str, plan: Plan, runs: Sequence[Run], notes: Sequence[str]) -> None:
+    """Writes the page.
+
+    Args:
+        path: of the HTML file.
+        title: of the page.
+        plan: of all runs.
+        runs: the first one is what the page is about, the others are beside it on the timeline.
+        notes: sentences below.
+    """
+    data = {"facts": _facts(plan, runs[0]), "runs": [_run(run, plan) for run in runs], "notes": list(notes)}
+    read = {name: (_PAGE / name).read_text(encoding="utf-8") for name in
+            ("page.html", "page.css", "timeline.js", "tables.js")}
+    # "<" may not stand in a script element, where "</script>" would end it
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    page = Template(read["page.html"]).substitute(
+        title=escape(title), style=read["page.css"], data=text, script=read["timeline.js"] + read["tables.js"])
+    path.write_text(page, encoding="utf-8")
+
+
+def _facts(plan: Plan, run: Run) -> list[str]:
+    model, schedule = plan.model, run.results[0].schedule
+    groups = f", {plan.groups} ZP groups" if plan.groups > 1 else ""
+    facts = [
+        f"{plan.attention_ranks} attention and {plan.expert_ranks} expert ranks{groups}",
+        f"{model.layers} layers, {model.experts} experts, top {model.topk}, width {model.hidden}, "
+        f"{model.sequence} tokens a sequence",
+        f"{schedule.last_microbatch + 1} microbatches, {plan.schedule}"
+        + (f", {max(map(len, schedule.waves))} on the way together" if plan.schedule == "zebra" else ""),
+    ]
+    if plan.predicted:
+        facts.append(f"planned: {plan.predicted.step_seconds:.4g} s a step")
+    return facts
+
+
+def _run(run: Run, plan: Plan) -> dict[str, Any]:
+    layout = layout_of(plan)
+    ranks = [rank for group in range(len(run.results)) for rank in layout.zp_group(group)]
+    microseconds = 1e6
+    return {
+        "name": run.name, "seconds": run.results[0].seconds,
+        "ranks": sorted(_ranks(run, plan, layout), key=lambda entry: entry["rank"]),
+        "spans": [
+            [span.rank, STREAMS.index(span.stream), span.task, round(span.start * microseconds, 1),
+             round(span.end * microseconds, 1), span.sent, sum(span.tokens)]
+            for span in run.spans
+        ],
+        "channels": [_channel(name, run.spans, len(ranks)) for name in _CHANNELS],
+        "load": _load(run.spans, plan, layout),
+    }
+
+
+def _ranks(run: Run, plan: Plan, layout: Layout) -> list[dict[str, Any]]:
+    """For each rank where its time went, as parts that add up to the step, and what it sent."""
+    entries = []
+    sent = Counter()
+    for span in run.spans:
+        sent[span.rank, span.stream] += span.sent
+    for group, result in enumerate(run.results):
+        last = max(end for member in result.members for _, end in member.times.values())
+        for member, summary in enumerate(summarise_members(result)):
+            rank = layout.rank_of(group, member)
+            role = layout.role(rank)
+            pool = escape(plan.pools[member]) if plan.pools else ""
+            after = min(summary.after, result.seconds - last)
+            entries.append({
+                "rank": rank, "role": role, "pool": f"{role} ranks" + (f" of {pool}" if pool else ""),
+                "parts": {"work": summary.work, **summary.bubbles, "after": after,
+                          "end": result.seconds - last - after},
+                "sent": {name: sent[rank, name] for name in _CHANNELS},
+            })
+    return entries
+
+
+def _channel(name: str, spans: Sequence[Span], ranks: int) -> dict[str, Any]:
+    """What all ranks sent on a channel, and for how many seconds a rank was in a transfer, on average."""
+    inside = [span for span in spans if span.stream == name]
+    return {
+        "name": name, "bytes": sum(span.sent for span in inside), "transfers": len({span.task for span in inside}),
+        "seconds": sum(span.end - span.start for span in inside) / ranks,
+    }
+
+
+def _load(spans: Sequence[Span], plan: Plan, layout: Layout) -> dict[str, Any]:
+    """Tokens of each expert by layer, over all ZP groups, and of each holder."""
+    placement = Placement(plan.placement, layout.holders)
+    tokens = {layer: [0] * len(holders) for layer, holders in enumerate(placement.holders, start=1)}
+    by_rank: dict[int, int] = {}
+    for span in spans:
+        task = Task.parse(span.task)
+        if not span.tokens or task is None or (task.kind, task.direction) != (Kind.DISPATCH, Pass.FORWARD):
+            continue
+        by_rank[span.rank] = by_rank.get(span.rank, 0) + sum(span.tokens)
+        for expert, count in zip(placement.held(task.layer, layout.holder_of(span.rank)), span.tokens, strict=True):
+            tokens[task.layer][expert] += count
+    first = [layout.rank_of(0, layout.members_of(holder)[0]) for holder in range(layout.holders)]
+    return {
+        "layers": [
+            {"layer": layer, "tokens": counts,
+             "names": [f"rank {first[holder]}" for holder in placement.holders[layer - 1]],
+             "roles": [layout.role(first[holder]) for holder in placement.holders[layer - 1]]}
+            for layer, counts in tokens.items() if counts
+        ] if by_rank else [],
+        "holders": [
+            {"rank": rank, "role": layout.role(rank), "tokens": count,
+             "experts": placement.experts_held(layout.holder_of(rank))}
+            for rank, count in sorted(by_rank.items())
+        ],
+    }

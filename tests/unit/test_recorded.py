@@ -1,0 +1,95 @@
+"""A recorded step is described as a simulated one is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from pricing import PRECISION, group, shape
+
+from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.cost.tasks import TaskCosts
+from megatron_hetermoe.schedule.orders import zebra
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
+from megatron_hetermoe.simulator.baselines import spread
+from megatron_hetermoe.simulator.events import simulate
+from megatron_hetermoe.simulator.recorded import from_start, results_of
+from megatron_hetermoe.simulator.summary import CHANNEL, OTHER_POOL, summarise, summarise_members
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    """A step of 2 attention and 2 expert ranks, one of the former a holder, with its plan."""
+    priced = group(2, 2, microbatches=4)
+    placement = spread(priced, [1, 2, 3])
+    costs = TaskCosts(priced, placement)
+    result = simulate(zebra(3, placement, 2, 4, 2), costs)
+    plan = Plan(shape(), 2, 2, 1, placement.holders, "zebra", 2, PRECISION, PRECISION)
+    return result, costs, plan
+
+
+def test_a_trace_of_a_simulated_step_has_its_summary(simulated):
+    result, costs, plan = simulated
+    spans = [replace(span, start=span.start + 7, end=span.end + 7) for span in result.spans(lambda member: member, costs)]
+    (read,) = results_of(from_start(spans), plan)
+    expected, found = summarise(result), summarise(read)
+    assert found.seconds == pytest.approx(expected.seconds) and found.bound == pytest.approx(expected.bound)
+    for role, summary in expected.roles.items():
+        assert found.roles[role].busy == pytest.approx(summary.busy)
+        assert found.roles[role].bubbles == pytest.approx(summary.bubbles, abs=1e-9)
+
+
+def test_waiting_for_a_slow_peer_is_not_the_channels_fault(simulated):
+    """Every rank is at each transfer from the step's start on; but the time until the last one comes is the pool's."""
+    result, costs, plan = simulated
+    early = [
+        replace(span, start=0.0) if span.stream in ("out", "back") and span.rank in (2, 3) else span
+        for span in result.spans(lambda member: member, costs)
+    ]
+    (read,) = results_of(early, plan)
+    for found, expected in zip(summarise_members(read), summarise_members(result)):
+        assert found.bubbles[CHANNEL] == pytest.approx(expected.bubbles[CHANNEL], abs=1e-9)
+        assert found.bubbles[OTHER_POOL] == pytest.approx(expected.bubbles[OTHER_POOL], abs=1e-9)
+
+
+def test_zp_groups_are_described_one_by_one(simulated):
+    result, costs, plan = simulated
+    both = replace(plan, attention_ranks=4, expert_ranks=4, groups=2)
+    spans = [
+        replace(span, rank=rank, start=span.start * slow, end=span.end * slow)
+        for slow, ranks in ((1, (0, 1, 4, 5)), (2, (2, 3, 6, 7)))
+        for member, rank in enumerate(ranks)
+        for span in result.spans(lambda member: member, costs) if span.rank == member
+    ]
+    first, second = results_of(spans, both)
+    assert first.seconds == second.seconds == pytest.approx(2 * result.seconds)
+    for one, other in zip(summarise_members(first), summarise_members(second)):
+        assert other.work == pytest.approx(2 * one.work)
+
+
+def test_a_trace_of_another_run_is_refused(simulated):
+    result, costs, plan = simulated
+    spans = result.spans(lambda member: member, costs)
+    with pytest.raises(UsageError, match="what rank 0 recorded is not what plan.json has for 4 microbatches"):
+        results_of(spans[1:], plan)
+
+
+def test_what_transfers_move_by_hand(simulated):
+    """128 tokens of each attention rank go to 2 of 8 experts: 32 to each, 64 wide in bf16, with a probability."""
+    _, costs, _ = simulated
+    dispatch, combine = Task(Kind.DISPATCH, Pass.FORWARD, 1, 0), Task(Kind.COMBINE, Pass.FORWARD, 1, 0)
+    row, held = 64 * 2, costs.experts(1)
+    assert sum(held) == 8 and held[0] == 0 and held[1] > 0
+    assert costs.sent(0, dispatch) == 32 * (row + 4) * 8
+    assert costs.sent(1, dispatch) == 32 * (row + 4) * (8 - held[1]), "what it keeps is not sent"
+    assert costs.sent(2, dispatch) == 0
+    assert costs.sent(2, combine) == 2 * 32 * row * held[2] and costs.sent(1, combine) == 32 * row * held[1]
+    assert costs.received(3, dispatch) == (64,) * held[3] and costs.received(3, combine) == ()
+
+
+def test_tasks_are_read_as_they_are_written():
+    tasks = [Task(kind, way, layer, microbatch) for kind in Kind for way in Pass for layer in (1, 12) for microbatch in (0, 9)]
+    assert [Task.parse(str(task)) for task in tasks] == tasks
+    assert {Task.parse(text) for text in ("optimizer", "reduce", "AF_1", "XF_1,1", "")} == {None}
+    assert {task.stream for task in tasks} == set(Stream)
