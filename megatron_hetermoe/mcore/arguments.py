@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
