@@ -14,12 +14,14 @@ from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
 from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
-NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism and CPU offload of the optimizer were not searched; " \
+NOT_SEARCHED = "expert-tensor and pipeline parallelism and CPU offload of the optimizer were not searched; " \
                "routing is taken to be balanced"
 _RUNNERS_UP = 5
+_TENSOR = (1, 2, 4, 8)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -52,7 +54,14 @@ def run(args: argparse.Namespace) -> int:
         cluster = read_cluster(args.cluster, notes)
     except UsageError as error:
         problems.extend(error)
-    question = _question(args, problems, notes)
+    if args.vocabulary is not None and args.vocabulary < 1:
+        problems.add(f"--vocabulary is {args.vocabulary}; it must be from 1 on")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
+        problems.add(f"--out {args.out}: there is no folder {Path(args.out).parent}, or it is a folder itself; name a file")
+    try:
+        question = _question(args, problems, notes)
+    except UsageError as error:  # of the recipe's file
+        problems.extend(error)
     problems.raise_if_any()
     kinds = kinds_of(cluster, question.shape, question.precision, notes)
     found = search(question, cluster, kinds)
@@ -60,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(nothing_fits(question, cluster, kinds))
     answer = _answer(question, cluster, kinds, found, notes)
     if args.out:
-        Path(args.out).write_text(found.best[0].plan().to_json(), encoding="utf-8")
+        try:
+            Path(args.out).write_text(found.best[0].plan().to_json(), encoding="utf-8")
+        except OSError as error:
+            raise UsageError([f"cannot write the plan to {args.out}: {error.strerror}"]) from None
     if args.json:
         print(json.dumps(answer, indent=1))
     else:
@@ -86,10 +98,19 @@ def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
         notes.add(f"the recipe's vocabulary is known to its tokenizer only: {vocabulary:,} taken; "
                   f"--vocabulary N says it")
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
-    recompute = ("none", "core_attn") if parsed.recompute_granularity is None else ("core_attn",)
+    least = {None: "none", "selective": "core_attn", "full": "full"}[parsed.recompute_granularity]
+    recompute = RECOMPUTE[RECOMPUTE.index(least):]  # more than the recipe asks for, where memory asks for it
     distributed = bool(parsed.use_distributed_optimizer)
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
-                    (distributed,) if distributed else (False, True))
+                    (distributed,) if distributed else (False, True), _tensor(parsed))
+
+
+def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
+    """How many attention ranks may share a microbatch: what the recipe says, or any number where it can run that."""
+    if parsed.tensor_model_parallel_size > 1:
+        return (parsed.tensor_model_parallel_size,)
+    # Without transformer-engine tensor parallelism does not run on a GPU (mcore/arguments.py).
+    return (1,) if parsed.transformer_impl == "local" else _TENSOR
 
 
 def _answer(question, cluster, kinds, found, notes) -> dict[str, Any]:
@@ -175,7 +196,7 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     if out:
         console.print(f"written to {out}; the step task by task: hetermoe simulate {out} --cluster ...", soft_wrap=True)
         console.print(f"to train it, with the recipe's ranks left out: hetermoe train ... -- --hetermoe --hetermoe-plan {out}"
-                      f"{flags_of(plan['step'])}", soft_wrap=True)
+                      f"{flags_of(plan['step'], plan['tensor_parallel'])}", soft_wrap=True)
 
 
 _RECOMPUTE_FLAGS = {
@@ -184,7 +205,8 @@ _RECOMPUTE_FLAGS = {
 }
 
 
-def flags_of(step: Mapping[str, Any]) -> str:
+def flags_of(step: Mapping[str, Any], tensor: int) -> str:
     """Megatron's flags that the plan's times and memory were reckoned with."""
+    shared = f" --tensor-model-parallel-size {tensor} --sequence-parallel" if tensor > 1 else ""
     distributed = " --use-distributed-optimizer" if step["distributed_optimizer"] else ""
-    return f" --micro-batch-size {step['micro_batch']}{distributed}{_RECOMPUTE_FLAGS[step['recompute']]}"
+    return f" --micro-batch-size {step['micro_batch']}{shared}{distributed}{_RECOMPUTE_FLAGS[step['recompute']]}"

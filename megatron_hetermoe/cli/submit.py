@@ -135,8 +135,9 @@ def _plan(args: argparse.Namespace, problems: Problems) -> tuple[Any, list[str]]
     if shape is None:
         return None, []
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
-    plan = resolve(ours, shape, precision, world, problems)
-    return plan, shlex.split(flags_of(asdict(plan.step))) if plan and plan.step else []
+    sharing = parsed.tensor_model_parallel_size, parsed.expert_tensor_parallel_size or 1
+    plan = resolve(ours, shape, precision, world, problems, *sharing)
+    return plan, shlex.split(flags_of(asdict(plan.step), plan.tensor_parallel)) if plan and plan.step else []
 
 
 def _command(args: argparse.Namespace) -> list[str]:

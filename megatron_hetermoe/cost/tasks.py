@@ -66,6 +66,7 @@ class GroupCosts:
         attention_members: M.
         groups: G.
         precision: of parameters and activations.
+        tensor: attention ranks that share the dense weights and a microbatch (tensor and sequence parallelism).
     """
 
     shape: ModelShape
@@ -74,10 +75,21 @@ class GroupCosts:
     attention_members: int
     groups: int
     precision: str
+    tensor: int = 1
 
     @property
     def members(self) -> int:
         return len(self.seats)
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the dense part in the ZP group, each at work on a microbatch of its own."""
+        return self.attention_members // self.tensor
+
+    @property
+    def rank_tokens(self) -> float:
+        """Tokens of a microbatch that one attention member owns."""
+        return self.step.micro_batch * self.shape.sequence / self.tensor
 
     @cached_property
     def expert_tokens(self) -> float:
@@ -87,8 +99,7 @@ class GroupCosts:
     @cached_property
     def rows_per_expert(self) -> float:
         """Tokens that one attention member sends to one expert, with balanced routing."""
-        tokens = self.step.micro_batch * self.shape.sequence
-        return tokens * self.shape.topk / self.shape.experts
+        return self.rank_tokens * self.shape.topk / self.shape.experts
 
     @cached_property
     def attention(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
@@ -96,7 +107,7 @@ class GroupCosts:
         known: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
         for seat in self.seats[:self.attention_members]:
             if seat.pool.name not in known:
-                pairs = [self._attention_task(seat.kind, layer) for layer in range(1, self.shape.layers + 2)]
+                pairs = [self._attention_task(seat, layer) for layer in range(1, self.shape.layers + 2)]
                 known[seat.pool.name] = tuple(zip(*pairs))
         return tuple(known[seat.pool.name] for seat in self.seats[:self.attention_members])
 
@@ -105,9 +116,13 @@ class GroupCosts:
         """For each member, seconds of one expert on its tokens of one microbatch, forward and backward."""
         return tuple(seat.kind.expert(self.expert_tokens, self.step.recompute) for seat in self.seats)
 
-    def _attention_task(self, kind: Kind, layer: int) -> tuple[float, float]:
-        """A_k: the end of layer k-1 with attention and router of layer k (``schedule.tasks``)."""
-        shape, step = self.shape, self.step
+    def _attention_task(self, seat: Seat, layer: int) -> tuple[float, float]:
+        """A_k: the end of layer k-1 with attention and router of layer k (``schedule.tasks``).
+
+        Ranks that share it do an equal part each. Around each of its parts, forward, tokens are gathered and their
+        sums scattered; backward the same, and the tokens are gathered once more for the weights' gradients.
+        """
+        shape, step, kind = self.shape, self.step, seat.kind
         tokens = step.micro_batch * shape.sequence
         parts = []
         if layer == 1:
@@ -120,7 +135,21 @@ class GroupCosts:
             parts += [kind.attention(shape.sequence, step.recompute)] * step.micro_batch
             if layer in shape.moe_layers:
                 parts.append(kind.feed_forward(shape.shared_expert_ffn, tokens, step.recompute))
-        return sum(part[0] for part in parts), sum(part[1] for part in parts)
+        times = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        if self.tensor == 1:
+            return times
+        shared = sum(1 for part in parts if sum(part))
+        again = 2 if step.recompute == "full" and layer <= shape.layers else 0
+        return tuple(
+            seconds / self.tensor + shared * count * self._gather_seconds(seat)
+            for seconds, count in zip(times, (2, 3 + again))
+        )
+
+    def _gather_seconds(self, seat: Seat) -> float:
+        """Of gathering a microbatch's tokens on all ranks that share it, or scattering their sums, in a ring inside a
+        node."""
+        size = self.step.micro_batch * self.shape.sequence * self.shape.hidden * BYTES[self.precision]
+        return (self.tensor - 1) * (size / self.tensor / seat.pool.intra.bandwidth + seat.pool.intra.latency)
 
     def bytes_per_row(self, kind: TaskKind) -> int:
         """Of a token that a transfer carries; dispatch and its backward carry a probability beside it."""
@@ -197,8 +226,8 @@ class GroupCosts:
         size = GRADIENT_BYTES[self.precision]
         seconds = self._ring(member, experts * self.shape.expert_weights * size, self.groups, shared=True)
         if member < self.attention_members:
-            dense = dense_parameters(self.shape, self.step.vocabulary) * size
-            seconds += self._ring(member, dense, self.groups * self.attention_members, shared=False)
+            dense = dense_parameters(self.shape, self.step.vocabulary) / self.tensor * size
+            seconds += self._ring(member, dense, self.groups * self.replicas, shared=self.tensor > 1)
         return seconds
 
     def _ring(self, member: int, size: float, ranks: int, shared: bool) -> float:
@@ -216,8 +245,8 @@ class GroupCosts:
         share = self.groups if self.step.distributed_optimizer else 1
         parameters = experts * self.shape.expert_weights / share
         if member < self.attention_members:
-            share = self.groups * self.attention_members if self.step.distributed_optimizer else 1
-            parameters += dense_parameters(self.shape, self.step.vocabulary) / share
+            share = self.groups * self.replicas if self.step.distributed_optimizer else 1
+            parameters += dense_parameters(self.shape, self.step.vocabulary) / self.tensor / share
         return self.seats[member].kind.optimizer(parameters)
 
 
@@ -310,5 +339,6 @@ def costs_of_plan(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> Ta
     assert plan.step is not None and plan.pools
     seats = seats_of(plan.pools, cluster, kinds)
     attention = plan.attention_ranks // plan.groups
-    group = GroupCosts(plan.model, plan.step, seats, attention, plan.groups, plan.attention_precision)
+    group = GroupCosts(
+        plan.model, plan.step, seats, attention, plan.groups, plan.attention_precision, plan.tensor_parallel)
     return TaskCosts(group, Placement(plan.placement, len(seats)))

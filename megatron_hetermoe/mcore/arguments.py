@@ -165,6 +165,11 @@ def arguments_to_plan_for(
     for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
         if not value:
             problems.add(f"{flag} is missing: what fits and how long a step takes depends on it")
+        elif value < 0:
+            problems.add(f"{flag} is {value}: it must be from 1 on")
+    if (args.micro_batch_size or 0) > 0 and (args.global_batch_size or 0) % args.micro_batch_size:
+        problems.add(f"--global-batch-size {args.global_batch_size} does not divide by --micro-batch-size "
+                     f"{args.micro_batch_size}: take a multiple of it")
     return args, model_shape(args, problems)
 
 

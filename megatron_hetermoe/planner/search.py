@@ -82,6 +82,7 @@ class Priced:
         return Plan(
             group.shape, option.m * option.groups, option.n * option.groups, option.groups,
             placement.holders, "zebra", self.wave, group.precision, _expert_precision(group),
+            tensor_parallel=group.tensor,
             pools=tuple(seat.pool.name for seat in group.seats), step=group.step, predicted=prediction,
             tasks=TaskCosts(group, placement).typical(),
         )
@@ -147,7 +148,7 @@ def search(question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thor
         priced = _thoroughly(priced)
     by_layout: dict[tuple, Priced] = {}
     for one in priced:
-        by_layout.setdefault((one.option.attention, one.option.expert, one.option.groups), one)
+        by_layout.setdefault((one.option.attention, one.option.expert, one.option.groups, one.option.group.tensor), one)
     return Found(tuple(by_layout.values()), len(considered), len(fitting), simulated)
 
 
