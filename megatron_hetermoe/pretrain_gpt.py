@@ -10,8 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_hetermoe.config.errors import EXIT_CODE, Problems, UsageError
-from megatron_hetermoe.config.flags import parse_flags
+from megatron_hetermoe.config.errors import Problems, UsageError, tell
+from megatron_hetermoe.config.flags import Flags, parse_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,20 +20,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _train(argv)
     except UsageError as error:
-        return refuse(error)
+        return tell(error)
+    leave()
     return 0
-
-
-def refuse(error: UsageError) -> int:
-    """Says what is wrong, once a machine since all ranks find the same. Returns the exit code."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-        print(error.message(), file=sys.stderr, flush=True)
-    return EXIT_CODE
 
 
 def _train(argv: list[str]) -> None:
     problems = Problems()
-    flags, argv = parse_flags(argv, problems)
+    flags, argv = prepared(argv, problems)
+    if not flags.enabled:
+        from megatron_hetermoe.mcore import gpt
+
+        gpt.run_stock(argv)
+        return
+    from megatron_hetermoe.mcore import patches
+
+    patches.check(patches.RUN)  # before what follows is imported, which needs a Megatron that fits
+    from megatron_hetermoe.mcore import pretrain
+    from megatron_hetermoe.mcore.arguments import disaggregated_arguments
+
+    args, plan = disaggregated_arguments(flags, argv, problems)
+    pretrain.run(args, plan, flags)
+
+
+def prepared(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]:
+    """What comes before Megatron is imported: the ``--hetermoe`` flags are taken out, and the platform is made ready.
+
+    Args:
+        argv: all flags.
+        problems: gets what is wrong with ours.
+
+    Returns:
+        our flags, and Megatron's, as the platform can do them.
+
+    Raises:
+        UsageError: if something is wrong with our flags and they do not switch us on.
+    """
+    flags, rest = parse_flags(argv, problems)
     if problems and not flags.enabled:
         problems.raise_if_any()
     from megatron_hetermoe.mcore.platform import cpu
@@ -41,26 +64,19 @@ def _train(argv: list[str]) -> None:
 
     if cpu.needed():
         cpu.install()
-        argv, changes = for_cpu(with_default(argv, "--distributed-backend", "gloo"))
+        rest, changes = for_cpu(with_default(rest, "--distributed-backend", "gloo"))
         if os.environ.get("RANK", "0") == "0":
             for line in changes:
                 print(line, flush=True)
     elif flags.slow_down is not None:
         problems.add("--hetermoe-slow-down is for ranks without a GPU, whose tasks wait: leave it out")
+    return flags, rest
+
+
+def leave() -> None:
+    """Ends a rank when all have come to their end: one that leaves early takes down those that still talk to it."""
     import torch
 
-    if flags.enabled:
-        from megatron_hetermoe.mcore import patches, pretrain
-        from megatron_hetermoe.mcore.arguments import disaggregated_arguments
-
-        patches.check()
-        args, plan = disaggregated_arguments(flags, argv, problems)
-        pretrain.run(args, plan, flags)
-    else:
-        from megatron_hetermoe.mcore import gpt
-
-        gpt.run_stock(argv)
-    # A rank that leaves early takes down those that still talk to it.
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

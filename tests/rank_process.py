@@ -34,6 +34,7 @@ with warnings.catch_warnings():
     from recording import record_steps
     import megatron_hetermoe.mcore.gpt
     import megatron_hetermoe.pretrain_gpt as pretrain_gpt
+    import megatron_hetermoe.script as training_script
 
     # What a run would import later, at a second or more a rank: torch's optimizers want the compiler.
     import megatron.core.datasets.helpers
@@ -101,8 +102,11 @@ def result_file(folder: Path, rank: int) -> Path:
     return folder / f"result.{rank}"
 
 
-def pretrain(rank: int, world: int, port: int, folder: Path, cwd: Path, env: Mapping[str, str], argv: Sequence[str]):
-    """A rank that trains with the flags ``argv``."""
+def pretrain(
+    rank: int, world: int, port: int, folder: Path, cwd: Path, env: Mapping[str, str], argv: Sequence[str],
+    script: Path | None,
+):
+    """A rank that trains with the flags ``argv``, by a training script if one is given."""
     enter(rank, world, port, folder, cwd, env)
     record_steps(record_file(folder, rank))
     if "--async-save" not in argv:
@@ -115,7 +119,7 @@ def pretrain(rank: int, world: int, port: int, folder: Path, cwd: Path, env: Map
         fault_injection.install_all(env, rank, cwd)
     sys.argv = ["pretrain_gpt", *argv]
     before = _megatrons_callables()
-    code = pretrain_gpt.main(argv)
+    code = pretrain_gpt.main(argv) if script is None else training_script.main([str(script), *argv])
     changed = sorted(name for name, value in _megatrons_callables().items() if before.get(name, value) is not value)
     with record_file(folder, rank).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"kind": "changed", "names": changed}) + "\n")

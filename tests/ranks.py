@@ -89,9 +89,10 @@ class Run:
 
 def run_ranks(
     argv: Sequence[str], world: int, *, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 300,
-    own_store: bool = False,
+    own_store: bool = False, script: Path | None = None,
 ) -> Run:
-    """Runs ``megatron_hetermoe.pretrain_gpt`` with the flags ``argv`` on ``world`` ranks, in the folder ``cwd``.
+    """Runs ``megatron_hetermoe.pretrain_gpt``, or a training script, with the flags ``argv`` on ``world`` ranks, in the
+    folder ``cwd``.
 
     With ``own_store`` rank 0 holds the rendezvous store, as under most launchers; its port is then only likely to be free.
 
@@ -102,7 +103,7 @@ def run_ranks(
     """
     folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=cwd))
     start = time.perf_counter()
-    exit_codes = _run("pretrain", (list(argv),), world, folder, cwd, env or {}, timeout, own_store)
+    exit_codes = _run("pretrain", (list(argv), script), world, folder, cwd, env or {}, timeout, own_store)
     seconds = time.perf_counter() - start
     records = [_records(folder, rank) for rank in range(world)]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hetermoe import pretrain_gpt
 from megatron_hetermoe.cli.rank import take_place
 from megatron_hetermoe.config.errors import UsageError
 
@@ -27,11 +28,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "doctor", help="find what would keep training from working, and what to do", usage="hetermoe doctor [options]",
-        description="Looks at Python, packages, GPU and NCCL of this machine. Under srun or torchrun it looks at all ranks "
-        "and at what lies between them, as `torchrun ... -m megatron_hetermoe doctor`, and rank 0 prints. Exits with 1 "
+        description="Looks at Python, packages, GPU and NCCL of this machine. Under srun or torchrun it looks at all "
+        "ranks and at what lies between them, as `torchrun ... -m megatron_hetermoe doctor`, and rank 0 prints. Exits with 1 "
         "when training would fail.")
     parser.add_argument("--json", action="store_true", help="as data: machines, transfers, findings")
-    parser.add_argument("--shared-dir", metavar="DIR", help="see whether all ranks share this folder, as that of --save")
+    parser.add_argument("--shared-dir", metavar="DIR", help="see whether all ranks share this folder, that of --save")
     parser.add_argument("--timeout", type=int, default=TIMEOUT, metavar="SECONDS",
                         help=f"how long to wait for ranks (default {TIMEOUT})")
     parser.set_defaults(run=run)
@@ -41,20 +42,29 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from megatron_hetermoe.planner.diagnosis import ERROR, diagnose
 
-    under_launcher = "RANK" in os.environ or {"SLURM_PROCID", "MASTER_ADDR"} <= os.environ.keys()
-    if under_launcher:
-        take_place(os.environ)
-        machines, transfers, failures = _all_ranks(args)
+    machines, transfers, failures = [], [], {}
+    if not _under_launcher(os.environ):
+        machines = [_alone(args)]
     else:
-        machines, transfers, failures = [_alone(args)], [], {}
+        try:
+            take_place(os.environ)
+            machines, transfers, failures = _all_ranks(args)
+        except UsageError as error:
+            return pretrain_gpt.refuse(error)
     findings = diagnose(machines, transfers, failures)
     if os.environ.get("RANK", "0") == "0":
         if args.json:
-            print(json.dumps({"machines": [asdict(one) for one in machines], "transfers": [asdict(one) for one in transfers],
-                              "findings": [asdict(one) for one in findings]}, indent=1))
+            facts = {"machines": machines, "transfers": transfers, "findings": findings}
+            print(json.dumps({name: [asdict(one) for one in found] for name, found in facts.items()}, indent=1))
         else:
             _print(machines, findings)
     return int(any(finding.level == ERROR for finding in findings))
+
+
+def _under_launcher(environ: Mapping[str, str]) -> bool:
+    """Whether other ranks are started beside this one. Slurm sets most of its variables in a batch script too."""
+    return "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or (
+        {"SLURM_PROCID", "MASTER_ADDR"} <= environ.keys())
 
 
 def _alone(args: argparse.Namespace) -> Machine:
@@ -139,10 +149,12 @@ def _print(machines: Sequence[Machine], findings: Sequence[Finding]) -> None:
 
     console = Console()
     nodes = len({one.node for one in machines})
-    console.print(f"{len(machines)} rank{'s' * (len(machines) > 1)} on {nodes} machine{'s' * (nodes > 1)}", highlight=False)
+    console.print(f"{len(machines)} rank{'s' * (len(machines) > 1)} on {nodes} machine{'s' * (nodes > 1)}",
+                  highlight=False)
     table = Table("", "what", "how it is", "what to do")
     for finding in findings:
         everywhere = not finding.where or len(finding.where) == len(machines)
         where = "" if everywhere else f" ({ranks_in_words(finding.where)})"
-        table.add_row(_MARKS[finding.level], finding.subject, f"{finding.what}{where}".replace("[", r"\["), finding.remedy)
+        what = f"{finding.what}{where}".replace("[", r"\[")
+        table.add_row(_MARKS[finding.level], finding.subject, what, finding.remedy)
     console.print(table)

@@ -22,9 +22,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "elastic", help="fit a checkpoint's layout to the ranks that are there", usage="hetermoe elastic RECIPE.yaml "
         "--attention-ranks M --expert-ranks N --out plan.json [options] [-- Megatron's flags]",
-        description="Reads the plan beside the recipe's last checkpoint (--load, else --save) and writes the nearest one "
-        "for at most so many ranks of each role, for --hetermoe-plan. What is different is said. A batch script starts as "
-        "many ranks as --json names. Exit code 2: no plan fits.")
+        description="Reads the plan beside the recipe's last checkpoint (--load, else --save) and writes the nearest "
+        "one for at most so many ranks of each role, for --hetermoe-plan. What is different is said. A batch script "
+        "starts as many ranks as --json names. Exit code 2: no plan fits.")
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("--attention-ranks", type=int, required=True, metavar="M", help="that are there")
     parser.add_argument("--expert-ranks", type=int, required=True, metavar="N", help="that are there")

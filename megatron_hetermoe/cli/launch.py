@@ -25,7 +25,6 @@ from pathlib import Path
 
 from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, UsageError
 
-ENTRY = "megatron_hetermoe.pretrain_gpt"
 PRELOAD = "megatron_hetermoe.mcore.platform.preload"
 GRACE = 10.0  # seconds between TERM and KILL; Megatron may be writing a checkpoint
 _PR_SET_PDEATHSIG = 1
@@ -53,7 +52,7 @@ class Ranks:
             given ``grace`` to do so.
     """
 
-    def __init__(self, world: int, argv: Sequence[str], env: Mapping[str, str], logs: Path, *, entry: str = ENTRY,
+    def __init__(self, world: int, argv: Sequence[str], env: Mapping[str, str], logs: Path, *, entry: str,
                  fork: bool | None = None, grace: float = GRACE, watched: bool = False):
         self.logs = logs
         self.grace = grace

@@ -12,7 +12,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "patches", help="list what is changed in Megatron at run time",
         description="Lists every patch with its reason, checks each against the installed Megatron's source, and "
-        "exits with 1 if one does not fit. They apply, all or none, in a run with --hetermoe only.")
+        "exits with 1 if one does not fit. They apply, all or none, in a run with --hetermoe only; those of the arguments "
+        "and of pretrain() when a script of Megatron-LM is run.")
     parser.add_argument("--json", action="store_true", help="as data")
     parser.set_defaults(run=run)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
-from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
+from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
-NOT_SEARCHED = "tensor, expert-tensor and pipeline parallelism and CPU offload of the optimizer were not searched; " \
+NOT_SEARCHED = "expert-tensor and pipeline parallelism and CPU offload of the optimizer were not searched; " \
                "routing is taken to be balanced"
 _RUNNERS_UP = 5
+_TENSOR = (1, 2, 4, 8)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -53,9 +55,16 @@ def run(args: argparse.Namespace) -> int:
         cluster = read_cluster(args.cluster, notes)
     except UsageError as error:
         problems.extend(error)
+    if args.vocabulary is not None and args.vocabulary < 1:
+        problems.add(f"--vocabulary is {args.vocabulary}; it must be from 1 on")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
+        problems.add(f"--out {args.out}: there is no folder {Path(args.out).parent}, or it is a folder itself; name a file")
     with Stages() as stages:
         stages.enter("reading the recipe with Megatron")
-        question = _question(args, problems, notes)
+        try:
+            question = _question(args, problems, notes)
+        except UsageError as error:  # of the recipe's file
+            problems.extend(error)
         problems.raise_if_any()
         kinds = kinds_of(cluster, question.shape, question.precision, notes)
         found = search(question, cluster, kinds, tell=stages.enter)
@@ -67,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
         plan = with_attention_alone(found.best[0], alones)
         answer = _answer(question, cluster, kinds, found, plan, alones, notes)
     if args.out:
-        Path(args.out).write_text(plan.to_json(), encoding="utf-8")
+        try:
+            Path(args.out).write_text(plan.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise UsageError([f"cannot write the plan to {args.out}: {error.strerror}"]) from None
     if args.json:
         print(json.dumps(answer, indent=1))
     else:
@@ -78,25 +90,45 @@ def run(args: argparse.Namespace) -> int:
 def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
     """What the recipe asks to train; Megatron parses its flags, which takes some seconds to import."""
     recipe = load_recipe(args.recipe, os.environ)
-    _, rest = parse_flags(override(recipe.argv, args.overrides, args.drop), problems)
+    argv = override(recipe.argv, args.overrides, args.drop)
+    with locating(places_left(recipe, args.overrides)):
+        return _question_of(argv, args.vocabulary, problems, notes)
+
+
+def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems, notes: Any) -> Any:
+    _, rest = parse_flags(argv, problems)
     os.environ.setdefault("WORLD_SIZE", "1")
     from megatron_hetermoe.planner.options import Question
 
     with quiet():
-        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for
+        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for, parallelism_of, recomputed
 
         parsed, shape = arguments_to_plan_for(rest, problems)
+    parallelism = parallelism_of(parsed)
+    if max(parallelism.expert_tensor, parallelism.context) > 1:
+        problems.add("no plan is made for expert tensor and context parallelism yet, which the recipe asks for: plan "
+                     "without them, or give ranks and placement by hand")
     problems.raise_if_any()
-    vocabulary = args.vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
+    vocabulary = vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
     if vocabulary is None:
         vocabulary = DEFAULT_VOCABULARY
         notes.add(f"the recipe's vocabulary is known to its tokenizer only: {vocabulary:,} taken; "
                   f"--vocabulary N says it")
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
-    recompute = ("none", "core_attn") if parsed.recompute_granularity is None else ("core_attn",)
+    recompute = RECOMPUTE[RECOMPUTE.index(recomputed(parsed)):]  # more than asked for, where memory asks for it
     distributed = bool(parsed.use_distributed_optimizer)
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
-                    (distributed,) if distributed else (False, True))
+                    (distributed,) if distributed else (False, True), _tensor(parsed),
+                    # Megatron's own linear layers; the weight gradients of others are not split off.
+                    ("together", "delayed") if parsed.transformer_impl == "local" else ("together",))
+
+
+def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
+    """How many attention ranks may share a microbatch: what the recipe says, or any number where it can run that."""
+    if parsed.tensor_model_parallel_size > 1:
+        return (parsed.tensor_model_parallel_size,)
+    # Without transformer-engine tensor parallelism does not run on a GPU (mcore/arguments.py).
+    return (1,) if parsed.transformer_impl == "local" else _TENSOR
 
 
 def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, Any]:
@@ -152,8 +184,8 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     for role, memory in answer["memory"].items():
         table.add_row(f"memory, {role}", f"{memory['bytes'] / 1e9:.1f} of {memory['of'] / 1e9:.0f} GB "
                                          f"({answer['margin']:.0%} is kept free)")
-    table.add_row("uneven routing", "memory is enough while no rank's experts get more than {fits:.1f} times their part of the "
-                                    "tokens; {most:.1f} if all that can go there do".format(**answer["imbalance"]))
+    table.add_row("uneven routing", "memory is enough while no rank's experts get more than {fits:.1f} times their part "
+                                    "of the tokens; {most:.1f} if all that can go there do".format(**answer["imbalance"]))
     moved = list(answer["experts_on_attention_ranks"].values())
     table.add_row("experts on attention ranks", f"{min(moved)} to {max(moved)} of each layer, {sum(moved)} in all")
     if answer["assignment"]["gather_and_squeeze_seconds"]:
@@ -181,7 +213,7 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     if out:
         console.print(f"written to {out}; the step task by task: hetermoe simulate {out} --cluster ...", soft_wrap=True)
         console.print(f"to train it, with the recipe's ranks left out: hetermoe train ... -- --hetermoe --hetermoe-plan {out}"
-                      f"{flags_of(plan['step'])}", soft_wrap=True)
+                      f"{flags_of(plan['step'], plan['tensor_parallel'])}", soft_wrap=True)
 
 
 _RECOMPUTE_FLAGS = {
@@ -190,7 +222,8 @@ _RECOMPUTE_FLAGS = {
 }
 
 
-def flags_of(step: Mapping[str, Any]) -> str:
+def flags_of(step: Mapping[str, Any], tensor: int) -> str:
     """Megatron's flags that the plan's times and memory were reckoned with."""
+    shared = f" --tensor-model-parallel-size {tensor} --sequence-parallel" if tensor > 1 else ""
     distributed = " --use-distributed-optimizer" if step["distributed_optimizer"] else ""
-    return f" --micro-batch-size {step['micro_batch']}{distributed}{_RECOMPUTE_FLAGS[step['recompute']]}"
+    return f" --micro-batch-size {step['micro_batch']}{shared}{distributed}{_RECOMPUTE_FLAGS[step['recompute']]}"

@@ -12,7 +12,7 @@ from megatron_hetermoe.cli.plan import DEFAULT_VOCABULARY
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags, parse_flags
-from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 
 _REPEATS = 5
 # Of the tokens that an expert gets from one sequence: more attention ranks and sequences bring more.
@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, os.environ)
     flags, rest = parse_flags(override(recipe.argv, args.overrides, args.drop), problems)
     os.environ.update(recipe.env)
-    profile = _measure(args, flags, rest, problems)
+    with locating(places_left(recipe, args.overrides)):
+        profile = _measure(args, flags, rest, problems)
     out.write_text(profile.to_json(), encoding="utf-8")
     for name, points in profile.parts.items():
         forward, backward = points[max(points)]

@@ -18,6 +18,7 @@ PLAIN_INTERVAL = 5.0  # seconds between lines where there is no terminal
 
 _ITERATION = re.compile(r"\biteration +(\d+)/ *(\d+) \|(.*)")
 _SAVED = re.compile(r"successfully saved checkpoint from iteration +(\d+) to (.+?)(?: \[ t |$)")
+_MEGATRON = re.compile(r"hetermoe: .+ runs with (Megatron-Core .+)")
 _ARGUMENT = re.compile(r"  (seq_length) \.+ (\d+)$")
 
 
@@ -69,6 +70,7 @@ class Watch:
     Attributes:
         first, last: the first and the latest step.
         plan: what rank 0 says that it runs, None for stock Megatron.
+        megatron: which one a training script has imported; None for a recipe alone.
         seq_length: tokens in a sample.
         checkpoint: (iteration, folder) of the last checkpoint saved.
         report: lines of a dry run's report.
@@ -78,6 +80,7 @@ class Watch:
         self.first: Step | None = None
         self.last: Step | None = None
         self.plan: dict | None = None
+        self.megatron: str | None = None
         self.seq_length: int | None = None
         self.checkpoint: tuple[int, str] | None = None
         self.report: list[str] = []
@@ -116,6 +119,8 @@ class Watch:
                 self.last = step
         elif match := _SAVED.search(line):
             self.checkpoint = int(match[1]), match[2]
+        elif match := _MEGATRON.match(line):
+            self.megatron = match[1]
         elif match := _ARGUMENT.match(line):
             self.seq_length = int(match[2])
         elif line.startswith(DRY_RUN):

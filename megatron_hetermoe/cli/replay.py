@@ -32,7 +32,8 @@ def ways(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> dict[str, t
     even = TaskCosts(group, spread(group, range(group.attention_members, group.members)))
 
     def schedule(name: str, costs: TaskCosts, wave: int | None) -> Schedule:
-        return build(name, plan.model.layers, costs.placement, group.attention_members, group.step.microbatches, wave)
+        return build(name, plan.model.layers, costs.placement, group.attention_members, group.step.microbatches, wave,
+                     delayed=costs.delayed)
 
     return {
         "the plan": (schedule(plan.schedule, planned, plan.wave), planned),

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from megatron_hetermoe.cli.plan import flags_of
+from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.cli.rank import value_of
+from megatron_hetermoe.cli.train import world_size
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, parse_flags
+from megatron_hetermoe.config.plan import plan_from_json
 from megatron_hetermoe.config.recipe import load_recipe, override
 
 NOTICE = 300  # seconds before the time limit
@@ -114,8 +117,8 @@ def batch_script(args: argparse.Namespace) -> str:
 
 
 def _plan(args: argparse.Namespace, problems: Problems) -> tuple[Any, list[str]]:
-    """The recipe's plan, and flags to add so that Megatron's agree with it. Megatron parses the recipe's flags, which
-    takes seconds to import, but a job that is refused when it starts has waited in a queue for nothing."""
+    """The recipe's plan, and the flags that a planner's plan needs. Megatron parses the recipe's flags, which takes
+    seconds to import, but a job that is refused when it starts has waited in a queue for nothing."""
     recipe = load_recipe(args.recipe, os.environ)
     argv = override(recipe.argv, args.overrides, args.drop)
     ours, rest = parse_flags(argv, problems)
@@ -124,19 +127,33 @@ def _plan(args: argparse.Namespace, problems: Problems) -> tuple[Any, list[str]]
     if value_of(argv, "--save") is None:
         problems.add("the recipe has no --save: a job that is queued again needs a checkpoint to go on from")
     problems.raise_if_any()
-    from megatron_hetermoe.cli.train import world_size
-
     world = world_size(ours, None)
-    with warnings.catch_warnings(action="ignore"):  # of libraries that the nodes may have
-        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for
-    from megatron_hetermoe.planner.resolve import resolve
+    planned = _planned_flags(ours.plan) if ours.plan else []
+    with quiet(), _environment(recipe.env):
+        from megatron_hetermoe.mcore.arguments import plan_elsewhere
 
-    parsed, shape = arguments_to_plan_for(rest, problems)
-    if shape is None:
-        return None, []
-    precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
-    plan = resolve(ours, shape, precision, world, problems)
-    return plan, shlex.split(flags_of(asdict(plan.step))) if plan and plan.step else []
+        return plan_elsewhere(ours, override(rest, planned), world, problems), planned
+
+
+@contextlib.contextmanager
+def _environment(env: Mapping[str, str]) -> Iterator[None]:
+    """The variables that ranks will have, some of which flags are checked with."""
+    before = dict(os.environ)
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _planned_flags(path: str) -> list[str]:
+    """Megatron's flags that a plan was made with."""
+    try:
+        plan = plan_from_json(Path(path).read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError([f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}"]) from None
+    return shlex.split(flags_of(asdict(plan.step), plan.tensor_parallel)) if plan.step else []
 
 
 def _command(args: argparse.Namespace) -> list[str]:

@@ -59,6 +59,8 @@ def print_summary(console: Console, watch: Watch, command: Sequence[str], overri
     if watch.first and watch.last and None not in (watch.first.loss, watch.last.loss):
         facts.append(("loss", f"{watch.first.loss:.3f} at step {watch.first.iteration}, "
                               f"{watch.last.loss:.3f} at step {watch.last.iteration}"))
+    if watch.megatron:
+        facts.append(("megatron", watch.megatron))
     facts.append(("checkpoint", watch.checkpoint[1] if watch.checkpoint else "none; `-- --save DIR` saves one"))
     facts.append(("logs", str(logs)))
     for number, extra in enumerate(_next(watch)):

@@ -1,4 +1,4 @@
-"""``hetermoe train``: one recipe, all of its ranks on this machine."""
+"""``hetermoe train``: a recipe or a training script, all of its ranks on this machine; or one rank of a launcher's."""
 
 from __future__ import annotations
 
@@ -6,47 +6,107 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hetermoe.cli.rank import is_launched, run_rank, script_and_recipe
 from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags, parse_flags
 from megatron_hetermoe.config.plan import plan_from_json
-from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.recipe import Recipe, load_recipe, located, locating, override, places_left
+
+OWN_ENTRY = "megatron_hetermoe.pretrain_gpt"
+SCRIPT_ENTRY = "megatron_hetermoe.script"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to start on this machine.
+
+    Attributes:
+        world: number of ranks.
+        entry: module that a rank runs.
+        argv: its command line.
+        env: environment variables for it.
+        places: where in a recipe a flag of ``argv`` stands.
+        logs: folder for the ranks' output.
+        watched: the ranks watch each other.
+    """
+
+    world: int
+    entry: str
+    argv: list[str]
+    env: dict[str, str]
+    places: dict[str, str]
+    logs: Path
+    watched: bool
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
-        "train", help="train a recipe with all ranks on this machine", usage="hetermoe train RECIPE.yaml [options] "
-        "[-- Megatron's flags]", description="Starts the attention and expert ranks of a recipe on this machine and "
-        "shows how training goes. Flags after -- replace those of the recipe, as in `-- --num-layers 4`.")
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks, for a recipe without HETERMOE (stock Megatron)")
+        "train", help="train a recipe, or a script of Megatron-LM", usage="hetermoe train [SCRIPT.py] [RECIPE.yaml] "
+        "[options] [-- Megatron's flags]", description="Starts the attention and expert ranks of a recipe on this machine "
+        "and shows how training goes. Flags after -- replace those of the recipe, as in `-- --num-layers 4`. With a "
+        "training script, as pretrain_gpt.py in a checkout of Megatron-LM, that script is run as it is, with the "
+        "recipe's flags or those after -- alone. Under a launcher (torchrun, srun) it is one rank: see `hetermoe rank`.")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="a recipe (.yaml), a training script (.py), or both")
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks, for a run without HETERMOE (stock Megatron)")
     parser.add_argument("--dry-run", action="store_true", help="train three steps, print what the plan predicted beside "
                         "what was measured, save nothing")
     parser.add_argument("--drop", action="append", default=[], metavar="FLAG",
                         help="leave out a flag of the recipe, as `--drop bf16`; may be given again")
     parser.add_argument("--keep-logs", metavar="DIR",
                         help="folder for the ranks' output (default: runs/RECIPE/logs, written over by each run)")
-    parser.add_argument("--elastic", nargs=2, type=int, metavar=("M", "N"), help="go on from the last checkpoint with at "
-                        "most M attention and N expert ranks, whatever layout it was saved under")
+    parser.add_argument("--elastic", nargs=2, type=int, metavar=("M", "N"), help="go on from the last checkpoint with "
+                        "at most M attention and N expert ranks, whatever layout it was saved under")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    recipe = load_recipe(args.recipe, os.environ)
-    argv = override(recipe.argv, args.overrides, args.drop) + ([f"{PREFIX}-dry-run"] if args.dry_run else [])
-    logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(args.recipe).stem, "logs")
+    script, recipe_path = script_and_recipe(args.files)
+    dry_run = [f"{PREFIX}-dry-run"] if args.dry_run else []
+    if is_launched(os.environ):
+        if given := [f"--{name}" for name in ("elastic", "nproc", "keep-logs") if getattr(args, name.replace("-", "_"))]:
+            raise UsageError([f"{', '.join(given)}: a launcher has started this as one of its ranks; leave them out"])
+        return run_rank(script, recipe_path, [*args.overrides, *dry_run], args.drop)
+    recipe = Recipe() if recipe_path is None else load_recipe(recipe_path, os.environ)
+    argv = override(recipe.argv, args.overrides, args.drop) + dry_run
+    logs = Path(args.keep_logs) if args.keep_logs else Path("runs", Path(recipe_path or script).stem, "logs")
     if args.elastic:
         argv = _elastic(argv, *args.elastic, logs)
     problems = Problems()
     flags, _ = parse_flags(argv, problems)
-    problems.raise_if_any()
+    places = places_left(recipe, args.overrides)
+    with locating(places):
+        problems.raise_if_any()
     world = world_size(flags, args.nproc)
-    command = [_own_name(), "train", args.recipe, *(["--nproc", str(args.nproc)] if args.nproc else []),
+    command = [_own_name(), "train", *args.files, *(["--nproc", str(args.nproc)] if args.nproc else []),
                *(word for flag in args.drop for word in ("--drop", flag))]
-    return _train(command, args.overrides, world, argv, recipe.env, logs, flags.enabled)
+    if script is None:
+        job = Job(world, OWN_ENTRY, argv, recipe.env, places, logs, flags.enabled)
+    else:
+        job = Job(world, SCRIPT_ENTRY, [script, *argv], _beside(script, recipe.env), places, logs, flags.enabled)
+    return _train(job, command, args.overrides)
+
+
+def _beside(script: str, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a script: its folder comes first on the path, as when Python runs it. A process that is forked
+    imports Megatron before it knows of the script, and a checkout has a Megatron of its own."""
+    before = env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    folders = [str(Path(script).resolve().parent), *([before] if before else [])]
+    return {**env, "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def _located(said: str, places: Mapping[str, str]) -> str:
+    """A rank's message, with the place in the recipe of each flag that has a problem: the rank knows flags only."""
+    lines = []
+    for line in said.splitlines():
+        bullet = "  - " if line.startswith("  - ") else ""
+        lines.append(bullet + located(line.removeprefix(bullet), places))
+    return "\n".join(lines)
 
 
 def _elastic(argv: list[str], attention_ranks: int, expert_ranks: int, logs: Path) -> list[str]:
@@ -93,13 +153,13 @@ def world_size(flags: Flags, nproc: int | None) -> int:
             problems.add(f"--nproc is {nproc}, but there are {attention} attention and {expert} expert ranks; "
                          "leave --nproc out")
     elif nproc is None:
-        problems.add("the recipe has no section HETERMOE; add one, or give --nproc N to train it with stock Megatron")
+        problems.add("the recipe has no section HETERMOE; add one, or --hetermoe flags after --, or give --nproc N to "
+                     "train with stock Megatron")
     problems.raise_if_any()
     return world
 
 
-def _train(command: list[str], overrides: list[str], world: int, argv: list[str], env: dict[str, str],
-           logs: Path, watched: bool) -> int:
+def _train(job: Job, command: list[str], overrides: list[str]) -> int:
     # imported here because rich takes a while and `hetermoe --help` needs none of it
     from rich.console import Console
 
@@ -108,9 +168,11 @@ def _train(command: list[str], overrides: list[str], world: int, argv: list[str]
     from megatron_hetermoe.cli.summary import failure, print_summary
 
     console = Console()
-    console.print(f"starting {world} ranks, logs in {logs}", highlight=False, markup=False)
-    with interruptible(), Display(console) as display, Ranks(world, argv, env, logs, watched=watched) as ranks:
-        watch = Watch([ranks.log(rank) for rank in range(world)])
+    console.print(f"starting {job.world} ranks, logs in {job.logs}", highlight=False, markup=False)
+    with interruptible(), Display(console) as display, Ranks(
+        job.world, job.argv, job.env, job.logs, entry=job.entry, watched=job.watched
+    ) as ranks:
+        watch = Watch([ranks.log(rank) for rank in range(job.world)])
         while ranks.wait(0.25):
             watch.read()
             display.update(watch)
@@ -121,12 +183,13 @@ def _train(command: list[str], overrides: list[str], world: int, argv: list[str]
         if watch.report:
             console.print("\n".join(watch.report), highlight=False, markup=False, soft_wrap=True)
         else:
-            print_summary(console, watch, command, overrides, logs)
+            print_summary(console, watch, command, overrides, job.logs)
         return 0
     log = ranks.log(ranks.failed if ranks.witness is None else ranks.witness)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     said_with = code if ranks.witness is None else PEER_LOST_CODE
-    errors.print(failure(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "", said_with))
+    said = failure(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "", said_with)
+    errors.print(_located(said, job.places) if code == EXIT_CODE else said)
     if code != EXIT_CODE:
         errors.print(f"rank {ranks.failed} ended with exit code {code}; all of its output is in "
                      f"{ranks.log(ranks.failed)}")

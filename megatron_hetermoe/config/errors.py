@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
 
 EXIT_CODE = 2  # of every command and every rank that refuses its input
@@ -50,3 +52,10 @@ class Problems:
         """Raises UsageError with all that was noted, if anything was."""
         if self._problems:
             raise UsageError(self._problems)
+
+
+def tell(error: UsageError) -> int:
+    """Says on a rank what is wrong, and returns its exit code. All ranks find the same, so one a machine says it."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        print(error.message(), file=sys.stderr, flush=True)
+    return EXIT_CODE

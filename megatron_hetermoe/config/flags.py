@@ -93,8 +93,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        f"one has died or stopped (default {STALL_TIMEOUT})")
     group.add_argument("--hetermoe-self-check", metavar="N", help="every N steps compare checksums of all that ranks "
                        "sent to each other with what came (default: never)")
-    group.add_argument("--hetermoe-on-save-failure", metavar="|".join(ON_SAVE_FAILURE), help="end the run (default), or "
-                       "go on training, when a checkpoint cannot be written")
+    group.add_argument("--hetermoe-on-save-failure", metavar="|".join(ON_SAVE_FAILURE), help="end the run (default), "
+                       "or go on training, when a checkpoint cannot be written")
 
 
 def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]:
@@ -115,6 +115,7 @@ def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[st
     values = {}
     for field in fields(Flags):
         value = getattr(parsed, "enabled" if field.name == "enabled" else f"hetermoe_{field.name}")
+        value = "--" if value == [] else value  # argparse takes it for the end of flags, after "=" too
         if value is not None and field.type == "int | None":
             value = _positive(value, field.name, problems)
         values[field.name] = value

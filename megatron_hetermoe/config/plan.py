@@ -40,6 +40,7 @@ class Plan:
         attention_kernel: one of ATTENTION_KERNELS, where there is no transformer-engine.
         expert_kernel: one of EXPERT_KERNELS: one expert after the other, or all as grouped matrix products.
         tensor_parallel: attention ranks that share the dense weights and a microbatch.
+        context_parallel: tensor-parallel groups of attention ranks that have parts of one sequence.
         expert_tensor_parallel: expert ranks that share the weights of their experts.
         weight_gradients: one of WEIGHT_GRADIENTS: with those of activations, or in tasks of their own after these.
         pools: for each member of a ZP group, the pool of the cluster file that it is of; empty when no cluster file
@@ -61,6 +62,7 @@ class Plan:
     attention_kernel: str = "auto"
     expert_kernel: str = "auto"
     tensor_parallel: int = 1
+    context_parallel: int = 1
     expert_tensor_parallel: int = 1
     weight_gradients: str = "together"
     pools: tuple[str, ...] = ()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -18,6 +19,7 @@ HETERMOE_KEYS = tuple(field.name.replace("_", "-") for field in fields(Flags) if
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_FLAG = re.compile(r"--[A-Za-z][A-Za-z0-9_-]*")
 _TRUE = ("true", "True", "TRUE")
 _ABSENT = ("false", "False", "FALSE", "null", "Null", "NULL", "~", "")
 
@@ -29,10 +31,12 @@ class Recipe:
     Attributes:
         env: environment variables for every rank.
         argv: the command line for ``pretrain_gpt``: Megatron's flags, then the ``--hetermoe`` flags.
+        places: for each flag of ``argv``, ``file:line`` where it is said.
     """
 
-    env: dict[str, str]
-    argv: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    argv: list[str] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
 
 
 def load_recipe(path: str | Path, environ: Mapping[str, str]) -> Recipe:
@@ -69,6 +73,32 @@ def parse_recipe(text: str, origin: str, environ: Mapping[str, str]) -> Recipe:
     return _Reader(origin, environ).recipe(root)
 
 
+def located(problem: str, places: Mapping[str, str]) -> str:
+    """A problem with the place of the first flag that it names, where that has one.
+
+    Args:
+        problem: a sentence that may name flags.
+        places: ``file:line`` of flags.
+    """
+    flag = next((flag for flag in _FLAG.findall(problem) if flag in places), None)
+    return problem if flag is None else f"{places[flag]}: {problem}"
+
+
+@contextlib.contextmanager
+def locating(places: Mapping[str, str]) -> Iterator[None]:
+    """Has every UsageError from within say where in the recipe a flag stands."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError([located(problem, places) for problem in error.problems]) from None
+
+
+def places_left(recipe: Recipe, overrides: Sequence[str]) -> dict[str, str]:
+    """The recipe's places without those of flags that the command line replaces."""
+    replaced = {name for name, _ in by_flag(overrides, Problems())}
+    return {flag: place for flag, place in recipe.places.items() if flag not in replaced}
+
+
 def override(argv: Sequence[str], extra: Sequence[str], drop: Iterable[str] = ()) -> list[str]:
     """Merges flags from the command line over those of a recipe.
 
@@ -82,21 +112,21 @@ def override(argv: Sequence[str], extra: Sequence[str], drop: Iterable[str] = ()
         UsageError: for a value that belongs to no flag, or a flag to drop that the recipe does not have.
     """
     problems = Problems()
-    base = list(_by_flag(argv, problems))
-    over = list(_by_flag(extra, problems))
+    base = list(by_flag(argv, problems))
+    over = list(by_flag(extra, problems))
     names = {name for name, _ in base}
     gone = {name for name, _ in over}
     for flag in drop:
         name = "--" + flag.lstrip("-")
         gone.add(name)
         if name not in names:
-            problems.add(f"--drop {flag}: the recipe has no {name}{_hint(name, names)}")
+            problems.add(f"--drop {flag}: the recipe has no {name}{hint(name, names)}")
     problems.raise_if_any()
     kept = [words for name, words in base if name not in gone]
     return [word for words in [*kept, *(words for _, words in over)] for word in words]
 
 
-def _by_flag(argv: Sequence[str], problems: Problems) -> Iterator[tuple[str, list[str]]]:
+def by_flag(argv: Sequence[str], problems: Problems) -> Iterator[tuple[str, list[str]]]:
     """Cuts a command line into (flag's name, the flag with its values)."""
     words: list[str] = []
     name = ""
@@ -120,6 +150,7 @@ class _Reader:
         self.origin = origin
         self.variables = dict(environ)
         self.problems = Problems()
+        self.places: dict[str, str] = {}
 
     def recipe(self, root: yaml.Node | None) -> Recipe:
         """The whole document."""
@@ -130,7 +161,7 @@ class _Reader:
             if name in SECTIONS:
                 sections[name] = value
             else:
-                self._note(key, f"unknown section {name!r}{_hint(name, SECTIONS)}; a recipe has {', '.join(SECTIONS)}")
+                self._note(key, f"unknown section {name!r}{hint(name, SECTIONS)}; a recipe has {', '.join(SECTIONS)}")
         if "MODEL_ARGS" not in sections:
             self._note(root, "there is no section MODEL_ARGS with Megatron's flags")
         env = self._env(sections.get("ENV_VARS"))
@@ -139,7 +170,7 @@ class _Reader:
         if "HETERMOE" in sections:
             argv += self._hetermoe(sections["HETERMOE"], argv)
         self.problems.raise_if_any()
-        return Recipe(env, argv)
+        return Recipe(env, argv, self.places)
 
     def _env(self, section: yaml.Node | None) -> dict[str, str]:
         env = {}
@@ -149,7 +180,7 @@ class _Reader:
             elif not isinstance(value, yaml.ScalarNode):
                 self._note(value, f"{name}: an environment variable has one value")
             elif value.tag != "tag:yaml.org,2002:null":
-                env[name] = self._substituted(value)
+                env[name] = self._substituted(name, value)
         return env
 
     def _model_args(self, section: yaml.Node | None) -> list[str]:
@@ -157,6 +188,7 @@ class _Reader:
         for name, key, value in self._section(section, "MODEL_ARGS"):
             if not name.startswith("--") or len(name) == 2 or set(name) & set("= \t"):
                 self._note(key, f"{name!r} is not a flag; write its name with two dashes, as --num-layers")
+            self.places[name] = self._place(key)
             argv += self._flag(name, value)
         return argv
 
@@ -165,10 +197,11 @@ class _Reader:
         for name, key, value in self._section(section, "HETERMOE"):
             flag = f"{PREFIX}-{name}"
             if name not in HETERMOE_KEYS:
-                self._note(key, f"unknown key {name!r} in HETERMOE{_hint(name, HETERMOE_KEYS)}; "
+                self._note(key, f"unknown key {name!r} in HETERMOE{hint(name, HETERMOE_KEYS)}; "
                                 f"it has {', '.join(HETERMOE_KEYS)}")
             elif flag in argv:
                 self._note(key, f"{name} in HETERMOE and {flag} in MODEL_ARGS say the same; keep one")
+            self.places.setdefault(flag, self._place(key))
             words = self._flag(flag, value)
             if words == [flag]:
                 self._note(value, f"{name} in HETERMOE needs a value")
@@ -184,7 +217,7 @@ class _Reader:
             for item in value.value:
                 if not isinstance(item, yaml.ScalarNode):
                     self._note(item, f"{flag}: a list holds plain values only")
-                elif not (word := self._substituted(item)):
+                elif not (word := self._substituted(flag, item)):
                     self._note(item, f"{flag}: a value of the list is empty")
                 else:
                     words.append(word)
@@ -192,7 +225,7 @@ class _Reader:
         if not isinstance(value, yaml.ScalarNode):
             self._note(value, f"{flag} takes a value or a list of values, not a mapping")
             return []
-        word = self._substituted(value)
+        word = self._substituted(flag, value)
         if value.style is None and word.strip() in _TRUE:
             return [flag]
         if value.style is None and word.strip() in _ABSENT:
@@ -221,24 +254,28 @@ class _Reader:
             lines[key.value] = key.start_mark.line + 1
             yield key.value, key, value
 
-    def _substituted(self, node: yaml.ScalarNode) -> str:
-        """The scalar's text with each ``${VAR}`` replaced."""
+    def _substituted(self, name: str, node: yaml.ScalarNode) -> str:
+        """The text of a key's value with each ``${VAR}`` replaced."""
 
         def value_of(match: re.Match[str]) -> str:
-            name = match[1]
-            if not _NAME.fullmatch(name):
-                self._note(node, f"{match[0]} is not a variable; write ${{NAME}}")
-            elif name not in self.variables:
-                self._note(node, f"the variable {name} is not set; `export {name}=...`, or write the value here")
-            return self.variables.get(name, "")
+            variable = match[1]
+            if not _NAME.fullmatch(variable):
+                self._note(node, f"{name}: {match[0]} is not a variable; write ${{NAME}}")
+            elif variable not in self.variables:
+                self._note(node, f"{name}: the variable {variable} is not set; `export {variable}=...`, or write the value "
+                                 "here")
+            return self.variables.get(variable, "")
 
         return _VARIABLE.sub(value_of, node.value)
 
     def _note(self, node: yaml.Node, text: str) -> None:
-        self.problems.add(f"{self.origin}:{node.start_mark.line + 1}: {text}")
+        self.problems.add(f"{self._place(node)}: {text}")
+
+    def _place(self, node: yaml.Node) -> str:
+        return f"{self.origin}:{node.start_mark.line + 1}"
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
+def hint(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the known name nearest to one that is not known, if one is near."""
     # case and underscores are the usual slips, so they do not count for the distance
     folded = {other.lower().replace("_", "-"): other for other in known}
@@ -250,7 +287,16 @@ def _syntax_problem(error: yaml.YAMLError, text: str, origin: str) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return f"{origin} is not YAML: {error}"
+    # what was begun there ends nowhere, or another line begins before it has ended
+    if (error.context or "").startswith(("while scanning a simple key", "while scanning a quoted", "while parsing a flow")):
+        mark = error.context_mark
     lines = text.splitlines()
     line = lines[mark.line] if mark.line < len(lines) else ""
-    quote = "; in a list within [ ], write \"${NAME}\" with quotes" if "[" in line and "${" in line else ""
-    return f"{origin}:{mark.line + 1}: not YAML: {getattr(error, 'problem', None) or error}{quote}"
+    way_out = ""
+    if line[:len(line) - len(line.lstrip())].count("\t"):
+        way_out = "; indent with spaces, not with tabs"
+    elif "[" in line and "${" in line:
+        way_out = "; in a list within [ ], write \"${NAME}\" with quotes"
+    elif not re.search(r":(\s|$)", line):
+        way_out = "; a key and its value are written as `key: value`"
+    return f"{origin}:{mark.line + 1}: not YAML: {error.problem or error}, in {line.strip()!r}{way_out}"

@@ -116,7 +116,7 @@ def read_cluster(path: str | Path, notes: Notes | None = None) -> Cluster:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError([f"cannot read the cluster file {path}: {error.strerror}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets through what int() and dates raise
         raise UsageError([f"the cluster file {path} is not YAML: {' '.join(str(error).split())}"]) from None
     return cluster_from_document(document, str(path), notes)
 
@@ -132,7 +132,7 @@ def cluster_from_document(document: Any, origin: str, notes: Notes | None = None
     pools = document.get("pools") if isinstance(document, dict) else None
     if not isinstance(pools, dict) or not pools:
         raise UsageError([f"{origin} names no pools; write it as {EXAMPLE}"])
-    for key in sorted(document.keys() - {"pools", "channel", "slurm"}):
+    for key in sorted(document.keys() - {"pools", "channel", "slurm"}, key=str):
         problems.add(f"{origin}: unknown key {key!r}; a cluster has 'pools' and, where it was measured, 'channel', and "
                      "'slurm' where there is one")
     channel = _channel(document.get("channel"), origin, notes or Notes(), problems)
@@ -166,7 +166,7 @@ def _pool(name: str, entry: Any, where: str, folder: Path, problems: Problems) -
         problems.add(f"{where} is not a mapping with {', '.join(_KEYS)}")
         return None
     found = Problems()
-    for key in sorted(entry.keys() - set(_KEYS)):
+    for key in sorted(entry.keys() - set(_KEYS), key=str):
         found.add(f"{where}: unknown key {key!r}{_near(key, _KEYS)}; known are {', '.join(_KEYS)}")
     kind = _kind(entry.get("kind"), where, folder, found)
     counts = [_figure(entry, key, where, found, whole=True) for key in ("nodes", "gpus_per_node")]

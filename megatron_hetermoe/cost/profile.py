@@ -65,7 +65,7 @@ def read_profile(path: str | Path) -> Profile:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError([f"cannot read the profile {path}: {error.strerror}"]) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError([f"the profile {path} is not JSON ({error})"]) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UsageError([f"{path} is not a profile of format {FORMAT} (megatron_hetermoe/cost/profile.py says what one "
@@ -90,7 +90,10 @@ def read_profile(path: str | Path) -> Profile:
     if optimizer is not None and not _positive(optimizer):
         problems.add(f"{path}: optimizer is {optimizer!r}; it must be a positive number of seconds a parameter")
     memory = document.get("memory") or {}
-    for name, value in memory.items() if isinstance(memory, dict) else ():
+    if not isinstance(memory, dict):
+        problems.add(f"{path}: memory is no mapping of {', '.join(_MEMORY)} to bytes")
+        memory = {}
+    for name, value in memory.items():
         if name not in _MEMORY or not _positive(value):
             problems.add(f"{path}: memory {name} is {value!r}; known are {', '.join(_MEMORY)}, in positive bytes")
     problems.raise_if_any()
@@ -110,7 +113,7 @@ def _points(points: Any, where: str, problems: Problems) -> Points:
             number = float(size)
         except (TypeError, ValueError):
             number = 0.0
-        if number <= 0 or len(values) != 2 or not all(map(_positive, values)):
+        if not 0 < number < float("inf") or len(values) != 2 or not all(map(_positive, values)):
             problems.add(f"{where} has {size}: {value!r}; it must map a positive size to {wanted}, all positive")
         else:
             result[number] = tuple(map(float, values))

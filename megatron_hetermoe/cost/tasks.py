@@ -12,7 +12,9 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import Step, TaskSeconds
 from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Kind, Link
-from megatron_hetermoe.cost.work import dense_parameters
+from megatron_hetermoe.cost.work import (
+    Work, attention_work, dense_parameters, embedding_work, feed_forward_work, head_work,
+)
 from megatron_hetermoe.schedule.tasks import Kind as TaskKind
 from megatron_hetermoe.schedule.tasks import Pass, Stream, Task
 from megatron_hetermoe.topology.placement import Placement
@@ -66,6 +68,7 @@ class GroupCosts:
         attention_members: M.
         groups: G.
         precision: of parameters and activations.
+        tensor: attention ranks that share the dense weights and a microbatch (tensor and sequence parallelism).
     """
 
     shape: ModelShape
@@ -74,10 +77,21 @@ class GroupCosts:
     attention_members: int
     groups: int
     precision: str
+    tensor: int = 1
 
     @property
     def members(self) -> int:
         return len(self.seats)
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the dense part in the ZP group, each at work on a microbatch of its own."""
+        return self.attention_members // self.tensor
+
+    @property
+    def rank_tokens(self) -> float:
+        """Tokens of a microbatch that one attention member owns."""
+        return self.step.micro_batch * self.shape.sequence / self.tensor
 
     @cached_property
     def expert_tokens(self) -> float:
@@ -87,8 +101,7 @@ class GroupCosts:
     @cached_property
     def rows_per_expert(self) -> float:
         """Tokens that one attention member sends to one expert, with balanced routing."""
-        tokens = self.step.micro_batch * self.shape.sequence
-        return tokens * self.shape.topk / self.shape.experts
+        return self.rank_tokens * self.shape.topk / self.shape.experts
 
     @cached_property
     def attention(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
@@ -96,31 +109,82 @@ class GroupCosts:
         known: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
         for seat in self.seats[:self.attention_members]:
             if seat.pool.name not in known:
-                pairs = [self._attention_task(seat.kind, layer) for layer in range(1, self.shape.layers + 2)]
+                pairs = [self._attention_task(seat, layer) for layer in range(1, self.shape.layers + 2)]
                 known[seat.pool.name] = tuple(zip(*pairs))
         return tuple(known[seat.pool.name] for seat in self.seats[:self.attention_members])
+
+    @cached_property
+    def attention_weights(self) -> tuple[tuple[float, ...], ...]:
+        """For each attention member, what W tasks take of the backward of its A tasks of layers 1 to K+1, in seconds."""
+        return tuple(
+            tuple(
+                sum(self._weights(seconds, work) for seconds, work in self._attention_parts(seat.kind, layer))
+                for layer in range(1, self.shape.layers + 2)
+            )
+            for seat in self.seats[:self.attention_members]
+        )
+
+    @cached_property
+    def expert_weights(self) -> tuple[float, ...]:
+        """For each member, what a W task takes of an expert's backward, in seconds."""
+        work = feed_forward_work(self.shape, self.shape.expert_ffn, self.expert_tokens)
+        return tuple(self._weights(seconds, work) for seconds in self.expert)
+
+    def _weights(self, seconds: tuple[float, float], work: Work) -> float:
+        """The weights' part of a backward, by its share of the operations: nothing measures the two apart."""
+        again = seconds[0] if self.step.recompute == "full" else 0.0
+        return max(0.0, seconds[1] - again) * work.weight_share
 
     @cached_property
     def expert(self) -> tuple[tuple[float, float], ...]:
         """For each member, seconds of one expert on its tokens of one microbatch, forward and backward."""
         return tuple(seat.kind.expert(self.expert_tokens, self.step.recompute) for seat in self.seats)
 
-    def _attention_task(self, kind: Kind, layer: int) -> tuple[float, float]:
-        """A_k: the end of layer k-1 with attention and router of layer k (``schedule.tasks``)."""
+    def _attention_task(self, seat: Seat, layer: int) -> tuple[float, float]:
+        """Seconds of A_k, forward and backward.
+
+        Ranks that share it do an equal part each. Around each of its parts, forward, tokens are gathered and their
+        sums scattered; backward the same, and the tokens are gathered once more for the weights' gradients.
+        """
+        parts = [seconds for seconds, _ in self._attention_parts(seat.kind, layer)]
+        times = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        if self.tensor == 1:
+            return times
+        shared = sum(1 for part in parts if sum(part))
+        again = 2 if self.step.recompute == "full" and layer <= self.shape.layers else 0
+        return tuple(
+            seconds / self.tensor + shared * count * self._gather_seconds(seat)
+            for seconds, count in zip(times, (2, 3 + again))
+        )
+
+    def _gather_seconds(self, seat: Seat) -> float:
+        """Of gathering a microbatch's tokens on all ranks that share it, or scattering their sums, in a ring inside a
+        node."""
+        size = self.step.micro_batch * self.shape.sequence * self.shape.hidden * BYTES[self.precision]
+        return (self.tensor - 1) * (size / self.tensor / seat.pool.intra.bandwidth + seat.pool.intra.latency)
+
+    def _attention_parts(self, kind: Kind, layer: int) -> list[tuple[tuple[float, float], Work]]:
+        """What A_k is made of, each with its seconds: the end of layer k-1 with attention and router of layer k
+        (``schedule.tasks``)."""
         shape, step = self.shape, self.step
         tokens = step.micro_batch * shape.sequence
+
+        def feed_forward(width: int) -> tuple[tuple[float, float], Work]:
+            return kind.feed_forward(width, tokens, step.recompute), feed_forward_work(shape, width, tokens)
+
         parts = []
         if layer == 1:
-            parts.append(kind.embedding(tokens))
+            parts.append((kind.embedding(tokens), embedding_work(shape, tokens)))
         elif layer - 1 not in shape.moe_layers:
-            parts.append(kind.feed_forward(shape.dense_ffn, tokens, step.recompute))
+            parts.append(feed_forward(shape.dense_ffn))
         if layer > shape.layers:
-            parts.append(kind.head(step.vocabulary, tokens))
+            parts.append((kind.head(step.vocabulary, tokens), head_work(shape, step.vocabulary, tokens)))
         else:
-            parts += [kind.attention(shape.sequence, step.recompute)] * step.micro_batch
+            attention = kind.attention(shape.sequence, step.recompute), attention_work(shape, shape.sequence)
+            parts += [attention] * step.micro_batch
             if layer in shape.moe_layers:
-                parts.append(kind.feed_forward(shape.shared_expert_ffn, tokens, step.recompute))
-        return sum(part[0] for part in parts), sum(part[1] for part in parts)
+                parts.append(feed_forward(shape.shared_expert_ffn))
+        return parts
 
     def bytes_per_row(self, kind: TaskKind) -> int:
         """Of a token that a transfer carries; dispatch and its backward carry a probability beside it."""
@@ -197,8 +261,8 @@ class GroupCosts:
         size = GRADIENT_BYTES[self.precision]
         seconds = self._ring(member, experts * self.shape.expert_weights * size, self.groups, shared=True)
         if member < self.attention_members:
-            dense = dense_parameters(self.shape, self.step.vocabulary) * size
-            seconds += self._ring(member, dense, self.groups * self.attention_members, shared=False)
+            dense = dense_parameters(self.shape, self.step.vocabulary) / self.tensor * size
+            seconds += self._ring(member, dense, self.groups * self.replicas, shared=self.tensor > 1)
         return seconds
 
     def _ring(self, member: int, size: float, ranks: int, shared: bool) -> float:
@@ -216,8 +280,8 @@ class GroupCosts:
         share = self.groups if self.step.distributed_optimizer else 1
         parameters = experts * self.shape.expert_weights / share
         if member < self.attention_members:
-            share = self.groups * self.attention_members if self.step.distributed_optimizer else 1
-            parameters += dense_parameters(self.shape, self.step.vocabulary) / share
+            share = self.groups * self.replicas if self.step.distributed_optimizer else 1
+            parameters += dense_parameters(self.shape, self.step.vocabulary) / self.tensor / share
         return self.seats[member].kind.optimizer(parameters)
 
 
@@ -242,11 +306,13 @@ class TaskCosts:
     Args:
         group: the group's costs.
         placement: who holds which expert.
+        delayed: gradients of weights are W tasks, no part of B tasks.
     """
 
-    def __init__(self, group: GroupCosts, placement: Placement):
+    def __init__(self, group: GroupCosts, placement: Placement, delayed: bool = False):
         self.group = group
         self.placement = placement
+        self.delayed = delayed
         self._counts = [
             tuple(holders.count(member) for member in range(group.members)) for holders in placement.holders
         ]
@@ -254,10 +320,20 @@ class TaskCosts:
 
     def seconds(self, member: int, task: Task) -> float:
         """Of an A or E task on a member."""
+        if task.direction is Pass.WEIGHT:
+            return self._weights(member, task)
         way = 0 if task.direction is Pass.FORWARD else 1
         if task.kind is TaskKind.ATTENTION:
-            return self.group.attention[member][way][task.layer - 1]
-        return self._counts[task.layer - 1][member] * self.group.expert[member][way]
+            seconds = self.group.attention[member][way][task.layer - 1]
+        else:
+            seconds = self._counts[task.layer - 1][member] * self.group.expert[member][way]
+        return seconds - self._weights(member, task) if self.delayed and way else seconds
+
+    def _weights(self, member: int, task: Task) -> float:
+        """Seconds of the weights' part of a task's backward."""
+        if task.kind is TaskKind.ATTENTION:
+            return self.group.attention_weights[member][task.layer - 1]
+        return self._counts[task.layer - 1][member] * self.group.expert_weights[member]
 
     def transfer(self, task: Task) -> Transfer:
         """Of a D or C task."""
@@ -327,5 +403,6 @@ def costs_of_plan(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> Ta
     assert plan.step is not None and plan.pools
     seats = seats_of(plan.pools, cluster, kinds)
     attention = plan.attention_ranks // plan.groups
-    group = GroupCosts(plan.model, plan.step, seats, attention, plan.groups, plan.attention_precision)
-    return TaskCosts(group, Placement(plan.placement, len(seats)))
+    group = GroupCosts(
+        plan.model, plan.step, seats, attention, plan.groups, plan.attention_precision, plan.tensor_parallel)
+    return TaskCosts(group, Placement(plan.placement, len(seats)), plan.delayed)

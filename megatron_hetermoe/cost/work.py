@@ -29,6 +29,12 @@ class Work:
         """Of the same part: two matrix products for each one; FlashAttention's backward computes the scores again."""
         return Work(2 * self.matmul, 2.5 * self.core, 2 * self.traffic, 2 * self.kernels)
 
+    @property
+    def weight_share(self) -> float:
+        """The share of a backward's operations that gradients of weights take: one product for each of the forward."""
+        backward = self.backward()
+        return self.matmul / (backward.matmul + backward.core) if self.matmul else 0.0
+
 
 def attention_work(shape: ModelShape, tokens: int) -> Work:
     """One sequence through norm, projections, attention core, norm, router and the sum of combine."""

@@ -9,21 +9,24 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.recipe import by_flag, hint
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.mcore.devices import capabilities_here, device_problems
 from megatron_hetermoe.mcore.gpt import check_args
 from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.mcore.session import DTYPES
-from megatron_hetermoe.planner.resolve import resolve
+from megatron_hetermoe.planner.resolve import Parallelism, resolve
 from megatron_hetermoe.topology.layout import EXPERT, layout_of
 
 
@@ -41,13 +44,14 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     ("--tensor-model-parallel-size above 1 with --transformer-impl local on a GPU",
      lambda args: args.tensor_model_parallel_size > 1 and args.transformer_impl == "local" and not cpu.needed(),
      "use transformer_engine; torch's norms know no sequence parallelism, in stock Megatron too"),
-    ("--tensor-model-parallel-size above 1 on GPUs with CUDA_DEVICE_MAX_CONNECTIONS other than 1",
-     lambda args: args.tensor_model_parallel_size > 1 and os.environ.get(_CONNECTIONS) != "1" and not cpu.needed(),
+    ("tensor or context parallelism on GPUs with CUDA_DEVICE_MAX_CONNECTIONS other than 1",
+     lambda args: max(args.tensor_model_parallel_size, args.context_parallel_size) > 1
+     and os.environ.get(_CONNECTIONS) != "1" and not cpu.needed(),
      f"export {_CONNECTIONS}=1 for all ranks; Megatron asks for it on GPUs before Blackwell, and pools may be of both"),
     ("--tp-comm-overlap", lambda args: args.tp_comm_overlap, "leave it out: the schedule overlaps"),
     ("--pipeline-model-parallel-size above 1", lambda args: args.pipeline_model_parallel_size > 1, "set it to 1"),
-    ("--context-parallel-size above 1", lambda args: args.context_parallel_size > 1,
-     "set it to 1: Megatron has it with transformer-engine's attention only"),
+    ("--hierarchical-context-parallel-sizes",
+     lambda args: getattr(args, "hierarchical_context_parallel_sizes", None), "leave it out"),
     ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
     ("--recompute-modules of what is not there", _not_recomputed, f"choose from {', '.join(sorted(SELECTIVE))}"),
     ("--moe-shared-expert-overlap", lambda args: args.moe_shared_expert_overlap,
@@ -76,6 +80,10 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
      or getattr(args, "moe_router_padding_for_fp8", False), "leave it out"),
     ("--log-max-attention-logit", lambda args: getattr(args, "log_max_attention_logit", False), "leave it out"),
     ("--moe-use-upcycling", lambda args: args.moe_use_upcycling, "convert the checkpoint with stock Megatron first"),
+    ("--use-checkpoint-args", lambda args: args.use_checkpoint_args, "give the model's flags"),
+    ("--yaml-cfg", lambda args: args.yaml_cfg, "give flags, or a recipe"),
+    ("--spec", lambda args: args.spec, "leave it out: layers are Megatron's own"),
+    ("--inprocess-restart", lambda args: args.inprocess_restart, "leave it out: let the launcher start all ranks again"),
     ("--optimizer other than adam and sgd", lambda args: args.optimizer not in ("adam", "sgd"), "use adam or sgd"),
 )
 
@@ -87,8 +95,21 @@ _SUPERSEDED = {
 }
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How a training script asks Megatron for its arguments.
+
+    Attributes:
+        extra_args_provider: adds the script's own to the parser, and returns it.
+        args_defaults: values for arguments that the user leaves out.
+    """
+
+    extra_args_provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None = None
+    args_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
 def disaggregated_arguments(
-    flags: Flags, rest: Sequence[str], problems: Problems
+    flags: Flags, rest: Sequence[str], problems: Problems, asked: Asked = Asked()
 ) -> tuple[argparse.Namespace, Plan]:
     """Megatron's arguments, validated, and the run's plan.
 
@@ -98,37 +119,16 @@ def disaggregated_arguments(
         flags: the ``--hetermoe`` ones.
         rest: the command line without them.
         problems: what was found so far.
+        asked: by the training script.
 
     Raises:
         UsageError: with all problems.
     """
-    args = _parse(rest, problems)
-    shape = model_shape(args, problems)
-    for name, asked, way_out in _UNSUPPORTED:
-        if asked(args):
-            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
-    plan = None
-    if shape is not None and flags.enabled:
-        precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        sharing = args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1
-        plan = resolve(flags, shape, precision, args.world_size, problems, *sharing)
-        if plan is not None and plan.step is not None:
-            _check_step(args, plan, problems)
-        if plan is not None:
-            for problem in device_problems(plan, args.add_bias_linear, capabilities_here(args)):
-                problems.add(problem)
-            if plan.delayed and args.tensor_model_parallel_size > 1:
-                problems.add("--hetermoe-weight-gradients delayed is not supported with tensor parallelism: leave it out")
-            if plan.delayed and args.transformer_impl != "local":
-                problems.add(f"--hetermoe-weight-gradients delayed is for --transformer-impl local, this is "
-                             f"{args.transformer_impl}: change one")
-            if args.loss_scale and plan.expert_precision == "fp32" != plan.attention_precision:
-                problems.add("--loss-scale is not supported with experts in fp32: leave it out")
-    _check_saves(args, flags, problems)
-    _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
-    _check_divisible(args, problems)
-    _check_warm_up(args, problems)
-    _check_sinkhorn(args, problems)
+    args = _parse(rest, problems, asked)
+    plan = _resolved(args, flags, args.world_size, problems)
+    if plan is not None:
+        for problem in device_problems(plan, args.add_bias_linear, capabilities_here(args)):
+            problems.add(problem)
     try:
         check_args(args)
     except UsageError as error:
@@ -139,11 +139,51 @@ def disaggregated_arguments(
     if args.tensor_model_parallel_size > 1 and args.expert_tensor_parallel_size is None:
         superseded.append("hetermoe: experts are not split as attention is: --expert-tensor-parallel-size says how "
                           "many expert ranks share one")
-    _validate(args, plan, problems)
+    _validate(args, plan, problems, asked)
     if args.rank == 0:
         for line in superseded:
             print(line, flush=True)
     return args, plan
+
+
+def plan_elsewhere(flags: Flags, rest: Sequence[str], world_size: int, problems: Problems) -> Plan | None:
+    """The plan of a run on other machines: checked as far as that depends neither on their devices nor on this one's.
+
+    Args:
+        flags, rest, problems: as of ``disaggregated_arguments``.
+        world_size: ranks that will be started.
+    """
+    return _resolved(_parse(rest, problems, Asked()), flags, world_size, problems)
+
+
+def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems: Problems) -> Plan | None:
+    """The run's plan, None when there are problems with it; and all checks of Megatron's parsed arguments beside it."""
+    shape = model_shape(args, problems)
+    for name, asked, way_out in _UNSUPPORTED:
+        if asked(args):
+            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    plan = None
+    if shape is not None and flags.enabled:
+        precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
+        plan = resolve(flags, shape, precision, world_size, problems, parallelism_of(args))
+    if plan is not None:
+        if plan.step is not None:
+            _check_step(args, plan, problems)
+        if plan.delayed and args.tensor_model_parallel_size > 1:
+            problems.add("--hetermoe-weight-gradients delayed is not supported with tensor parallelism: leave it out")
+        if plan.context_parallel > 1 and plan.attention_kernel == "megatron" and args.transformer_impl == "local":
+            problems.add("--hetermoe-attention megatron knows no context parallelism: leave it out")
+        if plan.delayed and args.transformer_impl != "local":
+            problems.add(f"--hetermoe-weight-gradients delayed is for --transformer-impl local, this is "
+                         f"{args.transformer_impl}: change one")
+        if args.loss_scale and plan.expert_precision == "fp32" != plan.attention_precision:
+            problems.add("--loss-scale is not supported with experts in fp32: leave it out")
+    _check_saves(args, flags, problems)
+    _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
+    _check_divisible(args, problems)
+    _check_warm_up(args, problems)
+    _check_sinkhorn(args, problems)
+    return plan
 
 
 def arguments_to_plan_for(
@@ -155,33 +195,72 @@ def arguments_to_plan_for(
         rest: a recipe's command line without the ``--hetermoe`` flags.
         problems: gets what keeps it from being a model to plan for.
     """
-    args = _parse(rest, problems)
-    for name, asked, way_out in _UNSUPPORTED:
-        if asked(args):
+    args = _parse(rest, problems, Asked())
+    for name, is_asked, way_out in _UNSUPPORTED:
+        if is_asked(args):
             problems.add(f"{name} is not supported with --hetermoe: {way_out}")
-    if max(args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1) > 1:
-        problems.add("no plan is made for tensor parallelism yet, which the recipe asks for: plan without it, or give "
-                     "ranks and placement by hand")
     for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
         if not value:
             problems.add(f"{flag} is missing: what fits and how long a step takes depends on it")
+        elif value < 0:
+            problems.add(f"{flag} is {value}: it must be from 1 on")
+    if (args.micro_batch_size or 0) > 0 and (args.global_batch_size or 0) % args.micro_batch_size:
+        problems.add(f"--global-batch-size {args.global_batch_size} does not divide by --micro-batch-size "
+                     f"{args.micro_batch_size}: take a multiple of it")
     return args, model_shape(args, problems)
 
 
-def _parse(rest: Sequence[str], problems: Problems) -> argparse.Namespace:
-    """Megatron's parser on our words. It exits at its first fault; that becomes the last problem of the list."""
+def parallelism_of(args: argparse.Namespace) -> Parallelism:
+    """What Megatron's flags, before their validation, say of ranks that share weights or sequences."""
+    return Parallelism(
+        args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1, args.context_parallel_size
+    )
+
+
+def _parse(rest: Sequence[str], problems: Problems, asked: Asked) -> argparse.Namespace:
+    """Megatron's parser on our words."""
     sys.argv = [sys.argv[0], *rest]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return parse_args()
+            return parse_args(asked.extra_args_provider)
     except SystemExit as exit_:
         if not exit_.code:
             raise  # --help
-        _, _, fault = said.getvalue().rpartition("error: ")
-        problems.add(f"Megatron does not accept these flags: {fault.strip()}")
-        problems.raise_if_any()
-        raise AssertionError("unreachable") from None
+    # It exits at its first fault. All are wanted, and making the parser again takes a second.
+    for fault in _faults(rest, asked, said.getvalue()):
+        problems.add(f"Megatron does not accept these flags: {fault}")
+    problems.raise_if_any()
+    raise AssertionError("unreachable")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that does not exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def _faults(rest: Sequence[str], asked: Asked, said: str) -> list[str]:
+    """What Megatron's parser has against each flag, or else what it ``said`` of all."""
+    parser = add_megatron_arguments(_Parser(add_help=False, allow_abbrev=False))
+    if asked.extra_args_provider is not None:
+        parser = asked.extra_args_provider(parser)
+    known = parser._option_string_actions
+    faults = []
+    for flag, words in by_flag(rest, Problems()):
+        if flag not in known:
+            faults.append(f"unrecognized arguments: {flag}{hint(flag, known)}")
+            continue
+        try:
+            _, more = parser.parse_known_args(words)
+        except ValueError as error:
+            faults.append(str(error))
+        else:
+            if more:
+                most = "no value; write `true` for it in a recipe" if known[flag].nargs == 0 else "one value"
+                faults.append(f"{flag} takes {most}, and is given {' '.join(words[1:])}")
+    return faults or [said.rpartition("error: ")[2].strip()]
 
 
 def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | None:
@@ -193,9 +272,12 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
     missing = [flag for flag, value in required.items() if value is None]
     if missing:
         problems.add(f"{', '.join(missing)} missing: the model's shape must be given")
+    senseless = [f"{flag} is {value}" for flag, value in required.items() if value is not None and value < 1]
+    if senseless:
+        problems.add(f"{', '.join(senseless)}: each must be 1 or more")
     if not args.num_experts:
         problems.add("the model has no experts: --hetermoe is for mixture-of-experts models; give --num-experts")
-    if missing or not args.num_experts:
+    if missing or senseless or not args.num_experts:
         return None
     pattern = args.moe_layer_freq
     if isinstance(pattern, int):
@@ -228,11 +310,9 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
 
 def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
     """What a plan's memory and times were reckoned with must be what Megatron's flags ask for."""
-    modules = set(args.recompute_modules or ()) if args.recompute_granularity == "selective" else set()
-    recompute = "full" if args.recompute_granularity == "full" else "core_attn" if "core_attn" in modules else "none"
     flags = {
         "micro_batch": ("--micro-batch-size", args.micro_batch_size),
-        "recompute": ("recomputation (--recompute-granularity, --recompute-modules)", recompute),
+        "recompute": ("recomputation (--recompute-granularity, --recompute-modules)", recomputed(args)),
         "distributed_optimizer": ("--use-distributed-optimizer", args.use_distributed_optimizer),
     }
     for field, (flag, here) in flags.items():
@@ -240,6 +320,14 @@ def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> Non
         if planned != here:
             problems.add(f"the plan was made with {flag} {planned}, the flags say {here}: change the flag, or make a plan "
                          "for it")
+
+
+def recomputed(args: argparse.Namespace) -> str:
+    """What flags ask to run again, as a plan reckons with it: one of ``config.step.RECOMPUTE``."""
+    if args.recompute_granularity == "full":
+        return "full"
+    modules = args.recompute_modules or ["core_attn"]  # Megatron's default
+    return "core_attn" if args.recompute_granularity == "selective" and "core_attn" in modules else "none"
 
 
 def _check_saves(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:
@@ -258,9 +346,9 @@ def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems
     """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
     if not attention_ranks or not args.micro_batch_size:
         return
-    tensor = max(1, args.tensor_model_parallel_size)
-    together = args.micro_batch_size * max(1, attention_ranks // tensor)
-    ranks = f"{attention_ranks} attention ranks" + (f" / {tensor} that share a microbatch" if tensor > 1 else "")
+    share = max(1, args.tensor_model_parallel_size * args.context_parallel_size)
+    together = args.micro_batch_size * max(1, attention_ranks // share)
+    ranks = f"{attention_ranks} attention ranks" + (f" / {share} that share a microbatch" if share > 1 else "")
     start, increment, _ = args.rampup_batch_size or (None, None, None)
     for name, batch in (
         ("--global-batch-size", args.global_batch_size), ("the start of --rampup-batch-size", start),
@@ -276,8 +364,11 @@ def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems
 def _check_divisible(args: argparse.Namespace, problems: Problems) -> None:
     """What tensor parallelism divides has to divide; Megatron would find it when ranks have met."""
     attention, experts = args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1
+    context = args.context_parallel_size
+    sequence = attention * (2 * context if context > 1 else 1)  # each rank has a part near the start and one near the end
     for flag, parts, size_flag, size in (
-        ("--tensor-model-parallel-size", attention, "--seq-length", args.seq_length),
+        ("--tensor-model-parallel-size by twice --context-parallel-size" if context > 1 else
+         "--tensor-model-parallel-size", sequence, "--seq-length", args.seq_length),
         ("--tensor-model-parallel-size", attention, "--ffn-hidden-size", args.ffn_hidden_size),
         ("--tensor-model-parallel-size", attention, "--moe-shared-expert-intermediate-size",
          args.moe_shared_expert_intermediate_size),
@@ -304,16 +395,17 @@ def _check_sinkhorn(args: argparse.Namespace, problems: Problems) -> None:
     """Sinkhorn balances without a loss; Megatron asserts it in the first step."""
     kinds, weights = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
     if "sinkhorn" in (kinds if isinstance(kinds, list) else [kinds]) and weights not in (0, 0.0, [0.0], None):
-        problems.add(f"--moe-router-load-balancing-type sinkhorn does not take --moe-aux-loss-coeff {weights}: set it to 0")
+        problems.add(f"--moe-router-load-balancing-type sinkhorn does not take --moe-aux-loss-coeff {weights}: "
+                     "set it to 0")
 
 
-def _validate(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
+def _validate(args: argparse.Namespace, plan: Plan, problems: Problems, asked: Asked) -> None:
     """Megatron's own validation, which takes the world to be the ranks that have data: the attention ranks."""
     world_size, args.world_size = args.world_size, plan.attention_ranks
     args.expert_model_parallel_size, args.moe_token_dispatcher_type, args.moe_grouped_gemm = 1, "alltoall", False
     args.expert_tensor_parallel_size = 1  # of attention ranks; the expert pool's is the plan's
     try:
-        validate_args(args, {})
+        validate_args(args, dict(asked.args_defaults))
         core_transformer_config_from_args(args)  # has checks of its own, which would come after the ranks have met
     except (AssertionError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         problems.add(f"Megatron does not accept these flags: {str(error) or _assertion(error)}")

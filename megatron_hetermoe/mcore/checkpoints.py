@@ -105,8 +105,8 @@ def _give_up(folder: Path, failures: dict[int, str], session: Session) -> None:
         if _last_whole(folder) != folder.name:
             shutil.rmtree(folder, ignore_errors=True)
         said = [f"the checkpoint {folder.name} could not be written to {folder.parent}: {whose}. "
-                f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free there now; make space, or save elsewhere "
-                f"(--save). The last one that is whole is {_last_whole(folder)}"]
+                f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free there now; make space, or save "
+                f"elsewhere (--save). The last one that is whole is {_last_whole(folder)}"]
     dist.broadcast_object_list(said, src=0, group=session.control)
     raise SaveFailed(said)
 
@@ -232,8 +232,8 @@ def _check_trust(folder: Path, session: Session) -> None:
         found = sorted(said for part in parts for said in part)
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise UsageError([f"the checkpoint {folder} holds more than data: {found[0]}{more}. Loading it could run a program; "
-                          f"if you trust its origin, set {SWITCH}=0"])
+        raise UsageError([f"the checkpoint {folder} holds more than data: {found[0]}{more}. Loading it could run a "
+                          f"program; if you trust its origin, set {SWITCH}=0"])
 
 
 def _other_shards(folder: Path, args: argparse.Namespace, plan: Plan) -> str | None:
@@ -244,16 +244,17 @@ def _other_shards(folder: Path, args: argparse.Namespace, plan: Plan) -> str | N
     sharding = (load_content_metadata(str(folder)) or {}).get("distrib_optim_sharding_type")
     if sharding != "dp_reshardable":
         return None
-    return (f"the optimizer's state in {folder} is of another layout ({PLAN} there says which), and was saved in a form that "
-            "no other reads: go on in that layout and save once with --dist-ckpt-optim-fully-reshardable, or load without "
-            "it (--no-load-optim)")
+    return (f"the optimizer's state in {folder} is of another layout ({PLAN} there says which), and was saved in a "
+            "form that no other reads: go on in that layout and save once with --dist-ckpt-optim-fully-reshardable, or "
+            "load without it (--no-load-optim)")
 
 
 def _same_shards(folder: Path, plan: Plan) -> bool:
     """Whether a checkpoint was saved by a plan whose ranks have the same parts of the optimizer's state."""
     saved = plan_from_json((folder / PLAN).read_text(encoding="utf-8"), str(folder / PLAN))
     return all(getattr(saved, field) == getattr(plan, field)
-               for field in ("attention_ranks", "expert_ranks", "groups", "placement"))
+               for field in ("attention_ranks", "expert_ranks", "groups", "placement", "tensor_parallel",
+                             "context_parallel", "expert_tensor_parallel"))
 
 
 def _look(folder: Path) -> tuple[str, list[int]] | None:

@@ -10,6 +10,7 @@ import torch
 
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore.grouped import grouped_obstacle
+from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.topology.layout import ATTENTION, layout_of
 from megatron_hetermoe.topology.placement import Placement
 
@@ -23,15 +24,11 @@ def capabilities_here(args: argparse.Namespace) -> dict[int, tuple[int, int] | N
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     here = range(ranks) if ranks > 1 else [args.local_rank]
-    return {
-        args.rank - args.local_rank + local: capability(torch.device("cuda", local % torch.cuda.device_count()))
-        for local in here
-    }
-
-
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """A GPU's compute capability; None for the CPU."""
-    return torch.cuda.get_device_capability(device) if torch.empty(0, device=device).is_cuda else None
+    first = args.rank - args.local_rank
+    if cpu.needed():
+        return {first + local: None for local in here}
+    # Properties only: a tensor on the GPUs of other ranks would take memory there.
+    return {first + local: torch.cuda.get_device_capability(local % torch.cuda.device_count()) for local in here}
 
 
 def device_problems(

@@ -7,7 +7,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -199,6 +199,11 @@ def typical(ranks: Sequence[_OfRank]) -> dict[str, float]:
     transfers: dict[tuple[Task, int], list[float]] = {}
     for rank in ranks:
         for task, seconds in rank.tasks.items():
+            if task.direction is Pass.WEIGHT:
+                continue
+            # Prices are of a whole backward.
+            weights = rank.tasks.get(replace(task, direction=Pass.WEIGHT), []) if task.direction is Pass.BACKWARD else []
+            seconds = list(map(sum, zip(seconds, weights))) if weights else seconds
             name = {Kind.ATTENTION: "attention", Kind.EXPERT: "expert" if rank.role == EXPERT else "moved"}.get(task.kind)
             if name:
                 found.setdefault(f"{name}_{_PASSES[task.direction]}", []).extend(seconds)

@@ -11,23 +11,20 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 from megatron.core.utils import get_model_config, unwrap_model
-from megatron.training import get_args
 
 from megatron_hetermoe.mcore.dry_run import Measurements
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
-from megatron_hetermoe.mcore.load import Load, LoadWarnings
 from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.meter import Meter
-from megatron_hetermoe.mcore.numbers import UNEXPECTED, Numbers, report
+from megatron_hetermoe.mcore.numbers import UNEXPECTED, report
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.mcore.step_checks import Checker, StepChecks
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
 from megatron_hetermoe.mcore.weights import WeightGradients, delay
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.marks import Marks
-from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.runtime.streams import Observer, streams_for
 from megatron_hetermoe.runtime.stretch import stretched
-from megatron_hetermoe.runtime.transfers import PARTS
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
 from megatron_hetermoe.schedule.tasks import Kind, Stream, Task
 
@@ -51,9 +48,7 @@ class ForwardBackward:
         slow_down: Mapping[Kind, float] | None = None, self_check: int | None = None,
     ):
         self._session = session
-        self._self_check = self_check
-        self._load_warnings = LoadWarnings(session)
-        self._training_steps = 0
+        self._checker = Checker(session, marks, self_check)
         self._marks = marks
         self._meter = meter
         self._measurements = measurements
@@ -88,27 +83,21 @@ class ForwardBackward:
             forward_only, collect_non_loss_data, None if forward_only else self._delayed(wrapped),
         )
         self._marks.enter("evaluation" if forward_only else "a training step")
+        checks = self._checker.evaluation_step() if forward_only else self._checker.training_step()
         if not forward_only:
             self._meter.begin_step(num_microbatches)
-        numbers = Numbers(self._session, get_args().check_for_nan_in_loss_and_grad and not forward_only)
         try:
-            self._training_steps += not forward_only
-            checksums = None if forward_only else self._checksums()
-            load = None if forward_only else self._load_warnings.of_step(self._training_steps)
-            losses, tokens = self._run(inputs, member, numbers, checksums, load)
-            if checksums is not None:
-                self._compare(checksums)
-            if load is not None:
-                self._load_warnings.look(load, self._training_steps)
+            losses, tokens = self._run(inputs, member, checks)
+            self._checker.after(checks)
             if not forward_only:
                 self._finalize(wrapped, tokens, force_all_reduce)
         except RuntimeError as error:
             if UNEXPECTED in str(error):
-                report(numbers, wrapped, self._session)
+                report(checks.numbers, wrapped, self._session)
             raise
         machine = get_rerun_state_machine()
         if machine.rerun_requested and machine.state is RerunState.INITIAL_RUN:  # it runs a step again that went wrong
-            report(numbers, wrapped, self._session)
+            report(checks.numbers, wrapped, self._session)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         share_aux_losses(self._session)
@@ -145,38 +134,17 @@ class ForwardBackward:
             self._schedules[key] = schedule, schedule.member(self._session.holder)
         return self._schedules[key]
 
-    def _checksums(self) -> Checksums | None:
-        """What to note a training step's messages in, where it is one that is checked."""
-        if not self._self_check or self._training_steps % self._self_check:
-            return None
-        session = self._session
-        return Checksums(session.layout.zp_group(session.layout.group_of(session.rank)), session.member)
-
-    def _compare(self, checksums: Checksums) -> None:
-        """Ends the run when a message did not come as it was sent; before the optimizer has used what came."""
-        self._marks.enter("the self-check")
-        wrong = checksums.mismatches(self._session.control)
-        if wrong and wrong[0].receiver == self._session.rank:  # one rank speaks; the others end because it does
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise RuntimeError(
-                f"self-check: what came is not what was sent: {wrong[0].describe(PARTS)}{more}. A link or a memory "
-                "corrupts data: leave these ranks' machines out, and go on from the last checkpoint"
-            )
-
-    def _run(
-        self, inputs: StepInputs, member: MemberSchedule, numbers: Numbers, checksums: Checksums | None,
-        load: Load | None,
-    ) -> tuple[list[Any], torch.Tensor]:
+    def _run(self, inputs: StepInputs, member: MemberSchedule, checks: StepChecks) -> tuple[list[Any], torch.Tensor]:
         session, config = self._session, inputs.config
         transfers = session.transfers(
-            config.hidden_size, checksums=checksums, recorder=None if inputs.forward_only else self._meter.recorder
+            config.hidden_size, checksums=checks.checksums, recorder=None if inputs.forward_only else self._meter.recorder
         )
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:
             executor.run(member, stretched(table, self._slow_down), streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
-        attention = AttentionTasks(inputs, transfers, numbers, load)
+        attention = AttentionTasks(inputs, transfers, checks.numbers, checks.load)
         executor.run(member, stretched({**table, **attention.table()}, self._slow_down), streams, self._marks)
         return attention.losses, attention.tokens
 
@@ -185,7 +153,7 @@ class ForwardBackward:
 
         Megatron divides gradients by the tokens of all ranks of a pool, and expert ranks have none of their own.
         """
-        total = tokens.cpu() * self._session.owns_microbatches
+        total = tokens.cpu() * self._session.reports
         dist.all_reduce(total, group=self._session.control)
         first = self._session.layout.pool(self._session.role)[0]
         if self._session.is_attention or self._session.rank != first:

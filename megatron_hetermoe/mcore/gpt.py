@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -71,25 +71,20 @@ def reads_data(vp_stage: int | None = None) -> bool:
     return _has_batch(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
 
 
-def datasets_provider(
-    num_samples: Sequence[int | None],
-    vp_stage: int | None = None,
-    is_built_on_rank: Callable[[], bool] | None = None,
-):
+def datasets_provider(num_samples: Sequence[int | None], vp_stage: int | None = None):
     """The training, validation and test sets, in Megatron's form of a provider.
+
+    Every rank of the world has to call it, also one that holds nothing, for the builder has barriers.
 
     Args:
         num_samples: sequences wanted of each of the three.
         vp_stage: the virtual stage of the pipeline, if there are any.
-        is_built_on_rank: whether this rank holds them; ``reads_data`` when not given. Every rank of the world has
-            to call the provider, also one that holds nothing, for the builder has barriers.
     """
     args = get_args()
     config = dataset_config(args)
     kind = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0("> building train, validation, and test datasets for GPT ...")
-    built = is_built_on_rank or partial(reads_data, vp_stage)
-    return BlendedMegatronDatasetBuilder(kind, list(num_samples), built, config).build()
+    return BlendedMegatronDatasetBuilder(kind, list(num_samples), partial(reads_data, vp_stage), config).build()
 
 
 datasets_provider.is_distributed = True  # every rank calls it, not the first tensor-parallel ranks alone

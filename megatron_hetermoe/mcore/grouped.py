@@ -44,8 +44,9 @@ def grouped_obstacle(plan: Plan, has_biases: bool, capability: tuple[int, int] |
     if has_biases:
         return "experts have biases, which --disable-bias-linear leaves out"
     size = 4 if precision == "fp32" else 2
-    if any(width * size % _ALIGNMENT for width in (shape.hidden, shape.expert_ffn)):
-        return f"hidden sizes {shape.hidden} and {shape.expert_ffn} in {precision} are not multiples of " \
+    inner = shape.expert_ffn // plan.expert_tensor_parallel
+    if any(width * size % _ALIGNMENT for width in (shape.hidden, inner)):
+        return f"hidden sizes {shape.hidden} and {inner} in {precision} are not multiples of " \
                f"{_ALIGNMENT} bytes"
     if capability is None:
         return None

@@ -1,4 +1,4 @@
-"""How evenly the router spreads tokens, said now and then: a router that has collapsed fills one GPU and idles others."""
+"""How evenly the router spreads tokens, said now and then: one that has collapsed fills one GPU and idles others."""
 
 from __future__ import annotations
 
@@ -40,23 +40,24 @@ class Load:
             tokens = sum(rows) / topk  # with capacity fewer, since what is dropped reaches no expert
             part = topk / len(rows)
             found += [
-                (got / tokens, ("expert", layer, expert), f"expert {expert} of layer {layer}, on {self._ranks(layer, expert)}, "
-                 f"gets {got / tokens:.0%} of all tokens, {got / tokens / part:.1f} times its part")
+                (got / tokens, ("expert", layer, expert),
+                 f"expert {expert} of layer {layer}, on {self._ranks(layer, expert)}, gets {got / tokens:.0%} of all tokens, "
+                 f"{got / tokens / part:.1f} times its part")
                 for expert, got in enumerate(rows) if tokens and got / tokens >= limit(part)
             ]
             idle = set(self._session.placement.holders_of(layer)) - {
                 holder for holder, got in zip(self._session.placement.holders[layer - 1], rows) if got}
-            found += [(0.0, ("holder", layer, holder), f"no token of layer {layer} goes to {self._of_member(holder)}")
+            found += [(0.0, ("holder", layer, holder), f"no token of layer {layer} goes to {self._of_holder(holder)}")
                       for holder in sorted(idle) if tokens]
         return {key: said for _, key, said in sorted(found, key=lambda one: (-one[0], one[1]))}
 
     def _ranks(self, layer: int, expert: int) -> str:
-        return self._of_member(self._session.placement.holders[layer - 1][expert])
+        return self._of_holder(self._session.placement.holders[layer - 1][expert])
 
-    def _of_member(self, member: int) -> str:
-        """A holder's rank in each ZP group."""
+    def _of_holder(self, holder: int) -> str:
+        """A holder's ranks in each ZP group."""
         layout = self._session.layout
-        ranks = [layout.rank_of(group, member) for group in range(layout.groups)]
+        ranks = [layout.rank_of(group, member) for group in range(layout.groups) for member in layout.members_of(holder)]
         word = "rank" if len(ranks) == 1 else "ranks"
         return f"{word} {', '.join(map(str, ranks))} ({layout.role(ranks[0])})"
 
@@ -90,5 +91,6 @@ class LoadWarnings:
         self._named.update(dict.fromkeys(uneven, step))
         if self._session.rank == 0:
             more = f"; and {len(new) - 1} more such" if len(new) > 1 else ""
-            print(f"hetermoe: warning: uneven load in step {step} since the start: {new[0]}{more}. A load-balancing loss or an "
-                  "expert bias (--moe-router-load-balancing-type, --moe-router-enable-expert-bias) evens it out", flush=True)
+            print(f"hetermoe: warning: uneven load in step {step} since the start: {new[0]}{more}. A load-balancing loss or "
+                  "an expert bias (--moe-router-load-balancing-type, --moe-router-enable-expert-bias) evens it out",
+                  flush=True)

@@ -29,7 +29,7 @@ def share_losses(losses: list[dict[str, torch.Tensor]], session: Session) -> lis
         return losses
     table = torch.zeros(len(names[0]), 2, dtype=torch.float32)
     for row, (name, numel) in zip(table, names[0]):
-        if session.owns_microbatches:
+        if session.reports:
             values = torch.stack([report[name].detach().view(-1).float().cpu() for report in losses])
             row[:numel] = values.sum(dim=0) if numel == 2 else values.mean() / session.layout.replicas
     dist.all_reduce(table, group=session.control)

@@ -170,7 +170,7 @@ def _dynamic_scaler(config: OptimizerConfig) -> DynamicGradScaler:
 
 
 def scale_expert_gradients(model_chunks: list[Any], session: Session) -> None:
-    """Makes DDP divide an expert's gradient by the number of microbatches that are worked on at once.
+    """Makes DDP divide an expert's gradient by the number of copies of the dense part.
 
     The loss is the mean over them, and an expert's gradient sums what comes of all their tokens, whichever attention
     rank has sent them. DDP divides by the data-parallel size of its own pool, which on expert ranks is another number.

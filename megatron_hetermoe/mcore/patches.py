@@ -1,4 +1,4 @@
-"""Every change to Megatron at run time, in one inventory: all of them apply, or none does.
+"""Every change to Megatron at run time, in one inventory: all of a part apply, or none does.
 
 A patch replaces what no seam of Megatron's reaches. Each is written against what Megatron's source does, so each says
 what it relies on, and that is looked for in the source that was imported; a version number is not the test. The
@@ -33,6 +33,7 @@ class Patch:
         removable_when: the condition under which it can go.
         test: the test that fails without it.
         written_for: the Megatron version that was read.
+        also: other names by which Megatron offers the same object.
     """
 
     symbol: str
@@ -41,9 +42,10 @@ class Patch:
     removable_when: str
     test: str
     written_for: str = _WRITTEN_FOR
+    also: tuple[str, ...] = ()
 
 
-INVENTORY: tuple[Patch, ...] = (
+RUN: tuple[Patch, ...] = (  # in every run with --hetermoe
     Patch(
         symbol="megatron.training.training.get_forward_backward_func",
         reason="train() and evaluate() take the schedule from this name; there is no registry of schedules",
@@ -134,6 +136,40 @@ INVENTORY: tuple[Patch, ...] = (
     ),
 )
 
+SCRIPT: tuple[Patch, ...] = (  # in a run of a training script that is not this package's
+    Patch(
+        symbol="megatron.training.arguments.parse_and_validate_args",
+        reason="a script asks here for its arguments, which must be those of the plan: experts have ranks of their own",
+        relies_on={
+            "megatron.training.arguments.parse_and_validate_args": (
+                "def parse_and_validate_args(extra_args_provider=None, ignore_unknown_args=False, args_defaults={})",
+                "args = parse_args(extra_args_provider, ignore_unknown_args)", "validate_args(args, args_defaults)",
+                "set_global_variables(args)", "return args",
+            ),
+        },
+        removable_when="Megatron has a hook between parsing and validation",
+        test="tests/cli/test_script.py",
+    ),
+    Patch(
+        symbol="megatron.training.training.pretrain",
+        also=("megatron.training.pretrain",),
+        reason="a script starts training here; before that ranks must meet in pools, and the model be split",
+        relies_on={
+            "megatron.training.training.pretrain": (
+                "def pretrain(cfg_container: PretrainConfigContainer, train_valid_test_dataset_provider, model_type, "
+                "forward_step_func, model_provider=None",
+            ),
+            "megatron.training.training.setup_model_and_optimizer": (
+                "getattr(cfg_container, 'model', None) is not None", "get_model(model_provider_func, model_type",
+            ),
+        },
+        removable_when="Megatron can be given a plugin by a flag",
+        test="tests/cli/test_script.py",
+    ),
+)
+
+INVENTORY = RUN + SCRIPT
+
 
 def imported_megatron() -> str:
     """Which Megatron was imported, and from where."""
@@ -141,25 +177,26 @@ def imported_megatron() -> str:
     return f"Megatron-Core {core.__version__} of {core.__path__[0]}"
 
 
-def check() -> None:
-    """Looks for what the patches rely on.
+def check(part: tuple[Patch, ...]) -> None:
+    """Looks for what a part of the inventory relies on.
 
     Raises:
         UsageError: naming each symbol whose source is not as it was when its patch was written.
     """
     problems = [
-        f"{patch.symbol} cannot be patched: {problem} (this is {imported_megatron()}); the patch was written for "
-        f"{patch.written_for}: install megatron-core=={patch.written_for}"
-        for patch in INVENTORY for problem in unmet(patch)
+        f"{patch.symbol} cannot be patched: {problem}" for patch in part for problem in unmet(patch)
     ]
     if problems:
-        raise UsageError(problems)
+        raise UsageError([
+            f"{imported_megatron()} is not one that this plugin can work with, which was written for {_WRITTEN_FOR}: install "
+            f"megatron-core=={_WRITTEN_FOR}, or take a checkout of core_v0.19.0", *problems,
+        ])
 
 
 def unmet(patch: Patch) -> list[str]:
     """What a patch relies on and the imported source does not have."""
     problems = []
-    for name in (patch.symbol, *patch.relies_on):
+    for name in dict.fromkeys((patch.symbol, *patch.also, *patch.relies_on)):
         try:
             _, _, target = _find(name)
         except (ImportError, AttributeError):
@@ -173,22 +210,24 @@ def unmet(patch: Patch) -> list[str]:
     return problems
 
 
-def apply(replacements: dict[str, Callable[[Any], Any]]) -> None:
-    """Applies the whole inventory.
+def apply(part: tuple[Patch, ...], replacements: dict[str, Callable[[Any], Any]]) -> None:
+    """Applies a part of the inventory, whole.
 
     Args:
-        replacements: for each symbol, a function from the original to what replaces it.
+        part: RUN or SCRIPT.
+        replacements: for each of its symbols, a function from the original to what replaces it.
 
     Raises:
         UsageError: if any check fails; then nothing was changed.
     """
-    assert replacements.keys() == {patch.symbol for patch in INVENTORY}
+    assert replacements.keys() == {patch.symbol for patch in part}
     assert len(INVENTORY) <= MOST
-    check()
+    check(part)
     prepared = []
-    for symbol, make in replacements.items():
-        owner, name, original = _find(symbol)
-        prepared.append((owner, name, make(original)))
+    for patch in part:
+        _, _, original = _find(patch.symbol)
+        replacement = replacements[patch.symbol](original)
+        prepared += [(*_find(symbol)[:2], replacement) for symbol in (patch.symbol, *patch.also)]
     for owner, name, replacement in prepared:
         setattr(owner, name, replacement)
 

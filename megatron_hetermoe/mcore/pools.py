@@ -55,6 +55,7 @@ def join_pools(plan: Plan) -> Session:
             rank_offset=pool.start,
             local_world_size=len(pool),
             tensor_model_parallel_size=len(layout.tensor_parallel(role)[0]),
+            context_parallel_size=len(layout.context_parallel(role)[0]),
             expert_model_parallel_size=len(experts),
             expert_tensor_parallel_size=len(layout.expert_tensor_parallel(role)[0]),
             create_gloo_process_groups=False,
@@ -64,7 +65,7 @@ def join_pools(plan: Plan) -> Session:
     _restore(own)
     _check_groups(layout, rank)
     # train() counts consumed samples by the data-parallel size; it is the attention pool's, in both pools.
-    parallel_state._MPU_DATA_PARALLEL_WORLD_SIZE = layout.replicas
+    parallel_state._MPU_DATA_PARALLEL_WORLD_SIZE = layout.microbatches
     return Session(plan, rank, control, out, back, device)
 
 
@@ -87,7 +88,10 @@ def _check_groups(layout: Layout, rank: int) -> None:
     role = layout.role(rank)
     expected = {
         "tensor parallel": (parallel_state.get_tensor_model_parallel_group(), layout.tensor_parallel(role)),
-        "data parallel": (parallel_state.get_data_parallel_group(), layout.data_parallel(role)),
+        "context parallel": (parallel_state.get_context_parallel_group(), layout.context_parallel(role)),
+        "data parallel": (
+            parallel_state.get_data_parallel_group(with_context_parallel=True), layout.data_parallel(role)
+        ),
         "expert tensor parallel": (
             parallel_state.get_expert_tensor_parallel_group(), layout.expert_tensor_parallel(role)
         ),

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.config import PretrainConfigContainer
 from megatron.training.global_vars import set_global_variables
-from megatron.training.models.gpt import GPTModelBuilder, default_layer_spec
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
@@ -47,33 +50,88 @@ from megatron_hetermoe.schedule.tasks import Kind
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, layout_of
 
 
+@dataclass(frozen=True)
+class Script:
+    """What a training script hands to ``megatron.training.pretrain``.
+
+    Attributes:
+        config: all of Megatron's configuration, the model's in it.
+        datasets_provider: from numbers of samples to the training, validation and test sets.
+        forward_step: runs one microbatch, and gives the function that makes its loss.
+        model_type: one of Megatron's.
+        options: further arguments of ``pretrain``, by name.
+    """
+
+    config: PretrainConfigContainer
+    datasets_provider: Callable[..., Any] = gpt.datasets_provider
+    forward_step: Callable[..., Any] = gpt.forward_step
+    model_type: ModelType = ModelType.encoder_or_decoder
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
 def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
-    """Trains. All ranks of both pools call it, with the same plan.
+    """Trains with this package's own data and forward step; otherwise as ``run_script``."""
+    met = begin(args, plan, flags)
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    run_script(args, plan, flags, Script(config), met)
+
+
+@dataclass(frozen=True)
+class Met:
+    """Where the processes have met.
+
+    Attributes:
+        store: the run's.
+        host: the rank whose process has it; None where it is the launcher's.
+    """
+
+    store: dist.Store
+    host: int | None
+
+
+def begin(args: argparse.Namespace, plan: Plan, flags: Flags) -> Met:
+    """Ranks meet, and Megatron gets its arguments: they say which rank this is, so nothing may read them before.
 
     Args:
         args: Megatron's, validated for this plan.
         plan: the run's.
-        flags: the ``--hetermoe`` ones, for what is no part of a plan.
+        flags: the ``--hetermoe`` ones.
     """
-    patches.check()
     if flags.dry_run:
         dry_run.prepare(args)
-    layout = layout_of(plan)
-    store, store_rank = meet(args, plan, layout)
+    store, host = meet(args, plan, layout_of(plan))
     set_global_variables(args)
+    return Met(store, host)
+
+
+def run_script(args: argparse.Namespace, plan: Plan, flags: Flags, script: Script, met: Met) -> None:
+    """Trains. All ranks of both pools call it, with the same plan.
+
+    Args:
+        args: Megatron's global ones.
+        plan: the run's.
+        flags: the ``--hetermoe`` ones, for what is no part of a plan.
+        script: what to train with.
+        met: by ``begin``.
+    """
+    patches.check(patches.RUN)
+    layout = layout_of(plan)
     with watched(
         args.rank, [layout.role(rank) for rank in range(layout.world_size)], flags.stall_timeout or STALL_TIMEOUT,
-        store_rank,
+        met.host,
     ) as watch:
-        _train(args, plan, flags, store, watch)
+        _train(args, plan, flags, script, met.store, watch)
 
 
-def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store, watch: Watch) -> None:
+def _train(
+    args: argparse.Namespace, plan: Plan, flags: Flags, script: Script, store: dist.Store, watch: Watch
+) -> None:
     join_world(args, store)
     session = join_pools(plan)
     if not session.is_attention:
         # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
         args.no_save_rng = args.no_load_rng = True
+        script.config.checkpoint.save_rng = script.config.checkpoint.load_rng = False
     announce(session)
     measurements = dry_run.Measurements() if flags.dry_run else None
     recorder = None
@@ -81,18 +139,17 @@ def _train(args: argparse.Namespace, plan: Plan, flags: Flags, store: dist.Store
         recorder = Recorder(Path(flags.trace), session.rank, session.device)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    patches.apply(_replacements(session, flags, Meter(session, recorder), measurements, watch.marks))
+    replacements = _replacements(session, flags, Meter(session, recorder), measurements, watch.marks)
+    patches.apply(patches.RUN, replacements)
     watch.marks.enter("the check of the checkpoint")
     if not load_weights_only() and session.rank == 0:
         print(f"hetermoe: warning: {SWITCH} is off: a checkpoint may run a program as it is loaded", flush=True)
     check_load(args, session)
     watch.marks.enter("start-up")
-    config = pretrain_cfg_container_from_args(args, None)
-    provider = partial(gpt.datasets_provider, is_built_on_rank=lambda: session.is_attention and gpt.reads_data())
-    provider.is_distributed = True
-    train = partial(
-        pretrain, config, provider, ModelType.encoder_or_decoder, gpt.forward_step,
-        model_provider=model_provider(args, session),
+    model, script.config.model = script.config.model, None  # Megatron then asks a function for the model
+    train = functools.partial(
+        pretrain, script.config, _datasets_provider(script.datasets_provider, session), script.model_type,
+        script.forward_step, model_provider=model_provider(model, args.seed, session), **script.options,
     )
     if measurements:
         dry_run.run(train, session, measurements)
@@ -130,25 +187,52 @@ def announce(session: Session) -> None:
     print("hetermoe plan: " + json.dumps({"schedule": plan.schedule, "wave": plan.wave, "ranks": ranks}), flush=True)
 
 
-def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., Any]:
-    """What builds this rank's part of the model, in Megatron's form of a provider."""
+def _datasets_provider(provider: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    """A script's provider of data sets, which on an expert rank builds none.
+
+    Expert ranks call it too, for Megatron's builder has barriers of the world. They are told that they are not the
+    first of their tensor-parallel ranks: by that a provider knows who reads the data.
+    """
+
+    @functools.wraps(provider)
+    def provide(*args: Any, **kwargs: Any) -> Any:
+        if session.is_attention:
+            return provider(*args, **kwargs)
+        mpu.set_tensor_model_parallel_rank(1)
+        try:
+            return provider(*args, **kwargs)
+        finally:
+            mpu.set_tensor_model_parallel_rank(None)
+
+    return provide
+
+
+def model_provider(model_config: GPTModelConfig, seed: int, session: Session) -> Callable[..., Any]:
+    """What builds this rank's part of the model, in Megatron's form of a provider.
+
+    Args:
+        model_config: the script's.
+        seed: of the run.
+        session: this rank's.
+    """
 
     def provide(
         pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, config: Any = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> Any:
-        model_config = gpt_config_from_args(args, config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         spec = default_layer_spec(model_config, vp_stage)
         if session.is_attention:
             is_gpu = torch.empty(0, device=session.device).is_cuda
-            kernel = choose_kernel(session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu)
-            spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, args.seed), kernel)
+            kernel = choose_kernel(
+                session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu, session.layout.context
+            )
+            spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, seed), kernel)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
         config = _of_expert_pool(model_config.transformer, session.plan)
         held = {
-            layer: build_held(submodules.experts, config, session, layer, args.seed, groups)
+            layer: build_held(submodules.experts, config, session, layer, seed, groups)
             for layer, layer_spec in enumerate(spec.layer_specs, start=1)
             if (submodules := moe_submodules(layer_spec)) is not None and session.held(layer)
         }
@@ -158,9 +242,9 @@ def model_provider(args: argparse.Namespace, session: Session) -> Callable[..., 
 
 
 def _of_expert_pool(config: TransformerConfig, plan: Plan) -> TransformerConfig:
-    """The model's configuration as it is on expert ranks, which have a tensor parallelism of their own."""
+    """The model's configuration as it is on expert ranks, which have a parallelism of their own."""
     config = copy(config)
-    config.tensor_model_parallel_size, config.sequence_parallel = 1, False
+    config.tensor_model_parallel_size, config.sequence_parallel, config.context_parallel_size = 1, False, 1
     config.expert_tensor_parallel_size = plan.expert_tensor_parallel
     return config
 

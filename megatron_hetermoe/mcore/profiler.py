@@ -17,6 +17,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import training
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_hetermoe.config.errors import Problems
@@ -35,6 +37,9 @@ from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
 LAYERS = 2  # of the model that is built: A tasks with an embedding, with none, and with the head
 HELD = 8  # experts of a layer that are measured together, as a holder runs them
+# Tasks are measured whole, whatever a recipe splits: the planner looks at no tensor or context parallelism.
+_WHOLE = ("--tensor-model-parallel-size", "1", "--expert-tensor-parallel-size", "1",
+          "--context-parallel-size", "1")
 _ATTENTION, _EXPERT = 0, 1  # ranks of the session, of which only one is there at a time
 _WARM_UP = 2
 
@@ -69,7 +74,7 @@ def arguments(rest: Sequence[str], flags: Flags, problems: Problems) -> tuple[ar
     """
     alone = Flags(enabled=True, attention_ranks=1, expert_ranks=2, attention=flags.attention, experts=flags.experts)
     args, plan = disaggregated_arguments(
-        alone, [*rest, "--num-layers", str(LAYERS), "--moe-layer-freq", "1"], problems)
+        alone, [*rest, "--num-layers", str(LAYERS), "--moe-layer-freq", "1", *_WHOLE], problems)
     layer = tuple(_EXPERT if expert < HELD else _EXPERT + 1 for expert in range(plan.model.experts))
     return args, replace(plan, placement=(layer,) * LAYERS)
 
@@ -186,7 +191,7 @@ class _Part:
         self.args, self.device = args, device
         # No member is there to send to, so there are no channels and no control group.
         self.session = Session(plan, self.rank, None, None, None, device)
-        (self.model,) = training.get_model(model_provider(args, self.session))
+        (self.model,) = training.get_model(model_provider(gpt_config_from_args(args), args.seed, self.session))
         self.config = get_model_config(self.model)
         self.config.no_sync_func = self.model.no_sync
 

@@ -78,8 +78,8 @@ class Session:
         return self.layout.holder_of(self.rank)
 
     @property
-    def owns_microbatches(self) -> bool:
-        """Whether this rank reports what is known of its microbatches: of the ranks that share them, one does."""
+    def reports(self) -> bool:
+        """Whether this rank reports the losses of its tokens: of a tensor-parallel group, which has the same, one does."""
         return self.is_attention and self.rank % self.layout.tensor == 0
 
     def held(self, layer: int) -> tuple[int, ...]:
@@ -113,6 +113,6 @@ class Session:
 
     @property
     def _shared_kinds(self) -> frozenset[Kind]:
-        """Tasks in which the ranks of a tensor-parallel group talk to each other."""
-        sizes = {Kind.ATTENTION: self.layout.tensor, Kind.EXPERT: self.layout.expert_tensor}
+        """Tasks in which ranks that share weights or a sequence talk to each other."""
+        sizes = {Kind.ATTENTION: self.layout.tensor * self.layout.context, Kind.EXPERT: self.layout.expert_tensor}
         return frozenset(kind for kind, size in sizes.items() if size > 1)

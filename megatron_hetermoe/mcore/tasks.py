@@ -180,7 +180,8 @@ class AttentionTasks:
             inputs.config.timers("forward-compute", log_level=2).start()  # forward_step_calc_loss stops it
         microbatch.loss, tokens = forward_step_calc_loss(
             inputs.model, microbatch.output, microbatch.loss_function, inputs.config, None,
-            inputs.collect_non_loss_data, inputs.microbatches, self.losses, cp_group_size=1, is_last_stage=True,
+            inputs.collect_non_loss_data, inputs.microbatches, self.losses,
+            cp_group_size=inputs.config.context_parallel_size, is_last_stage=True,
         )
         self.tokens += tokens
 

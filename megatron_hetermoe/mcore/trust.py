@@ -22,7 +22,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own; 0 is the user's way to say that a checkpoint is trusted
 _METADATA = "torch.distributed.checkpoint."
-_PLAIN = {("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+_PLAIN = {
+    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+}
 
 
 def load_weights_only() -> bool:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SEARCH_MICROBATCHES = 8  # that the local search simulates; more change the ramps' share, not which neighbour is best
-_LONG = 300  # layers x microbatches of a step from which on the event simulator takes more than a moment
+LONG = 300  # layers x microbatches of a step from which on the event simulator takes more than a moment
 _ROUNDS = 40  # of local search, each with all neighbours
 _ROTATED = 12  # members of a ZP group up to which what does not divide goes round in every case
 _FAMILY = 96  # totals that are tried before it,
@@ -105,6 +105,21 @@ def gather_and_squeeze(group: GroupCosts, limits: Limits) -> np.ndarray:
     return result
 
 
+def by_memory(group: GroupCosts, limits: Limits) -> np.ndarray | None:
+    """[K, members]: each expert to the member that has most room left, which finds room whenever there is some; None
+    where there is none."""
+    import numpy as np
+
+    room = np.array(limits.pairs)
+    experts = np.zeros((group.shape.layers, group.members), int)
+    for layer in group.shape.moe_layers:
+        for _ in range(group.shape.experts):
+            most = int(room.argmax())
+            experts[layer - 1, most] += 1
+            room[most] -= 1
+    return experts if room.min() >= 0 else None
+
+
 @dataclass(frozen=True)
 class Assignment:
     """A judged assignment.
@@ -112,7 +127,7 @@ class Assignment:
     Attributes:
         experts: [K, members].
         seconds: of the step, by the event simulator.
-        origin: where it came from: "even", "gather-and-squeeze" or "balance".
+        origin: where it came from: "even", "gather-and-squeeze", "balance", or "memory" where none of these fit.
         paper_seconds: of the step under gather-and-squeeze, None where that does not fit.
         even_seconds: of the step with all experts on expert ranks, None where that does not fit.
     """
@@ -150,7 +165,10 @@ def balance(group: GroupCosts, limits: Limits, wave: int | None, thorough: bool 
     named += [("balance", search.experts(moved)) for moved in dict.fromkeys(found[:2])]
     fitting = [(name, experts) for name, experts in named if feasible(experts, limits)]
     if not fitting:
-        return None
+        full = by_memory(group, limits)
+        if full is None:
+            return None
+        fitting = [("memory", full)]
     times = _judge(group, [experts for _, experts in fitting], wave, thorough)
     judged = [(seconds, name, experts) for seconds, (name, experts) in zip(times, fitting)]
     by_name = {name: seconds for seconds, name, _ in reversed(judged)}
@@ -179,7 +197,7 @@ def _judge(group: GroupCosts, candidates: list[np.ndarray], wave: int | None, by
     ``long_step_seconds``."""
     import numpy as np
 
-    if not by_events or group.shape.layers * group.step.microbatches > _LONG:
+    if not by_events or group.shape.layers * group.step.microbatches > LONG:
         return [float(value) for value in long_step_seconds(group, np.array(candidates, float), wave)]
     result = []
     for experts in candidates:

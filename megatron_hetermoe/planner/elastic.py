@@ -21,8 +21,8 @@ class Refit:
     """A plan for other ranks.
 
     Attributes:
-        plan: for as many ranks of each role as ``plan`` says, which may be fewer than are there.
-        said: what is different, one sentence each; empty when nothing is.
+        plan: for as many ranks of each role as it says, which may be fewer than are there.
+        said: what is different, and which ranks stay idle, one sentence each.
     """
 
     plan: Plan
@@ -40,21 +40,26 @@ def refit(plan: Plan, attention_ranks: int, expert_ranks: int, microbatches: int
     Raises:
         UsageError: when no layout is possible with them.
     """
+    if max(plan.tensor_parallel, plan.context_parallel, plan.expert_tensor_parallel) > 1:
+        raise UsageError(["a plan with tensor or context parallelism is not fitted to other ranks yet: give ranks and "
+                          "placement by hand"])
     a, n, groups = _layout(plan, attention_ranks, expert_ranks, microbatches)
+    # Holders: an attention rank is one, and as many expert ranks together as share their experts' weights.
+    together = plan.expert_tensor_parallel
     m_before, m = plan.attention_ranks // plan.groups, a // groups
-    n_before, n_each = plan.expert_ranks // plan.groups, n // groups
+    n_before, n_each = plan.expert_ranks // plan.groups // together, n // groups // together
     survivors = {i: i for i in range(min(m_before, m))}
     survivors |= {m_before + j: m + j for j in range(min(n_before, n_each))}
     placement = tuple(_placed(layer, survivors, (m_before, n_before), (m, n_each)) for layer in plan.placement)
-    step = plan.step and replace(plan.step, microbatches=microbatches // a)
+    step = plan.step and replace(plan.step, microbatches=microbatches // _replicas(plan, a))
     pools = ()
     if plan.pools:
         attention, expert = plan.pools[:m_before], plan.pools[m_before:]
-        pools = (*_extended(attention, m), *_extended(expert, n_each))
+        pools = (*_extended(attention, m), *_extended(expert, n // groups))
     changed = replace(plan, attention_ranks=a, expert_ranks=n, groups=groups, placement=placement, step=step,
                       pools=pools)
     said = _said(plan, changed, survivors, (attention_ranks, expert_ranks), microbatches)
-    return Refit(replace(changed, predicted=None) if said else plan, said)
+    return Refit(plan if changed == plan else replace(changed, predicted=None, tasks=None), said)
 
 
 def within_memory(found: Refit, cluster: Cluster, kinds: Mapping[str, Kind]) -> Refit:
@@ -82,8 +87,8 @@ def within_memory(found: Refit, cluster: Cluster, kinds: Mapping[str, Kind]) -> 
     wave = next((wave for wave in range(before, 0, -1) if not lacking(wave)), None)
     if wave is None:
         member, size = max(lacking(1).items(), key=lambda item: item[1])
-        raise UsageError([f"the model does not fit the ranks that are left: with {held[member]} experts of all layers a GPU "
-                          f"of {plan.pools[member]} lacks {size / 1e9:.1f} GB; more ranks are needed"])
+        raise UsageError([f"the model does not fit the ranks that are left: with {held[member]} experts of all layers a "
+                          f"GPU of {plan.pools[member]} lacks {size / 1e9:.1f} GB; more ranks are needed"])
     if wave == before:
         return found
     return Refit(replace(plan, wave=wave),
@@ -93,18 +98,27 @@ def within_memory(found: Refit, cluster: Cluster, kinds: Mapping[str, Kind]) -> 
 def _layout(plan: Plan, attention_ranks: int, expert_ranks: int, microbatches: int) -> tuple[int, int, int]:
     """Attention ranks, expert ranks and ZP groups: the most ranks, then the number of groups nearest to the plan's."""
     best = None
-    for groups in range(1, min(attention_ranks, expert_ranks) + 1):
-        fitting = [ranks for ranks in range(groups, attention_ranks + 1, groups) if microbatches % ranks == 0]
+    holders = expert_ranks // plan.expert_tensor_parallel
+    for groups in range(1, min(_replicas(plan, attention_ranks), holders) + 1):
+        fitting = [copies for copies in range(groups, _replicas(plan, attention_ranks) + 1, groups)
+                   if microbatches % copies == 0]
         if not fitting:
             continue
-        a, n = max(fitting), expert_ranks // groups * groups
+        a, n = max(fitting) * plan.tensor_parallel, holders // groups * groups * plan.expert_tensor_parallel
         key = (a + n, -abs(groups - plan.groups), -groups)
         if best is None or key > best[0]:
             best = key, (a, n, groups)
     if best is None:
+        shared = (plan.tensor_parallel, plan.expert_tensor_parallel)
+        least = "one of each role is" if shared == (1, 1) else f"{shared[0]} and {shared[1]} of them, which share weights, are"
         raise UsageError([f"{attention_ranks} attention and {expert_ranks} expert ranks make no layout for "
-                          f"{microbatches} microbatches a step: at least one of each role is needed"])
+                          f"{microbatches} microbatches a step: at least {least} needed"])
     return best[1]
+
+
+def _replicas(plan: Plan, attention_ranks: int) -> int:
+    """Copies of the dense part that so many ranks have: each works on a microbatch of its own."""
+    return attention_ranks // plan.tensor_parallel
 
 
 def _placed(
@@ -176,8 +190,8 @@ def _said(
         said.append(f"{moved} of {sum(map(len, now.placement))} experts of all layers move; the fullest rank holds "
                     f"{_fullest(now)} in place of {_fullest(before)}")
     if before.attention_ranks != now.attention_ranks:
-        said.append(f"{microbatches // now.attention_ranks} microbatches of each attention rank in place of "
-                    f"{microbatches // before.attention_ranks}")
+        said.append(f"{microbatches // _replicas(now, now.attention_ranks)} microbatches of each attention rank in place "
+                    f"of {microbatches // _replicas(before, before.attention_ranks)}")
     return tuple(said)
 
 

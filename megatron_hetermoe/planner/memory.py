@@ -57,10 +57,10 @@ def member_memory(group: GroupCosts, member: int, experts: int, wave: int, imbal
     """
     shape, step = group.shape, group.step
     figures = group.seats[member].kind.memory_figures
-    dense = dense_parameters(shape, step.vocabulary) if member < group.attention_members else 0
+    dense = dense_parameters(shape, step.vocabulary) / group.tensor if member < group.attention_members else 0
     routed = experts * shape.expert_weights
     state = _MOMENTS + (_MASTER if BYTES[group.precision] < 4 else 0)
-    shares = (group.groups * group.attention_members, group.groups) if step.distributed_optimizer else (1, 1)
+    shares = (group.groups * group.replicas, group.groups) if step.distributed_optimizer else (1, 1)
     rows = group.expert_tokens * imbalance
     activations = wave * experts * rows * expert_row_bytes(group, member)
     transient = 0.0
@@ -70,12 +70,14 @@ def member_memory(group: GroupCosts, member: int, experts: int, wave: int, imbal
         size = BYTES[group.precision]
         transient = rows * size * (3 * per_layer * shape.hidden + 4 * shape.expert_ffn)
     if dense:
-        tokens = step.micro_batch * shape.sequence
+        tokens = group.rank_tokens
         activations += wave * tokens * shape.layers * attention_token_bytes(group, member)
         # Logits with their gradient, in the weights' type and in fp32, or the permuted tokens of a layer.
         logits = tokens * step.vocabulary * 2 * (BYTES[group.precision] + 4)
         permuted = 4 * tokens * shape.topk * shape.hidden * BYTES[group.precision]
-        transient = max(transient, logits, permuted)
+        # Ranks that share a microbatch gather its tokens, and the gradients of these.
+        gathered = 2 * (group.tensor - 1) * tokens * shape.hidden * BYTES[group.precision]
+        transient = max(transient, logits, permuted) + gathered
     return Memory(
         weights=(dense + routed) * BYTES[group.precision],
         gradients=(dense + routed) * GRADIENT_BYTES[group.precision],

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import product
 
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.config.step import Step
+from megatron_hetermoe.config.step import RECOMPUTE, Step
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
 from megatron_hetermoe.planner.asym_ea import Limits, limits_of
@@ -32,6 +32,8 @@ class Question:
         vocabulary: rows of the output layer.
         recompute: choices, from the least recomputation on.
         distributed_optimizer: choices, the user's first.
+        tensor: choices of how many attention ranks share the dense weights and a microbatch.
+        weight_gradients: choices, of ``config.plan.WEIGHT_GRADIENTS``.
     """
 
     shape: ModelShape
@@ -39,8 +41,10 @@ class Question:
     micro_batch: int
     global_batch: int
     vocabulary: int
-    recompute: tuple[str, ...] = ("none", "core_attn")
+    recompute: tuple[str, ...] = RECOMPUTE
     distributed_optimizer: tuple[bool, ...] = (False, True)
+    tensor: tuple[int, ...] = (1,)
+    weight_gradients: tuple[str, ...] = ("together",)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class Option:
     def describe(self) -> str:
         """In a few words, such as ``2 x (4 new attention + 3 old expert)``."""
         def ranks(role: str, pools: tuple[tuple[str, int], ...]) -> str:
-            return " + ".join(f"{count} {name}" for name, count in pools) + f" {role}"
+            shared = f", {self.group.tensor} a microbatch" if role == _A and self.group.tensor > 1 else ""
+            return " + ".join(f"{count} {name}" for name, count in pools) + f" {role}{shared}"
 
         return f"{self.groups} x ({ranks('attention', self.attention)}, {ranks('expert', self.expert)})"
 
@@ -84,7 +89,7 @@ class Option:
     def tokens(self) -> int:
         """Of a step of all groups."""
         group = self.group
-        return self.groups * self.m * group.step.microbatches * group.step.micro_batch * group.shape.sequence
+        return self.groups * group.replicas * group.step.microbatches * group.step.micro_batch * group.shape.sequence
 
     @cached_property
     def bound(self) -> float:
@@ -153,7 +158,8 @@ class Option:
 def options(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> Iterator[Option]:
     """All layouts whose batch divides, with each way to do a step, whether or not they fit.
 
-    Megatron asks that the global batch divides by micro batch x attention ranks. A pool does attention, experts, both
+    Megatron asks that the global batch divides by micro batch x attention ranks, those that share a microbatch counted
+    once; these sit on one node. A pool does attention, experts, both
     (its attention ranks first) or nothing; at most one pool does both. Attention in bf16 takes GPUs that have it.
     """
     sequences = question.global_batch // question.micro_batch
@@ -168,22 +174,29 @@ def options(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> 
             continue
         for groups in _divisors(sequences):
             each = {name: cluster.pools[name].gpus // groups for name in names}
-            for m in _divisors(sequences // groups):
-                split = _split(by_role, each, m, kinds, question)
+            for replicas, tensor in product(_divisors(sequences // groups), question.tensor):
+                split = _split(by_role, each, replicas * tensor, kinds, question)
                 if split is None:
                     continue
                 attention, expert = split
                 members = sum(count for _, count in (*attention, *expert))
-                if members > MOST_MEMBERS or (attention, expert, groups) in seen:
+                if members > MOST_MEMBERS or (attention, expert, groups, tensor) in seen \
+                        or not _may_share(question.shape, cluster, attention, tensor):
                     continue
-                seen.add((attention, expert, groups))
-                yield from _steps(question, cluster, kinds, attention, expert, groups)
+                seen.add((attention, expert, groups, tensor))
+                yield from _steps(question, cluster, kinds, attention, expert, groups, tensor)
 
 
-def _steps(question, cluster, kinds, attention, expert, groups) -> Iterator[Option]:
+def _may_share(shape: ModelShape, cluster: Cluster, attention: tuple[tuple[str, int], ...], tensor: int) -> bool:
+    """Whether so many attention ranks of a ZP group can share a microbatch: what they split divides, and nodes do."""
+    divided = (shape.heads, shape.query_groups, shape.sequence, shape.dense_ffn, shape.shared_expert_ffn)
+    return not any(size % tensor for size in divided) and not any(count % tensor or cluster.pools[name].gpus_per_node % tensor for name, count in attention)
+
+
+def _steps(question, cluster, kinds, attention, expert, groups, tensor) -> Iterator[Option]:
     pools = [name for name, count in (*attention, *expert) for _ in range(count)]
     m = sum(count for _, count in attention)
-    microbatches = question.global_batch // question.micro_batch // (groups * m)
+    microbatches = question.global_batch // question.micro_batch // (groups * (m // tensor))
     base = None
     for recompute in question.recompute:
         if not all(kinds[name].has_recompute(recompute) for name, _ in attention):
@@ -192,7 +205,7 @@ def _steps(question, cluster, kinds, attention, expert, groups) -> Iterator[Opti
             step = Step(question.micro_batch, microbatches, question.vocabulary, recompute, distributed)
             if base is None:
                 seats = seats_of(pools, cluster, kinds)
-                base = GroupCosts(question.shape, step, seats, m, groups, question.precision)
+                base = GroupCosts(question.shape, step, seats, m, groups, question.precision, tensor)
             yield Option(attention, expert, groups, replace(base, step=step))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -22,9 +23,17 @@ PLANNED = {
 }
 
 
+class Parallelism(NamedTuple):
+    """What Megatron's flags say of ranks that share weights or sequences, as ``Layout`` has it."""
+
+    tensor: int = 1
+    expert_tensor: int = 1
+    context: int = 1
+
+
 def resolve(
-    flags: Flags, shape: ModelShape, precision: str, world_size: int, problems: Problems, tensor: int = 1,
-    expert_tensor: int = 1,
+    flags: Flags, shape: ModelShape, precision: str, world_size: int, problems: Problems,
+    parallelism: Parallelism = Parallelism(),
 ) -> Plan | None:
     """The run's plan.
 
@@ -34,8 +43,7 @@ def resolve(
         precision: of the parameters, one of ``config.plan.PRECISIONS``.
         world_size: ranks that the launcher started.
         problems: gets everything that is wrong.
-        tensor: attention ranks that share the dense weights, from Megatron's flags.
-        expert_tensor: expert ranks that share an expert, from Megatron's flags.
+        parallelism: what Megatron's flags say of it.
 
     Returns:
         The plan, or None when there are problems with it.
@@ -43,9 +51,9 @@ def resolve(
     found = Problems()
     try:
         if flags.plan:
-            plan = _from_file(flags, shape, precision, tensor, expert_tensor, found)
+            plan = _from_file(flags, shape, precision, parallelism, found)
         else:
-            plan = _from_flags(flags, shape, precision, world_size, tensor, expert_tensor, found)
+            plan = _from_flags(flags, shape, precision, world_size, parallelism, found)
         if plan is not None:
             _check(plan, world_size, found)
         found.raise_if_any()
@@ -56,7 +64,7 @@ def resolve(
 
 
 def _from_flags(
-    flags: Flags, shape: ModelShape, precision: str, world_size: int, tensor: int, expert_tensor: int,
+    flags: Flags, shape: ModelShape, precision: str, world_size: int, parallelism: Parallelism,
     problems: Problems,
 ) -> Plan | None:
     for name in ("attention_ranks", "expert_ranks"):
@@ -68,23 +76,23 @@ def _from_flags(
     if flags.attention_ranks is None or flags.expert_ranks is None:
         return None
     groups = flags.groups or 1
-    for problem in layout_problems(flags.attention_ranks, flags.expert_ranks, groups, tensor, expert_tensor):
+    for problem in layout_problems(flags.attention_ranks, flags.expert_ranks, groups, *parallelism):
         problems.add(problem)
     _check_world(flags.attention_ranks, flags.expert_ranks, world_size, problems)
     problems.raise_if_any()  # before a placement is made for as many ranks as a slip of a digit asks for
-    layout = Layout(flags.attention_ranks, flags.expert_ranks, groups, tensor, expert_tensor)
+    layout = Layout(flags.attention_ranks, flags.expert_ranks, groups, *parallelism)
     placement = even_placement(shape, layout)
     if flags.placement:
         placement = placement_from_document(_read_yaml(flags.placement), shape, layout, flags.placement)
     return Plan(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
         flags.wave, precision, flags.expert_precision or precision, flags.attention or "auto", flags.experts or "auto",
-        tensor, expert_tensor, flags.weight_gradients or "together",
+        parallelism.tensor, parallelism.context, parallelism.expert_tensor, flags.weight_gradients or "together",
     )
 
 
 def _from_file(
-    flags: Flags, shape: ModelShape, precision: str, tensor: int, expert_tensor: int, problems: Problems
+    flags: Flags, shape: ModelShape, precision: str, parallelism: Parallelism, problems: Problems
 ) -> Plan:
     plan = plan_from_json(_read(flags.plan), flags.plan)
     for name, field in PLANNED.items():
@@ -100,8 +108,9 @@ def _from_file(
     if differing:
         problems.add(f"{flags.plan} is for another model ({'; '.join(differing)}): make a plan for this one")
     for flag, said, planned in (
-        ("--tensor-model-parallel-size", tensor, plan.tensor_parallel),
-        ("--expert-tensor-parallel-size", expert_tensor, plan.expert_tensor_parallel),
+        ("--tensor-model-parallel-size", parallelism.tensor, plan.tensor_parallel),
+        ("--expert-tensor-parallel-size", parallelism.expert_tensor, plan.expert_tensor_parallel),
+        ("--context-parallel-size", parallelism.context, plan.context_parallel),
     ):
         if said != planned:
             problems.add(f"{flag} {said} disagrees with {planned} in {flags.plan}: change the flag")
@@ -114,7 +123,8 @@ def _from_file(
 def _check(plan: Plan, world_size: int, problems: Problems) -> None:
     """What must hold of a plan whichever way it came."""
     for problem in layout_problems(
-        plan.attention_ranks, plan.expert_ranks, plan.groups, plan.tensor_parallel, plan.expert_tensor_parallel
+        plan.attention_ranks, plan.expert_ranks, plan.groups, plan.tensor_parallel, plan.expert_tensor_parallel,
+        plan.context_parallel,
     ):
         problems.add(problem)
     _check_world(plan.attention_ranks, plan.expert_ranks, world_size, problems)

@@ -9,12 +9,15 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
-from megatron_hetermoe.planner.asym_ea import Assignment, balance, placement_of
+from megatron_hetermoe.planner.asym_ea import LONG, Assignment, balance, placement_of
 from megatron_hetermoe.planner.memory import imbalance_that_fits, member_memory, most_imbalance
 from megatron_hetermoe.planner.options import Option, Question, options
+from megatron_hetermoe.schedule.orders import build
+from megatron_hetermoe.simulator.events import simulate
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 _QUICK = 24  # options that are simulated, in the order of what they could reach at best
+_WORTH_A_DELAY = 0.99  # of a step's time; W tasks are more kernels than prices know of
 _THOROUGH = 3  # of these, the best ones whose placement is searched in full
 
 
@@ -27,12 +30,14 @@ class Priced:
         wave: R.
         assignment: the experts' placement.
         tokens_per_second: of all groups.
+        weight_gradients: as in a plan.
     """
 
     option: Option
     wave: int
     assignment: Assignment
     tokens_per_second: float
+    weight_gradients: str = "together"
 
     def busy(self, role: str) -> float:
         """Share of the step in which a role's ranks compute, on average."""
@@ -82,8 +87,9 @@ class Priced:
         return Plan(
             group.shape, option.m * option.groups, option.n * option.groups, option.groups,
             placement.holders, "zebra", self.wave, group.precision, _expert_precision(group),
-            pools=tuple(seat.pool.name for seat in group.seats), step=group.step, predicted=prediction,
-            tasks=TaskCosts(group, placement).typical(),
+            tensor_parallel=group.tensor, weight_gradients=self.weight_gradients,
+            pools=tuple(seat.pool.name for seat in group.seats), step=group.step,
+            predicted=prediction, tasks=TaskCosts(group, placement).typical(),
         )
 
 
@@ -154,8 +160,25 @@ def search(
         priced = _thoroughly(priced)
     by_layout: dict[tuple, Priced] = {}
     for one in priced:
-        by_layout.setdefault((one.option.attention, one.option.expert, one.option.groups), one)
-    return Found(tuple(by_layout.values()), len(considered), len(fitting), simulated)
+        by_layout.setdefault((one.option.attention, one.option.expert, one.option.groups, one.option.group.tensor), one)
+    best = list(by_layout.values())
+    if thorough and best and "delayed" in question.weight_gradients:
+        best[0] = _with_delay(best[0])
+    return Found(tuple(best), len(considered), len(fitting), simulated)
+
+
+def _with_delay(one: Priced) -> Priced:
+    """The same with W tasks, where these shorten the step by more than they may cost."""
+    group, placement = one.option.group, placement_of(one.assignment.experts)
+    if group.shape.layers * group.step.microbatches > LONG or group.tensor > 1:
+        return one
+    orders = build("zebra", group.shape.layers, placement, group.attention_members, group.step.microbatches, one.wave,
+                   delayed=True)
+    seconds = simulate(orders, TaskCosts(group, placement, delayed=True)).seconds
+    if seconds > _WORTH_A_DELAY * one.assignment.seconds:
+        return one
+    assignment = replace(one.assignment, seconds=seconds)
+    return replace(one, assignment=assignment, tokens_per_second=one.option.tokens / seconds, weight_gradients="delayed")
 
 
 def _thoroughly(priced: list[Priced]) -> list[Priced]:

@@ -42,8 +42,8 @@ class Routed:
         outputs: [rows, hidden], what the experts made of the tokens.
         output_grads, token_grads: [rows, hidden].
         prob_grads: [rows].
-        sharers: at a holder that is several members, ``counts`` of each of them, in their order; of this one alone
-            elsewhere.
+        sharers: at a holder that is several members, ``counts`` of each of them, in their order; elsewhere of this
+            one alone, which need not be given.
     """
 
     counts: list[list[int]]
@@ -56,6 +56,7 @@ class Routed:
     sharers: tuple[list[list[int]], ...] = ()
 
     def __post_init__(self) -> None:
+        self.sharers = self.sharers or (self.counts,)
         self.splits = [sum(counts) for counts in self.counts]
         self.rows = sum(self.splits)
         self.probs_dtype = self.probs.dtype
@@ -73,9 +74,9 @@ class Transfers:
         hidden: width of a token.
         dtype: of tokens, on both ends.
         device: where buffers are.
-        holders: for each holder, the members that are it together. An owner's rows go to one of them, so that each
-            token crosses between the pools once, and its number in the holder is the owner's modulo their number; all
-            of them learn of all rows.
+        holders: for each holder, the members that are it together; not given where each member is one. An owner's rows
+            go to one of them, so that each token crosses between the pools once, and its number in the holder is the
+            owner's modulo their number; all of them learn of all rows.
         checksums: told of every message of a step that is checked.
         owned, held: state by (layer, microbatch), for the A and E tasks to read and fill.
         recorder: told what is sent and for which experts, where the step is recorded.
@@ -89,13 +90,14 @@ class Transfers:
     hidden: int
     dtype: torch.dtype
     device: torch.device
-    holders: tuple[tuple[int, ...], ...]
+    holders: tuple[tuple[int, ...], ...] = ()
     checksums: Checksums | None = None
     owned: dict[tuple[int, int], Routed] = field(default_factory=dict)
     held: dict[tuple[int, int], Routed] = field(default_factory=dict)
     recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
+        self.holders = self.holders or tuple((member,) for member in range(self.placement.members))
         self._holder, self._sharers = next(
             (holder, members) for holder, members in enumerate(self.holders) if self.member in members
         )

@@ -61,6 +61,10 @@ class Schedule:
         """The layers with experts."""
         return frozenset(layer for layer, holders in enumerate(self.placement.holders, start=1) if holders)
 
+    def is_shared(self, task: Task) -> bool:
+        """Whether ranks talk to each other in a compute task; W tasks are each rank's own products."""
+        return task.kind in self.shared and task.direction is not Pass.WEIGHT
+
     @property
     def last_microbatch(self) -> int:
         """The microbatch after whose backward a layer's gradients are complete."""
@@ -226,7 +230,7 @@ class Schedule:
         compute: Task | None = None
         for task in self.issue_order():
             if task in position:
-                if task.kind in self.shared and transfer is not None:
+                if self.is_shared(task) and transfer is not None:
                     before[task] = (transfer,)
                 compute = task if compute is None else max(compute, task, key=position.__getitem__)
             elif task in transfers:

@@ -75,9 +75,9 @@ def simulate(schedule: Schedule, costs: TaskCosts) -> Result:
 
     Args:
         schedule: its tasks and their orders.
-        costs: the price of each; its placement is the schedule's.
+        costs: the price of each, for the schedule's placement and with W tasks where it has them.
     """
-    assert schedule.placement == costs.placement
+    assert schedule.placement == costs.placement and schedule.delayed == costs.delayed
     alike = members_alike(schedule, costs)
     run = _Run(schedule, costs, [members[0] for members in alike])
     run.go()

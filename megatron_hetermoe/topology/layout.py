@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_hetermoe.config.plan import Plan
@@ -19,7 +20,8 @@ class Layout:
     ranks are 0 to M-1, expert ranks M to M+N-1.
 
     Ranks next to each other share matrices, each with a part of every one: ``tensor`` attention ranks share the dense
-    part and a microbatch, ``expert_tensor`` expert ranks share experts, and are one *holder* together. An attention
+    part and a microbatch, ``expert_tensor`` expert ranks share experts, and are one *holder* together. ``context`` such
+    tensor-parallel groups next to each other, each with all of the dense part, have parts of one sequence. An attention
     rank is a holder by itself. Holders are numbered like members, attention ranks first.
 
     Attributes:
@@ -28,6 +30,7 @@ class Layout:
         groups: G.
         tensor: attention ranks of one tensor-parallel group; divides M.
         expert_tensor: expert ranks of one holder; divides N.
+        context: tensor-parallel groups that have parts of one sequence; ``tensor`` times it divides M.
     """
 
     attention_ranks: int
@@ -35,10 +38,11 @@ class Layout:
     groups: int = 1
     tensor: int = 1
     expert_tensor: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
         assert not layout_problems(
-            self.attention_ranks, self.expert_ranks, self.groups, self.tensor, self.expert_tensor
+            self.attention_ranks, self.expert_ranks, self.groups, self.tensor, self.expert_tensor, self.context
         )
 
     @property
@@ -57,8 +61,13 @@ class Layout:
 
     @property
     def replicas(self) -> int:
-        """Copies of the dense part, which is as many microbatches as attention ranks work on at once."""
+        """Copies of the dense part."""
         return self.attention_ranks // self.tensor
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches that attention ranks work on at once."""
+        return self.replicas // self.context
 
     @property
     def holders(self) -> int:
@@ -118,8 +127,15 @@ class Layout:
 
     def data_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
         """The ranks that have the same part of a role's dense part, whichever ZP group they are in, since each has
-        its own microbatches. Expert ranks have no dense part; the group carries their pool's control."""
+        its own tokens. Expert ranks have no dense part; the group carries their pool's control."""
         return tuple(zip(*self.tensor_parallel(role)))
+
+    def context_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
+        """The ranks that have parts of one sequence and the same part of the dense part."""
+        if role == EXPERT:
+            return self.tensor_parallel(role)
+        together = _runs(self.pool(role), self.tensor * self.context)
+        return tuple(ranks[place::self.tensor] for ranks in together for place in range(self.tensor))
 
     def expert_tensor_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
         """The ranks of a role that are a holder together."""
@@ -141,27 +157,32 @@ class Layout:
 def layout_of(plan: Plan) -> Layout:
     """The layout that a plan decides."""
     return Layout(
-        plan.attention_ranks, plan.expert_ranks, plan.groups, plan.tensor_parallel, plan.expert_tensor_parallel
+        plan.attention_ranks, plan.expert_ranks, plan.groups, plan.tensor_parallel, plan.expert_tensor_parallel,
+        plan.context_parallel,
     )
 
 
 def layout_problems(
-    attention_ranks: int, expert_ranks: int, groups: int, tensor: int = 1, expert_tensor: int = 1
+    attention_ranks: int, expert_ranks: int, groups: int, tensor: int = 1, expert_tensor: int = 1, context: int = 1
 ) -> list[str]:
     """What keeps these numbers from being a layout, one sentence each."""
     if groups < 1:
         return [f"{groups} ZP groups: a layout needs at least one"]
     problems = []
-    for name, ranks, share in (("attention", attention_ranks, tensor), ("expert", expert_ranks, expert_tensor)):
-        unit = groups * max(1, share)
-        if share < 1:
-            problems.append(f"tensor parallelism of {share} {name} ranks: it must be 1 or more")
+    for name, ranks, shares in (
+        ("attention", attention_ranks, (tensor, context)), ("expert", expert_ranks, (expert_tensor,))
+    ):
+        share = math.prod(shares)
+        unit = groups * share
+        if min(shares) < 1:
+            problems.append(f"tensor or context parallelism of {min(shares)} {name} ranks: it must be 1 or more")
         elif ranks < 1:
             problems.append(f"a layout needs at least one {name} rank")
         elif ranks % unit:
             lower = ranks // unit * unit
             fits = f"{lower} or {lower + unit}" if lower else str(unit)
-            each = f" of {share} {name} ranks a tensor-parallel group" if share > 1 else ""
+            each = f", each of them into groups of {share} that tensor or context parallelism puts together" \
+                if share > 1 else ""
             problems.append(f"{ranks} {name} ranks do not divide into {groups} ZP groups{each}; take {fits} of them")
     return problems
 

@@ -52,7 +52,7 @@ def main() -> None:
         cluster = cluster_of(names, gpus)
         # Eight microbatches for each GPU of the newest kind, as far as it is a whole number of them.
         batch = 8 * cluster.pools["new"].gpus
-        question = Question(MODEL, "fp16", 1, batch, 32_000)
+        question = Question(MODEL, "fp16", 1, batch, 32_000, tensor=(1, 2, 4, 8))
         wall, cpu = time.perf_counter(), time.process_time()
         kinds = kinds_of(cluster, MODEL, "fp16", Notes())
         found = search(question, cluster, kinds)

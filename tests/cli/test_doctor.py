@@ -1,4 +1,4 @@
-"""``hetermoe doctor`` on this machine, alone and with several ranks; what it makes of facts is tests/unit/test_diagnosis."""
+"""``hetermoe doctor`` on this machine, alone and with several ranks. What it makes of facts: tests/unit/test_diagnosis."""
 
 from __future__ import annotations
 
@@ -71,6 +71,18 @@ def test_two_ranks_measure_what_lies_between_them_and_one_prints(tmp_path):
     said = {finding["subject"]: finding["what"] for finding in answer["findings"]}
     assert said["shared folder"] == "all ranks see it" and "at best over gloo" in said["bandwidth"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_srun_without_an_address_is_one_message(capsys, monkeypatch):
+    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")  # so that what the command sets is taken back
+        monkeypatch.delenv(name)
+    assert main(["doctor"]) == 2
+    assert "MASTER_ADDR and MASTER_PORT not set" in capsys.readouterr().err
 
 
 def test_ranks_that_do_not_come_are_named():

@@ -69,3 +69,10 @@ def test_one_run_is_timed_for_one_purpose():
     assert flags.dry_run and rest == ["--lr", "1"] and problems
     quiet = Problems()
     assert not parse_flags(["--lr", "1"], quiet)[0].dry_run and not quiet
+
+
+def test_a_backward_is_measured_with_its_weights_part():
+    """Prices of a plan are of whole backwards, whether or not its schedule splits them."""
+    backward, weights = (Task(Kind.EXPERT, way, 1, 0) for way in (Pass.BACKWARD, Pass.WEIGHT))
+    found = typical([_OfRank("expert", {backward: [3.0, 5.0], weights: [2.0, 1.0]}, 9.0, 0.0)])
+    assert found == {"expert_backward": 5.5}

@@ -11,6 +11,7 @@ import pytest
 from megatron_hetermoe.cli import main as command
 from megatron_hetermoe.cli import plan
 from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.cost.profile import Profile, taken_for
 from megatron_hetermoe.planner.options import Question
 
 LINK = {"gb_per_s": 12.5, "latency_us": 20}
@@ -69,6 +70,40 @@ def test_a_bad_cluster_names_all_problems(tmp_path, ask, capsys):
     assert command.main(["plan", "recipe.yaml", "--cluster", on]) == 2
     error = capsys.readouterr().err
     assert "3 problems" in error and "V1000" in error and "nodes is -1" in error and "gb_per_s is 0" in error
+
+
+def test_all_that_is_wrong_comes_in_one_message(tmp_path, capsys):
+    on = cluster(tmp_path, nodes=0)
+    assert command.main(["plan", "none.yaml", "--cluster", on, "--vocabulary", "-1", "--out", "/no/such/plan.json"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hetermoe: 4 problems:") and "Traceback" not in error
+    for part in ("nodes is 0", "cannot read the recipe none.yaml", "--vocabulary is -1", "there is no folder /no/such"):
+        assert part in error, part
+
+
+def test_a_kind_without_profile_or_row_and_a_profile_for_other_shapes(tmp_path, ask, capsys):
+    (tmp_path / "other.json").write_text(Profile("A40", taken_for(MODEL, "fp16") | {"hidden": 77}, {
+        "attention": {4096.0: (1.0, 2.0)}, "expert": {64.0: (1.0, 2.0)}}).to_json())
+    assert command.main(["plan", "recipe.yaml", "--cluster", cluster(tmp_path, kind="other.json")]) == 2
+    assert "taken for other shapes (hidden 77 there, 1024 here)" in capsys.readouterr().err
+    assert command.main(["plan", "recipe.yaml", "--cluster", cluster(tmp_path, kind="missing.json")]) == 2
+    assert "no row in the device table and is no profile file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path, value", [
+    (("model", "layers"), 10**30), (("step", "microbatches"), 0), (("step", "recompute"), "some"), (("groups",), 10**9),
+    (("schedule",), "zigzag"), (("attention_precision",), "fp4"), (("wave",), -1), (("model", "hidden"), 0),
+])
+def test_a_plan_with_a_figure_that_nothing_can_be_priced_with(tmp_path, ask, capsys, path, value):
+    out, on = tmp_path / "plan.json", cluster(tmp_path)
+    assert command.main(["plan", "recipe.yaml", "--cluster", on, "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    inner = document[path[0]] if len(path) == 2 else document
+    inner[path[-1]] = value
+    out.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert command.main(["simulate", str(out), "--cluster", on]) == 2
+    assert path[-1] in capsys.readouterr().err or path == ("model", "layers")
 
 
 def test_a_plan_for_another_cluster_is_refused(tmp_path, ask, capsys):

@@ -160,6 +160,32 @@ def test_last_node_of_a_pool_may_be_partly_used(tmp_path, capsys):
     assert "leave --mixed out" in job.script(capsys, "--mixed", "--", "--hetermoe-expert-ranks", "3", code=2)
 
 
+def test_recipes_that_the_nodes_will_take_are_taken_here(tmp_path, capsys):
+    """Two attention ranks share matrices; and what needs devices that only the nodes have is not judged here."""
+    job = Job(tmp_path)
+    script = job.script(capsys, "--", "--tensor-model-parallel-size", "2", "--sequence-parallel", "--bf16")
+    assert "--tensor-model-parallel-size 2" in script
+    said = job.script(capsys, "--", "--tensor-model-parallel-size", "3", "--sequence-parallel", code=2)
+    assert "--tensor-model-parallel-size 3 does not divide" in said
+
+
+def test_a_plan_s_flags_are_added(tmp_path, capsys, monkeypatch):
+    """Those with which its times were reckoned, in place of the recipe's; and its pools name the components."""
+    monkeypatch.chdir(tmp_path)
+    job = Job(tmp_path)
+    job.script(capsys, "--hetermoe", "x")  # writes the cluster file
+    recipe = str(tmp_path / "my recipe.yaml")
+    (tmp_path / "my recipe.yaml").write_text(
+        (tmp_path / "my recipe.yaml").read_text().replace("attention-ranks: 2", "wave: null").replace(
+            "expert-ranks: 2", "groups: null"))
+    assert main(["plan", recipe, "--cluster", "cluster.yaml", "--out", "plan.json", "--", "--hetermoe"]) == 0
+    capsys.readouterr()
+    script = job.script(capsys, "--", "--hetermoe", "--hetermoe-plan", "plan.json")
+    flags = shlex.split(re.search(r"FLAGS=\((.*)\)", script)[1])
+    assert flags[:3] == ["--hetermoe", "--hetermoe-plan", "plan.json"] and "--micro-batch-size" in flags
+    assert set(shlex.split(re.search(r"POOLS=\((.*?)\)", script)[1])) <= {"new", "old"}
+
+
 def test_submitting_without_slurm(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert "sbatch is not on PATH" in Job(tmp_path).script(capsys, "--yes", code=2)

@@ -66,17 +66,21 @@ def stock(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "precision, experts, rel",
-    [({}, "sequential", 1e-4), ({"bf16": True}, "sequential", 5e-3), ({"bf16": True}, "grouped", 5e-3)],
-    ids=["fp32", "bf16", "grouped"],
+    [({}, ["--hetermoe-experts", "sequential"], 1e-4),
+     ({"bf16": True}, ["--hetermoe-experts", "sequential"], 5e-3),
+     ({"bf16": True}, ["--hetermoe-experts", "grouped"], 5e-3),
+     ({"bf16": True}, ["--hetermoe-experts", "grouped", "--hetermoe-weight-gradients", "delayed"], 5e-3),
+     ({"bf16": True, "loss_scale": 1024}, ["--hetermoe-expert-precision", "fp16"], 5e-3)],
+    ids=["fp32", "bf16", "grouped", "delayed", "fp16-experts"],
 )
-def test_same_training(stock, precision, experts, rel):
+def test_same_training(stock, request, precision, experts, rel):
     folder, flags = stock
-    name = f"bf16-{experts}" if precision else "fp32"
+    name = request.node.callspec.id
     reference = train(folder, f"stock-{name}", 2, flags(expert_model_parallel_size=2, **precision), 29620)
     placement = folder / "placement.yaml"
     placement.write_text(json.dumps(MIXED))
     layout = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2",
-              "--hetermoe-placement", str(placement), "--hetermoe-experts", experts, "--hetermoe-trace", str(folder / f"trace-{name}")]
+              "--hetermoe-placement", str(placement), *experts, "--hetermoe-trace", str(folder / f"trace-{name}")]
     ours = train(folder, f"ours-{name}", 4, [*layout, *flags(use_distributed_optimizer=True, **precision)], 29630)
     assert len(ours) == len(reference) == MODEL["train_iters"]
     for step, (mine, other) in enumerate(zip(ours, reference)):

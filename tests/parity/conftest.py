@@ -50,8 +50,11 @@ class Parity:
     def stock(self, world: int, **model: object) -> Run:
         """Stock Megatron on so many ranks, as tensor-parallel as ours and as expert-parallel as experts allow.
 
+        Its attention without transformer-engine knows no context parallelism, so there are fewer ranks in its place.
         Experts are whole: where stock Megatron splits them it gathers uneven numbers of tokens, which gloo refuses.
         """
+        world //= int(model.get("context_parallel_size", 1))
+        model = {name: value for name, value in model.items() if name != "context_parallel_size"}
         expert_parallel = world if int(model.get("num_experts", 8)) % world == 0 else 1
         flags = self.flags(**{
             "expert_model_parallel_size": expert_parallel, **model, "expert_tensor_parallel_size": 1,

@@ -99,7 +99,7 @@ def test_a_resume_in_the_same_layout_is_bit_equal(tmp_path, parity, variant, gro
     _assert_resumes(run, tmp_path, 2 * groups)
 
 
-@pytest.mark.parametrize("variant", ["fp32", "fp16-distributed-optimizer"])
+@pytest.mark.parametrize("variant", [pytest.param("fp32", marks=pytest.mark.slow), "fp16-distributed-optimizer"])
 def test_a_resume_with_tensor_parallelism_is_bit_equal(tmp_path, variant):
     """With dropout, whose numbers differ between ranks that share a microbatch."""
     layout = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2"]

@@ -40,10 +40,13 @@ def test_every_parameters_gradient(parity, m, n, g, per_token):
 @pytest.mark.parametrize(
     "m, n, g, per_token, sizes",
     [
-        (2, 1, 1, False, {"tensor_model_parallel_size": 2}),
+        pytest.param(2, 1, 1, False, {"tensor_model_parallel_size": 2}, marks=pytest.mark.slow),
         (4, 3, 1, False, {"tensor_model_parallel_size": 2, "moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1}),
-        (2, 1, 2, True, {"tensor_model_parallel_size": 2, "moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1}),
-        (1, 4, 1, False, {"expert_tensor_parallel_size": 2}),
+        pytest.param(
+            2, 1, 2, True, {"tensor_model_parallel_size": 2, "moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(1, 4, 1, False, {"expert_tensor_parallel_size": 2}, marks=pytest.mark.slow),
         (4, 2, 1, True, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
     ],
 )

@@ -12,11 +12,12 @@ GROUPED = ["--hetermoe-experts", "grouped"]
 @pytest.mark.parametrize(
     "layout, model",
     [
-        ((2, 2, 1), {}),
+        pytest.param((2, 2, 1), {}, marks=pytest.mark.slow),
         ((1, 1, 2), {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True,
                      "ddp_bucket_size": 2000}),
-        ((2, 1, 1), {"swiglu": None, "moe_router_topk": 1, "moe_router_pre_softmax": True, "num_experts": 16,
-                     "recompute_granularity": "selective", "recompute_modules": "moe"}),
+        pytest.param(
+            (2, 1, 1), {"swiglu": None, "moe_router_topk": 1, "moe_router_pre_softmax": True, "num_experts": 16,
+                        "recompute_granularity": "selective", "recompute_modules": "moe"}, marks=pytest.mark.slow),
     ],
     ids=["plain", "distributed", "gelu"],
 )
@@ -25,7 +26,7 @@ def test_same_training(parity, layout, model):
     parity.check(*layout, hetermoe=GROUPED, **model)
 
 
-@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("distributed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_parameters_gradient(parity, distributed):
     """Also of a holder without a token, and on attention ranks."""
     placement = placement_file(

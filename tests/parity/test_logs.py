@@ -14,6 +14,8 @@ from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.schedule.trace import read_jsonl
 
+import pytest
+
 FIELDS = ("consumed samples", "lm loss", "load_balancing_loss", "z_loss", "loss scale", "grad norm", "learning rate")
 
 
@@ -26,9 +28,13 @@ def logged(output: str) -> list[dict[str, str]]:
     ]
 
 
-def test_the_log_is_stock_megatrons(parity):
+SHARED = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "moe_router_load_balancing_type": "global_aux_loss"}
+
+
+@pytest.mark.parametrize("sizes", [{}, SHARED], ids=["whole", "tensor-parallel"])
+def test_the_log_is_stock_megatrons(parity, sizes):
     """Losses that routers record on attention ranks reach the expert rank that prints."""
-    flags = dict(moe_z_loss_coeff=0.01, log_throughput=True, eval_interval=10, eval_iters=1)
+    flags = dict(moe_z_loss_coeff=0.01, log_throughput=True, eval_interval=10, eval_iters=1, **sizes)
     reference = logged(parity.stock(2, **flags).output[-1])
     run = parity.disaggregated(2, 2, **flags)
     ours = logged(run.output[-1])

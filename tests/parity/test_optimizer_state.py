@@ -90,16 +90,18 @@ def test_from_stock_without_expert_parallelism(tmp_path, uneven, variant):
     assert_same_steps(journey.leg("ours", stock(2, 2), "stock", 9), expected[6:9], rel=rel)
 
 
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name != "distributed-adam" else []) for name in VARIANTS]
+)
 def test_between_tensor_parallel_sizes(tmp_path, variant):
-    """From whole to split attention and experts, to stock Megatron, and back to whole ones."""
+    """From whole to split attention and experts, to stock Megatron, and to whole ones with split sequences."""
     journey = Journey(tmp_path, **VARIANTS[variant])
     rel = 1e-5 if "fp16" not in variant else 1e-3
     tensor = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size"]
     expected = journey.whole(disaggregated(2, 2))
     legs = [
         (None, disaggregated(2, 2), "start", 3), ("start", disaggregated(2, 2, 1, *tensor, "2"), "split", 6),
-        ("split", stock(2, 2, *tensor, "1"), "stock", 9), ("stock", disaggregated(1, 2), "whole", 12),
+        ("split", stock(2, 2, *tensor, "1"), "stock", 9), ("stock", disaggregated(2, 2, 1, "--context-parallel-size", "2"), "whole", 12),
     ]
     for source, layout, target, until in legs:
         steps = journey.leg(source, layout, target, until)

@@ -18,9 +18,9 @@ def experts_in(precision: str, parity) -> list[str]:
 
 @pytest.mark.parametrize(
     "precision, flags",
-    [("fp16", {"loss_scale": 1024}),
+    [pytest.param("fp16", {"loss_scale": 1024}, marks=pytest.mark.slow),
      ("fp16", {"loss_scale": 1024, "use_distributed_optimizer": True, "overlap_grad_reduce": True}),
-     ("fp32", {"use_distributed_optimizer": True})],
+     pytest.param("fp32", {"use_distributed_optimizer": True}, marks=pytest.mark.slow)],
     ids=["fp16", "fp16-distributed", "fp32"],
 )
 def test_attention_in_bf16(parity, precision, flags):

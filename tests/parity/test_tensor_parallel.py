@@ -12,7 +12,10 @@ from parity_cases import placement_file
 TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
-@pytest.mark.parametrize("m, n, g, batch", [(2, 1, 1, 4), (4, 3, 1, 8), (2, 2, 2, 8)])
+@pytest.mark.parametrize(
+    "m, n, g, batch",
+    [pytest.param(2, 1, 1, 4, marks=pytest.mark.slow), (4, 3, 1, 8), pytest.param(2, 2, 2, 8, marks=pytest.mark.slow)],
+)
 def test_layout(parity, m, n, g, batch):
     parity.check(m, n, g, global_batch_size=batch, **TENSOR)
 
@@ -37,6 +40,7 @@ def test_router_losses(parity):
     assert all(step.grad_norm > 0.1 for step in run.steps[0]), "clipping was never active"
 
 
+@pytest.mark.slow
 def test_expert_bias(parity):
     """Tokens of both parts of a sequence count for its update; loss over the sequence, shared expert, tied embeddings."""
     parity.check(
@@ -68,6 +72,7 @@ def test_dropout_with_full_recomputation(parity):
     )
 
 
+@pytest.mark.slow
 def test_selective_recomputation(parity):
     parity.check(
         2, 1, global_batch_size=4, recompute_granularity="selective",
@@ -76,6 +81,7 @@ def test_selective_recomputation(parity):
     )
 
 
+@pytest.mark.slow
 def test_dropped_tokens(parity):
     """Capacity counts the tokens of a rank's part of the sequence, as in stock Megatron."""
     parity.check(

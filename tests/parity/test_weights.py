@@ -14,7 +14,7 @@ MIXED = {1: {"a0": [0, 5], "e0": [1, 2, 3], "e1": [4, 6, 7]}, 2: {"e1": ["0-7"]}
 @pytest.mark.parametrize(
     "layout, hetermoe, model",
     [
-        ((2, 2, 1), ["--hetermoe-experts", "sequential"], {}),
+        pytest.param((2, 2, 1), ["--hetermoe-experts", "sequential"], {}, marks=pytest.mark.slow),
         ((1, 1, 2), ["--hetermoe-experts", "grouped", "--hetermoe-wave", "2"],
          {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True,
           "ddp_bucket_size": 2000, "add_qkv_bias": True, "moe_shared_expert_intermediate_size": 32}),

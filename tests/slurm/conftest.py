@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ KINDS = ("a40", "v100")
 CONF = """
 ClusterName=test
 FirstJobId={first}
-SlurmctldHost=localhost
+SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
@@ -78,7 +78,7 @@ class Slurm:
         """Of a job's first component, as PENDING; empty when it has ended."""
         return self.run("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job).partition("\n")[0]
 
-    def wait(self, job: str, log: Path, until: object, seconds: float = 240) -> str:
+    def wait(self, job: str, log: Path, until: Callable[[str, str], bool], seconds: float = 240) -> str:
         """The log of a job, once ``until(state, log's text)`` holds."""
         deadline = time.monotonic() + seconds
         while True:
@@ -116,7 +116,8 @@ def find(name: str) -> str | None:
 def start(folder: Path, processes: list[subprocess.Popen]) -> Slurm:
     """Starts the daemons, all in the foreground so that they end with their handles, and waits for the nodes."""
     (folder / "slurm.conf").write_text(CONF.format(
-        folder=folder, ports=free_ports(3), first=random.randrange(1, 10_000)))
+        folder=folder, ports=free_ports(3), first=random.randrange(1, 10_000),
+        host=socket.gethostname().partition(".")[0]))
     (folder / "gres.conf").write_text(GRES)
     (folder / "state").mkdir()
     key = folder / "munge.key"
@@ -156,7 +157,7 @@ def nodes(env: dict[str, str]) -> str:
     return ended.stdout
 
 
-def await_(ready: object, folder: Path, processes: list[subprocess.Popen]) -> None:
+def await_(ready: Callable[[], bool], folder: Path, processes: list[subprocess.Popen]) -> None:
     """Waits for the daemons, and shows what they say when they do not come up."""
     deadline = time.monotonic() + START
     while not ready():

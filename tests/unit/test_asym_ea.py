@@ -111,6 +111,15 @@ def test_what_does_not_divide_goes_round_where_memory_asks_for_it():
     assert of.layers * of.experts > 13 * 18 and feasible(best.experts, Limits((0, *(19,) * 13)))
 
 
+def test_whatever_fits_at_all_is_found():
+    """Four ranks of odd room, all of which is needed, and one expert more."""
+    priced, limits = slow_experts(1, 4, layers=4, experts=8), Limits((1, 3, 5, 9, 14))
+    best = balance(priced, limits, None)
+    assert best.origin == "memory" and (best.experts.sum(axis=0) == limits.pairs).all()
+    assert (best.experts.sum(axis=1) == 8).all()
+    assert balance(priced, Limits((1, 3, 5, 9, 13)), None) is None
+
+
 def test_memory_counts_what_a_rank_holds():
     priced = group(2, 2, microbatches=4)
     few, many = (member_memory(priced, 2, experts, 4) for experts in (3, 6))

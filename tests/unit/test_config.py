@@ -14,7 +14,7 @@ from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags, parse_flags
 from megatron_hetermoe.config.plan import Plan, plan_from_json
 from megatron_hetermoe.config.slow_down import parse_slow_down
-from megatron_hetermoe.planner.resolve import resolve
+from megatron_hetermoe.planner.resolve import Parallelism, resolve
 
 BASE = Flags(enabled=True, attention_ranks=2, expert_ranks=2)
 
@@ -53,6 +53,7 @@ def test_without_ours_nothing_changes():
         ("--hetermoe --hetermoe-wave 0", "--hetermoe-wave is '0'; it must be a whole number from 1 on"),
         ("--hetermoe --hetermoe-groups two", "--hetermoe-groups is 'two'"),
         ("--hetermoe --hetermoe-plan --lr 1", "--hetermoe-plan needs a value (FILE)"),
+        ("--hetermoe --hetermoe-wave=--", "--hetermoe-wave is '--'"),
         ("--hetermoe=1", "--hetermoe takes no value"),
         ("--hetermoe --hetermoe-schedule zebras", "must be one of zebra, sequential"),
         ("--hetermoe-groups 2 --hetermoe-wave 1", "--hetermoe-groups, --hetermoe-wave without --hetermoe"),
@@ -115,14 +116,14 @@ def test_a_plan_file_decides_and_flags_may_only_agree(tmp_path):
 def test_tensor_parallelism_is_part_of_the_plan(tmp_path):
     """Two expert ranks are one holder; a plan file and Megatron's flags must say the same."""
     problems = Problems()
-    plan = resolve(BASE, shape(), "fp32", 4, problems, tensor=2, expert_tensor=2)
+    plan = resolve(BASE, shape(), "fp32", 4, problems, Parallelism(2, 2, 1))
     assert not problems and plan.placement == ((2,) * 8,) * 2
     assert (plan.tensor_parallel, plan.expert_tensor_parallel) == (2, 2)
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json())
     from_file = Flags(True, plan=str(path))
-    assert resolve(from_file, shape(), "fp32", 4, problems, tensor=2, expert_tensor=2) == plan
-    assert resolve(from_file, shape(), "fp32", 4, problems, tensor=1, expert_tensor=2) is None
+    assert resolve(from_file, shape(), "fp32", 4, problems, Parallelism(2, 2, 1)) == plan
+    assert resolve(from_file, shape(), "fp32", 4, problems, Parallelism(1, 2, 1)) is None
     with pytest.raises(UsageError, match="--tensor-model-parallel-size 1 disagrees with 2"):
         problems.raise_if_any()
 

@@ -16,6 +16,7 @@ def _devices(rank: int, world: int) -> list[str]:
     made = [
         torch.zeros(2, device="cuda"),
         torch.arange(3, device=torch.cuda.current_device()),
+        torch.tensor([1], device="cpu", pin_memory=True),
         torch.tensor([1], device=torch.device("cuda", torch.cuda.current_device())),
         torch.empty_like(torch.ones(2), device=f"cuda:{torch.cuda.current_device()}"),
         torch.ones(2).new_zeros(3, device="cuda"),

@@ -1,20 +1,26 @@
-"""Whatever is in flags, plan and placement files: the outcome is a value or a UsageError."""
+"""Whatever is in flags, plan, placement, cluster and profile files: the outcome is a value or a UsageError."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 
+import pricing
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shapes import shape
 
+from megatron_hetermoe.cli import main as command
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags, parse_flags
 from megatron_hetermoe.config.plan import Plan, plan_from_json
 from megatron_hetermoe.config.recipe import parse_recipe
+from megatron_hetermoe.config.step import Step
+from megatron_hetermoe.cost.cluster import cluster_from_document, read_cluster
+from megatron_hetermoe.cost.curves import Notes
+from megatron_hetermoe.cost.profile import Profiled, read_profile
 from megatron_hetermoe.planner.resolve import resolve
 from megatron_hetermoe.topology.layout import Layout
 from megatron_hetermoe.topology.placement import Placement, even_placement, placement_from_document
@@ -105,6 +111,60 @@ def check_resolved(folder, document):
         assert plan.model == SHAPE and plan.schedule in ("zebra", "sequential") and (plan.wave is None or plan.wave > 0)
 
 
+LINK = {"gb_per_s": 10, "latency_us": 10}
+POOL = {"kind": "A40", "nodes": 1, "gpus_per_node": 2, "memory_gb": 48, "intra_node": LINK, "inter_node": LINK}
+CLUSTER = {"pools": {"new": POOL, "old": {**POOL, "kind": "V100-SXM2", "memory_gb": 16}}}
+PROFILE = json.loads(pricing.profile(SHAPE, memory={"overhead": 1e9}, optimizer=1e-9).to_json())
+PRICED = json.loads(dataclasses.replace(
+    PLAN, pools=("new", "new", "old", "old"), step=Step(1, 4, 100)).to_json())
+
+
+@st.composite
+def changed(draw, document):
+    """A document with some values, at any depth, replaced, left out or added."""
+    document = json.loads(json.dumps(document))
+    for _ in range(draw(st.integers(0, 3))):
+        target = document
+        while (inner := [value for value in target.values() if isinstance(value, dict) and value]) and draw(st.booleans()):
+            target = draw(st.sampled_from(inner))
+        name = draw(st.sampled_from([*target, "other", "channel", "memory", 3, None]))
+        if draw(st.integers(0, 3)):
+            target[name] = draw(anything)
+        else:
+            target.pop(name, None)
+        if not target:
+            break
+    return document
+
+
+def check_cluster(document):
+    found = outcome(lambda: cluster_from_document(document, "c.yaml"))
+    if found is not None:
+        assert all(pool.gpus > 0 and pool.memory > 0 and pool.inter.bandwidth > 0 for pool in found.pools.values())
+
+
+def check_cluster_file(folder, text):
+    path = folder / "cluster.yaml"
+    path.write_bytes(text)
+    outcome(lambda: read_cluster(path))
+
+
+def check_profile(folder, document):
+    path = folder / "profile.json"
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    found = outcome(lambda: read_profile(path))
+    kind = found and outcome(lambda: Profiled(found, SHAPE, pricing.PRECISION, Notes()))
+    if kind:
+        assert min(kind.attention(32, "none")) > 0 and min(kind.expert(8.0, "full")) > 0
+
+
+def check_priced_plan(folder, document):
+    (folder / "plan.json").write_text(json.dumps(document))
+    (folder / "cluster.yaml").write_text(json.dumps(CLUSTER))
+    words = ["simulate", str(folder / "plan.json"), "--cluster", str(folder / "cluster.yaml"), "--json"]
+    assert command.main(words) in (0, 2)
+
+
 def check_text(text):
     outcome(lambda: plan_from_json(text, "p.json"))
     outcome(lambda: parse_recipe(text, "r.yaml", {}))
@@ -124,18 +184,22 @@ def check_placement_file(folder, text):
     assert (resolve(flags, SHAPE, "fp32", 4, problems) is None) == bool(problems)
 
 
-texts = st.one_of(
-    st.text(max_size=60), plans().map(json.dumps), plans().map(yaml.safe_dump),
-    st.sampled_from(["[" * 5000, "{" * 5000, "9" * 5000]),
+broken = st.one_of(
+    st.text(max_size=60), st.sampled_from(["[" * 5000, "{" * 5000, "9" * 5000, "pools: {a: 2001-99-99}"]),
     st.text("{}[]:,-&*!\"' \n\t#|>%@`019ae", max_size=40),
 )
+texts = st.one_of(broken, plans().map(json.dumps), plans().map(yaml.safe_dump))
 TARGETS = {
     "flags": (check_flags, st.lists(words, max_size=8)),
     "plan": (check_plan, plans() | anything),
     "text": (check_text, texts),
     "placement": (check_placement, placements),
+    "cluster": (check_cluster, changed(CLUSTER) | anything | st.dictionaries(scalars, anything, max_size=3)),
 }
 FILES = {
+    "cluster-file": (check_cluster_file, broken.map(lambda text: text.encode("utf-8", "replace")) | st.binary(max_size=40)),
+    "profile-file": (check_profile, changed(PROFILE) | texts),
+    "priced-plan": (check_priced_plan, changed(PRICED)),
     "plan-file": (check_resolved, plans()),
     "placement-file": (
         check_placement_file, st.binary(max_size=40) | texts.map(lambda text: text.encode("utf-8", "replace"))

@@ -81,7 +81,7 @@ def test_named_pools_count():
 @pytest.mark.parametrize("term, gpu, fits", [
     ("A40", "NVIDIA A40", True), ("a40", "NVIDIA A40-48Q", True), ("A40", "NVIDIA RTX A4000", False),
     ("H20", "NVIDIA H200", False), ("V100", "Tesla V100-SXM2-16GB", True), ("RTX3090", "NVIDIA GeForce RTX 3090", True),
-    ("*A40*", "NVIDIA RTX A4000", True), ("V?00*", "Tesla V100-SXM2-16GB", False), ("L40", "NVIDIA L40S", False),
+    ("V100", "Quadro GV100", False), ("*A40*", "NVIDIA RTX A4000", True), ("V?00*", "Tesla V100-SXM2-16GB", False), ("L40", "NVIDIA L40S", False),
 ])
 def test_words_and_patterns(term, gpu, fits):
     started = [Started(gpu, 8.0, "n0"), Started("other", 7.0, "n1")]

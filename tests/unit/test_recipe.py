@@ -7,7 +7,9 @@ from user_recipes import RECIPES, needs_recipes
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
-from megatron_hetermoe.config.recipe import HETERMOE_KEYS, load_recipe, override, parse_recipe
+from megatron_hetermoe.config.recipe import (
+    HETERMOE_KEYS, load_recipe, located, locating, override, parse_recipe, places_left,
+)
 
 
 def parse(text, **environ):
@@ -63,6 +65,8 @@ def test_every_key_of_the_section_is_a_flag():
     for key in HETERMOE_KEYS:
         value = {
             "schedule": "zebra", "attention": "flash", "experts": "grouped", "expert-precision": "fp16",
+            "weight-gradients": "delayed", "slow-down": "expert=2",
+            "on-save-failure": "stop",
         }.get(key, "1")
         flags_of(parse(f"MODEL_ARGS:\nHETERMOE: {{{key}: {value}}}\n").argv)
 
@@ -73,15 +77,38 @@ def test_all_problems_in_one_message():
     assert found == (
         "r.yaml:1: unknown section 'ENV_VAR'; did you mean ENV_VARS?; a recipe has ENV_VARS, MODEL_ARGS, HETERMOE",
         "r.yaml:4: 'lr' is not a flag; write its name with two dashes, as --num-layers",
-        "r.yaml:5: the variable TP is not set; `export TP=...`, or write the value here",
+        "r.yaml:5: --a: the variable TP is not set; `export TP=...`, or write the value here",
         "r.yaml:6: --a is here a second time, after line 5; keep one",
         "r.yaml:7: --b takes a value or a list of values, not a mapping",
         "r.yaml:8: --d has an empty list; leave it out with `false`",
-        "r.yaml:9: ${1x} is not a variable; write ${NAME}",
+        "r.yaml:9: --e: ${1x} is not a variable; write ${NAME}",
         "r.yaml:11: unknown key 'attention_rank' in HETERMOE; did you mean attention-ranks?; it has "
         + ", ".join(HETERMOE_KEYS),
         "r.yaml:12: wave in HETERMOE needs a value",
     )
+
+
+def test_a_problem_of_a_flag_has_its_place():
+    recipe = parse("MODEL_ARGS:\n  --lr: 1\n  --num-layers: x\nHETERMOE:\n  wave: x\n")
+    assert recipe.places == {"--lr": "r.yaml:2", "--num-layers": "r.yaml:3", "--hetermoe-wave": "r.yaml:5"}
+    assert located("x --lr-decay and --num-layers", recipe.places) == "r.yaml:3: x --lr-decay and --num-layers"
+    assert located("no flag", recipe.places) == "no flag"
+    assert places_left(recipe, ["--num-layers=2", "--lr", "3"]) == {"--hetermoe-wave": "r.yaml:5"}
+    with pytest.raises(UsageError, match="^r.yaml:5: --hetermoe-wave is 'x'"), locating(recipe.places):
+        flags_of(recipe.argv)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("MODEL_ARGS:\n\t--a: 1\n", "r.yaml:2: not YAML: found character '\\t' that cannot start any token, in '--a: 1'; "
+                                "indent with spaces, not with tabs"),
+    ("MODEL_ARGS:\n  --a: 1\n  --b 2\n  --c: 3\n", "r.yaml:3: not YAML: could not find expected ':', in '--b 2'; a key "
+                                                  "and its value are written as `key: value`"),
+    ("MODEL_ARGS:\n  --a: \"1\n  --b: 2\n", "r.yaml:2: not YAML: found unexpected end of stream, in '--a: \"1'"),
+    ("MODEL_ARGS:\n  --a: [1, 2\n  --b: 2\n", "r.yaml:2: not YAML: "),
+])
+def test_what_is_no_yaml_is_said_where_it_begins(text, said):
+    (problem,) = problems(text)
+    assert problem.startswith(said)
 
 
 def test_said_twice():

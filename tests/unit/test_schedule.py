@@ -27,7 +27,7 @@ def schedules(draw):
     shared = frozenset(draw(st.sets(st.sampled_from([Kind.ATTENTION, Kind.EXPERT]))))
     return build(
         name, layers, placement, m, draw(st.integers(1, 7)), draw(st.none() | st.integers(1, 8)), draw(st.booleans()),
-        shared=shared,
+        draw(st.booleans()), shared,
     )
 
 
@@ -53,7 +53,7 @@ def test_whatever_holds_a_queue_is_queued_in_one_order(schedule):
         # An attention rank's experts are its own, even where expert ranks share theirs.
         held = sorted(
             (task for task in before if task.stream is not Stream.COMPUTE
-             or task.kind in schedule.shared - ({Kind.EXPERT} if attention else set())), key=position.__getitem__
+             or schedule.is_shared(task) and not (attention and task.kind is Kind.EXPERT)), key=position.__getitem__
         )
         for task, following in zip(held, held[1:]):
             assert task in reached(following, before), f"member {member} may queue {following} before {task}"
@@ -73,13 +73,14 @@ def reached(task: Task, before: dict[Task, set[Task]]) -> set[Task]:
 @given(schedules())
 def test_each_task_once_where_it_belongs(schedule):
     head, wants = schedule.layers + 1, {Pass.FORWARD} if schedule.forward_only else {Pass.FORWARD, Pass.BACKWARD}
+    computed = wants | {Pass.WEIGHT} if schedule.delayed and not schedule.forward_only else wants
     microbatches = {microbatch for wave in schedule.waves for microbatch in wave}
     assert microbatches == set(range(len(microbatches))) and schedule.last_microbatch == max(microbatches)
     for member in range(schedule.placement.members):
         tasks = [task for order in schedule.member(member).streams.values() for task in order]
         assert len(tasks) == len(set(tasks)) and schedule.tasks_of(member) == set(tasks)
         attention = {task for task in tasks if task.kind is Kind.ATTENTION}
-        expected = len(wants) * head * len(microbatches) if member < schedule.attention_members else 0
+        expected = len(computed) * head * len(microbatches) if member < schedule.attention_members else 0
         assert len(attention) == expected
         for kind in (Kind.DISPATCH, Kind.EXPERT, Kind.COMBINE):
             layers = schedule.placement.layers_of(member)
@@ -87,7 +88,8 @@ def test_each_task_once_where_it_belongs(schedule):
                 layers = schedule.moe_layers
             assert {task for task in tasks if task.kind is kind} == {
                 Task(kind, direction, layer, microbatch)
-                for direction in wants for layer in layers for microbatch in microbatches
+                for direction in (computed if kind is Kind.EXPERT else wants)
+                for layer in layers for microbatch in microbatches
             }
 
 
@@ -104,6 +106,20 @@ def test_the_papers_optimal_orders():
     assert order(schedule, 1) == "EF_1,1 EF_1,2 EF_2,1 EF_2,2 EB_2,1 EB_2,2 EB_1,1 EB_1,2"
     assert order(schedule, 0, Stream.OUT) == "DF_1,1 DF_1,2 DF_2,1 DF_2,2 CB_2,1 CB_2,2 CB_1,1 CB_1,2"
     assert order(schedule, 1, Stream.BACK) == "CF_1,1 CF_1,2 CF_2,1 CF_2,2 DB_2,1 DB_2,2 DB_1,1 DB_1,2"
+
+
+def test_weights_gradients_come_after_those_that_are_waited_for():
+    """Each W directly behind its B, but in the first layer behind all B of expert ranks; nothing else moves."""
+    schedule = zebra(2, EVEN, 1, 2, None, delayed=True)
+    assert order(schedule, 0) == (
+        "AF_1,1 AF_1,2 AF_2,1 AF_2,2 AF_3,1 AB_3,1 AW_3,1 AF_3,2 AB_3,2 AW_3,2 AB_2,1 AW_2,1 AB_2,2 AW_2,2 "
+        "AB_1,1 AW_1,1 AB_1,2 AW_1,2"
+    )
+    assert order(schedule, 1) == (
+        "EF_1,1 EF_1,2 EF_2,1 EF_2,2 EB_2,1 EW_2,1 EB_2,2 EW_2,2 EB_1,1 EB_1,2 EW_1,1 EW_1,2"
+    )
+    for stream in (Stream.OUT, Stream.BACK):
+        assert order(schedule, 1, stream) == order(zebra(2, EVEN, 1, 2, None), 1, stream)
 
 
 def test_sequential_is_one_microbatch_at_a_time():

@@ -1,5 +1,6 @@
 """The search over layouts: what fits, what is left out, what to do where nothing fits."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,16 +8,18 @@ import pytest
 from pricing import PRECISION, cluster, group, pool, profile, shape
 
 from megatron_hetermoe.config.plan import plan_from_json
+from megatron_hetermoe.config.step import Step
 from megatron_hetermoe.cost.cluster import Cluster, kinds_of
 from megatron_hetermoe.cost.curves import Notes
-from megatron_hetermoe.cost.tasks import costs_of_plan
+from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, costs_of_plan, seats_of
 from megatron_hetermoe.planner.advice import alone, baselines, nothing_fits
-from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds
+from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds, placement_of
 from megatron_hetermoe.planner.memory import member_memory, usable
 from megatron_hetermoe.planner.options import Question, options
 from megatron_hetermoe.planner.search import after_losing_a_node, left_out, search
 from megatron_hetermoe.schedule.orders import build
-from megatron_hetermoe.simulator.baselines import spread
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
+from megatron_hetermoe.simulator.baselines import expert_parallel_tokens_per_second, spread
 from megatron_hetermoe.simulator.events import simulate
 from megatron_hetermoe.simulator.fast import step_seconds
 
@@ -97,6 +100,50 @@ def test_where_nothing_fits_the_nearest_is_named():
     assert "global batch" in odd
 
 
+def test_what_is_said_to_fit_fits_and_no_less_does():
+    of = shape(layers=40, experts=16)
+    on = cluster(2, 2, memory=1.74e9)
+    priced = kinds(on, of)
+    text = " ".join(nothing_fits(question(of), on, priced))
+    layers, more_new, more_old = (int(re.search(pattern, text)[1]) for pattern in (
+        r"(\d+) layers in place of 40", r"(\d+) nodes of new in place of 1", r"(\d+) nodes of old in place of 1"))
+    assert float(re.search(r"lacks ([\d.]+) GB", text)[1]) > 0
+
+    def found(of, new, old):
+        pools = {"new": replace(on.pools["new"], nodes=new), "old": replace(on.pools["old"], nodes=old)}
+        return bool(search(question(of), Cluster(pools), priced, thorough=False).best)
+
+    assert found(shape(layers=layers, experts=16), 1, 1) and not found(shape(layers=layers + 1, experts=16), 1, 1)
+    assert found(of, more_new, 1) and not found(of, more_new - 1, 1)
+    assert found(of, 1, more_old) and not found(of, 1, more_old - 1)
+
+
+def test_what_the_pools_would_do_alone():
+    """By the same prices as a run of one pool; a pool that cannot hold the model does nothing."""
+    on = Cluster({"new": pool("new", 4, 1), "old": pool("old", 4, 1, memory=1e9)})
+    priced = kinds(on)
+    by_name = {one.pool: one for one in alone(question(), on, priced)}
+    assert by_name["old"].tokens_per_second is None and by_name["old"].expert_parallel is None
+    new = by_name["new"]
+    seats = seats_of(["new"] * 4, on, priced)
+    step = Step(1, 4, 1000, distributed_optimizer=True)
+    speeds = [expert_parallel_tokens_per_second(
+        GroupCosts(OF, step, seats[:size], size, 4 // size, PRECISION), seats, size) for size in (1, 2, 4)]
+    assert new.tokens_per_second == pytest.approx(max(speeds)) and new.expert_parallel in (1, 2, 4)
+
+
+def test_after_a_node_is_lost_no_more_gpus_are_used_than_are_left():
+    on = Cluster({"new": pool("new", 2, 2), "old": pool("old", 2, 2)})
+    lost = after_losing_a_node(question(), on, kinds(on))
+    for name, one in lost.items():
+        used = one.option.used()
+        assert all(used.get(other, 0) <= (2 if other == name else 4) for other in ("new", "old"))
+        rest = on.without_node(name)
+        assert one.tokens_per_second == search(question(), rest, kinds(rest), thorough=False).best[0].tokens_per_second
+    alone_left = Cluster({"new": pool("new", 1, 1), "old": pool("old", 1, 1)})
+    assert after_losing_a_node(question(), alone_left, kinds(alone_left))["old"] is None
+
+
 def test_what_is_left_without_a_node_and_without_the_other_pool():
     on = Cluster({"new": pool("new", 2, 2), "old": pool("old", 2, 1)})
     priced = kinds(on)
@@ -147,3 +194,65 @@ def test_attention_in_bf16_needs_a_pool_that_has_it():
     on = Cluster({"old": pool("old", 4, 1)})
     [said] = nothing_fits(question(), on, kinds(on, old=without))
     assert "no pool has bf16" in said and "--fp16" in said
+
+
+SHARED = replace(question(), tensor=(1, 2, 4))
+
+
+def test_ranks_that_share_a_microbatch_divide_what_they_share():
+    on = cluster(8, 4)
+    found = list(options(SHARED, on, kinds(on)))
+    assert {option.group.tensor for option in found} == {1, 2}  # of two query groups none is shared by four
+    for option in found:
+        group = option.group
+        assert group.replicas * group.tensor == option.m and option.tokens == 16 * OF.sequence
+        assert group.step.microbatches * group.replicas * option.groups == 16
+        assert all(count % group.tensor == 0 for _, count in option.attention)
+
+
+def test_sharing_costs_gathers_and_saves_memory():
+    """On links without latency that are as good as infinite, two ranks do half each; the experts' work is the same."""
+    alone, shared = group(2, 2), replace(group(4, 2), tensor=2)
+    assert alone.replicas == shared.replicas and alone.expert_tokens == shared.expert_tokens
+    one, two = alone.attention[0], shared.attention[0]
+    assert all(half < both for way in (0, 1) for half, both in zip(two[way][:3], one[way][:3]))
+    middle = 1  # with attention alone: two gathers forward, three backward
+    gather = 128 * 64 * 2 / 2 / 1e9 + 1e-5
+    assert two[0][middle] == pytest.approx(one[0][middle] / 2 + 2 * gather)
+    assert two[1][middle] == pytest.approx(one[1][middle] / 2 + 3 * gather)
+    few, many = (member_memory(priced, 0, 0, 4) for priced in (shared, alone))
+    assert few.weights == many.weights / 2 and few.activations == many.activations / 2
+    assert TaskCosts(shared, spread(shared, [4, 5])).transfer(Task(Kind.DISPATCH, Pass.FORWARD, 1, 0)).seconds \
+        == pytest.approx(TaskCosts(alone, spread(alone, [2, 3])).transfer(Task(Kind.DISPATCH, Pass.FORWARD, 1, 0)).seconds)
+
+
+def test_microbatches_are_shared_where_memory_needs_it():
+    of = shape(layers=30, experts=4, topk=1)
+    on = cluster(4, 4, memory=1.6805e9)
+    priced = kinds(on, of)
+    ask = replace(question(of, batch=4), tensor=(1, 2))
+    assert not search(replace(ask, tensor=(1,)), on, priced, thorough=False).best
+    best = search(ask, on, priced).best[0]
+    assert best.option.group.tensor == 2 and "2 a microbatch" in best.option.describe()
+    plan = plan_from_json(best.plan().to_json(), "plan.json")
+    assert plan.tensor_parallel == 2
+    costs = costs_of_plan(plan, on, priced)
+    orders = build("zebra", of.layers, costs.placement, plan.attention_ranks // plan.groups, plan.step.microbatches,
+                   plan.wave)
+    assert simulate(orders, costs).seconds == pytest.approx(plan.predicted.step_seconds)
+
+
+def test_weight_tasks_are_planned_where_they_are_worth_it():
+    """With one microbatch each rank waits for the other, with many the slower one never does."""
+    on = cluster(1, 1, bandwidth=1e10)
+    experts_on_old = {"new": profile(OF, (1e-3, 2e-3), (4e-3, 8e-3)), "old": profile(OF, (5e-3, 1e-2), (3e-4, 7e-4))}
+    of_pool = kinds_of(on, OF, PRECISION, Notes(), experts_on_old)
+    for batch, chosen in ((1, "delayed"), (32, "together")):
+        asked = replace(question(batch=batch), weight_gradients=("together", "delayed"))
+        best = search(asked, on, of_pool).best[0]
+        plan = best.plan()
+        assert plan.weight_gradients == chosen
+        orders = build("zebra", plan.model.layers, placement_of(best.assignment.experts), 1, plan.step.microbatches,
+                       plan.wave, delayed=plan.delayed)
+        assert simulate(orders, costs_of_plan(plan, on, of_pool)).seconds == pytest.approx(plan.predicted.step_seconds)
+        assert search(question(batch=batch), on, of_pool).best[0].plan().weight_gradients == "together"

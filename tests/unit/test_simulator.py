@@ -8,7 +8,7 @@ from pricing import cluster, group, profile, shape
 
 from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.schedule.orders import build, sequential, zebra
-from megatron_hetermoe.schedule.tasks import Kind, Stream
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 from megatron_hetermoe.simulator.baselines import (
     expert_parallel_seconds, ideal_seconds, pipeline, spread, zebra_seconds,
 )
@@ -165,3 +165,32 @@ def test_a_pipeline_gives_the_faster_pool_more_layers():
     slow = profile(of, attention=(3e-3, 6e-3), expert=(3e-4, 6e-4))
     found = pipeline(group(2, 2, of, old=slow))
     assert sum(found.layers[:found.stages[0]]) > sum(found.layers[found.stages[0]:])
+
+
+@pytest.mark.parametrize("expert, microbatches, gain", [(2e-4, 1, 0.15), (2e-4, 4, 0.004), (5e-4, 3, 0.02)])
+def test_weight_tasks_shorten_the_step(expert, microbatches, gain):
+    """Most with one microbatch, where each rank waits for the other one's gradients of activations."""
+    of = shape(layers=8)
+    part = profile(of, (1e-3, 2e-3), (expert, 2 * expert))
+    priced = group(2, 2, of, microbatches=microbatches, new=part, old=part, on=cluster(2, 2, bandwidth=2e8))
+    placement = spread(priced, [2, 3])
+    seconds = [
+        simulate(zebra(8, placement, 2, microbatches, None, delayed=delayed), TaskCosts(priced, placement, delayed)).seconds
+        for delayed in (False, True)
+    ]
+    assert seconds[1] < seconds[0] * (1 - gain)
+
+
+def test_weight_tasks_change_no_work():
+    """B and W tasks together take what B tasks took, on every member."""
+    priced = group(2, 2, of=shape(layers=2))
+    placement = Placement(((0, 2, 2, 2, 2, 3, 3, 3), (2, 2, 2, 2, 3, 3, 3, 3)), 4)
+
+    def busy(delayed: bool) -> list[float]:
+        schedule, costs = zebra(2, placement, 2, 3, None, delayed=delayed), TaskCosts(priced, placement, delayed)
+        return [sum(costs.seconds(member, task) for task in schedule.member(member).streams[Stream.COMPUTE])
+                for member in range(4)]
+
+    assert busy(True) == pytest.approx(busy(False))
+    weights = TaskCosts(priced, placement, True).seconds(2, Task(Kind.EXPERT, Pass.WEIGHT, 1, 0))
+    assert weights == pytest.approx(4 * priced.expert[2][1] / 2)

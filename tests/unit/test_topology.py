@@ -17,9 +17,9 @@ sizes = st.integers(1, 7)
 @st.composite
 def layouts(draw):
     groups, tensor, expert_tensor = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    return Layout(
-        draw(sizes) * groups * tensor, draw(sizes) * groups * expert_tensor, groups, tensor, expert_tensor
-    )
+    context = draw(st.integers(1, 3))
+    attention, expert = (draw(sizes) * groups * share for share in (tensor * context, expert_tensor))
+    return Layout(attention, expert, groups, tensor, expert_tensor, context)
 
 
 @given(layouts())
@@ -36,7 +36,7 @@ def test_groups_partition_their_pools(layout):
     for role in (ATTENTION, EXPERT):
         pool = list(layout.pool(role))
         for groups in (
-            layout.tensor_parallel(role), layout.data_parallel(role), layout.expert_tensor_parallel(role),
+            layout.tensor_parallel(role), layout.context_parallel(role), layout.data_parallel(role), layout.expert_tensor_parallel(role),
             layout.expert_parallel(role), layout.expert_data_parallel(role),
         ):
             assert sorted(rank for group in groups for rank in group) == pool
@@ -68,6 +68,15 @@ def test_process_groups_with_tensor_parallelism_by_hand():
     assert layout.holders == 6 and [layout.holder_of(rank) for rank in (4, 7, 12, 13, 14, 15)] == [0, 3, 4, 4, 5, 5]
 
 
+def test_context_parallel_groups_by_hand():
+    """Two sequences, each in two parts, each part on two ranks that share the dense part."""
+    layout = Layout(attention_ranks=8, expert_ranks=1, tensor=2, context=2)
+    assert layout.tensor_parallel(ATTENTION) == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert layout.context_parallel(ATTENTION) == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert layout.data_parallel(ATTENTION) == ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert (layout.replicas, layout.microbatches) == (4, 2)
+
+
 @given(layouts())
 def test_every_member_is_a_part_of_one_holder(layout):
     members = [member for holder in range(layout.holders) for member in layout.members_of(holder)]
@@ -81,9 +90,9 @@ def test_every_member_is_a_part_of_one_holder(layout):
     [((0, 2, 1), "at least one attention rank"), ((2, 0, 1), "at least one expert rank"),
      ((5, 4, 2), "5 attention ranks do not divide into 2 ZP groups; take 4 or 6"),
      ((1, 4, 4), "1 attention ranks do not divide into 4 ZP groups; take 4"),
-     ((6, 4, 2, 2), "6 attention ranks do not divide into 2 ZP groups of 2 attention ranks a tensor-parallel group; take 4 or 8"),
-     ((4, 3, 1, 2, 2), "3 expert ranks do not divide into 1 ZP groups of 2 expert ranks a tensor-parallel group; take 2 or 4"),
-     ((4, 4, 1, 0), "tensor parallelism of 0 attention ranks")],
+     ((6, 4, 2, 2), "into 2 ZP groups, each of them into groups of 2 that tensor or context parallelism puts together; take 4 or 8"),
+     ((4, 3, 1, 2, 2), "3 expert ranks do not divide into 1 ZP groups, each of them into groups of 2"),
+     ((4, 4, 1, 0), "parallelism of 0 attention ranks")],
 )
 def test_layouts_that_cannot_be(numbers, said):
     assert said in " ".join(layout_problems(*numbers))

@@ -86,12 +86,13 @@ def _is_cuda(device: object) -> bool:
 
 
 def _on_cpu(function):
-    """``function`` with a GPU in ``device=`` replaced by the CPU."""
+    """``function`` with a GPU in ``device=`` replaced by the CPU, and no memory pinned, which needs a GPU's driver."""
 
     @functools.wraps(function)
     def mapped(*args, **kwargs):
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
 
     return mapped

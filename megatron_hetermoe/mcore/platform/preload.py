@@ -4,6 +4,7 @@ Importing has an effect here on purpose: ``multiprocessing`` preloads modules by
 may start a thread, because a forked process has only the thread that forked it.
 """
 
+import importlib.util
 import warnings
 
 from megatron_hetermoe.mcore.platform import cpu
@@ -14,11 +15,15 @@ with warnings.catch_warnings():
         cpu.install()  # before Megatron, which looks up at its import what this maps
 
     # What a run would import late, at a second or more a rank: torch's optimizers want the compiler.
-    import megatron.core.datasets.helpers
     import megatron.core.models.mimo
     import megatron.core.tokenizers.text
     import megatron.training.training
     import torch._dynamo
 
-    import megatron_hetermoe.mcore.gpt
-    import megatron_hetermoe.mcore.pretrain  # noqa: F401
+    from megatron_hetermoe.mcore import patches
+
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):  # a checkout compiles it in its first run
+        import megatron.core.datasets.helpers
+    if not any(map(patches.unmet, patches.RUN)):  # else a rank says what does not fit
+        import megatron_hetermoe.mcore.gpt
+        import megatron_hetermoe.mcore.pretrain  # noqa: F401
