@@ -37,6 +37,11 @@ PARTS = {
     "planner/advice.py": "The planner finds no layout; the second line says what would fit",
     "mcore/arguments.py": "Megatron's flags ask for what a disaggregated run does not do, or for a batch that the layout "
                           "cannot divide",
+    "mcore/script.py": "A training script asks Megatron for what a disaggregated run does not do. No process group exists "
+                       "yet",
+    "script.py": "A training script was not found, has the two lines too far down, or has trained nothing",
+    "cli/rank.py": "The files of `hetermoe train` and `hetermoe rank` are not as they must be, or no launcher has said which rank "
+                   "this is",
     "mcore/checkpoints.py": "A checkpoint is damaged, or there is no room for one. Nothing was loaded",
     "mcore/patches.py": "The installed Megatron is not the one that this plugin was written for",
     "mcore/numbers.py": "A number is not finite; the first layer and expert in which it was seen are named",

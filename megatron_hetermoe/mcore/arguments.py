@@ -234,11 +234,15 @@ def _parse(rest: Sequence[str], problems: Problems, asked: Asked) -> argparse.Na
     raise AssertionError("unreachable")
 
 
+class _Fault(Exception):
+    """What a parser has against a flag."""
+
+
 class _Parser(argparse.ArgumentParser):
     """One that does not exit."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
+        raise _Fault(message.removeprefix("argument "))
 
 
 def _faults(rest: Sequence[str], asked: Asked, said: str) -> list[str]:
@@ -254,8 +258,8 @@ def _faults(rest: Sequence[str], asked: Asked, said: str) -> list[str]:
             continue
         try:
             _, more = parser.parse_known_args(words)
-        except ValueError as error:
-            faults.append(str(error))
+        except _Fault as fault:
+            faults.append(str(fault))
         else:
             if more:
                 most = "no value; write `true` for it in a recipe" if known[flag].nargs == 0 else "one value"

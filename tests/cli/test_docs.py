@@ -36,6 +36,7 @@ NOT_RUN = {
     r"scripts/test\.sh": "it is what runs this test",
     r"torchrun .*pretrain_gpt .*": "tests/parity starts the same module on ranks of its own",
     r"(torchrun|srun) .* rank .*": "tests/slurm runs it",
+    r"hetermoe train \S+\.py .*": "tests/cli/test_script.py runs it with a script and with a checkout",
     r"hetermoe submit .* --yes": "tests/slurm submits to a real Slurm",
     r"(torchrun .*)?hetermoe doctor.*": "tests/cli/test_doctor.py runs it; what it finds is the machine's",
     r"torchrun .* -m megatron_hetermoe doctor .*": "tests/cli/test_doctor.py runs it on several ranks",
