@@ -94,8 +94,8 @@ def _arguments(node: ast.AST) -> Iterator[ast.expr]:
     owner = getattr(getattr(node.func, "value", None), "id", "")
     if name == "add" and owner in ("problems", "found") or name == "UsageError":
         yield node.args[0]
-    elif name in RAISED:
-        yield node.args[-1] if node.args else ast.Constant("")
+    elif name in RAISED and node.args and any(_texts(node.args[-1])):  # others hand on what a library said
+        yield node.args[-1]
     elif name == "print" and node.args and next(_texts(node.args[0]), "").startswith("hetermoe: "):  # no log line
         yield node.args[0]
 
