@@ -125,7 +125,7 @@ def _expanded(node: ast.expr, tree: ast.Module, seen: frozenset[str] = frozenset
     if isinstance(node, ast.Name) and node.id not in seen:
         seen |= {node.id}
         inner = _assigned(node.id, tree)
-    elif isinstance(node, ast.Subscript):
+    elif isinstance(node, (ast.Subscript, ast.Starred)):
         inner = [node.value]
     elif isinstance(node, (ast.ListComp, ast.GeneratorExp)):
         inner = [node.elt, *(part.iter for part in node.generators)]
