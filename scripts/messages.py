@@ -99,8 +99,8 @@ def _arguments(node: ast.AST) -> Iterator[ast.expr]:
     owner = getattr(getattr(node.func, "value", None), "id", "")
     if name == "add" and owner in ("problems", "found") or name == "UsageError":
         yield node.args[0]
-    elif name in RAISED:
-        yield node.args[-1] if node.args else ast.Constant("")
+    elif name in RAISED and node.args and any(_texts(node.args[-1])):  # others hand on what a library said
+        yield node.args[-1]
     elif name == "print" and node.args and next(_texts(node.args[0]), "").startswith("hetermoe: "):  # no log line
         yield node.args[0]
 
@@ -130,7 +130,7 @@ def _expanded(node: ast.expr, tree: ast.Module, seen: frozenset[str] = frozenset
     if isinstance(node, ast.Name) and node.id not in seen:
         seen |= {node.id}
         inner = _assigned(node.id, tree)
-    elif isinstance(node, ast.Subscript):
+    elif isinstance(node, (ast.Subscript, ast.Starred)):
         inner = [node.value]
     elif isinstance(node, (ast.ListComp, ast.GeneratorExp)):
         inner = [node.elt, *(part.iter for part in node.generators)]
