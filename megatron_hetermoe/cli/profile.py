@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_hetermoe.cli.plan import DEFAULT_VOCABULARY
 from megatron_hetermoe.cli.quiet import quiet
-from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import Flags, parse_flags
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 

@@ -18,7 +18,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_hetermoe.config.errors import Problems

@@ -40,8 +40,8 @@ def refit(plan: Plan, attention_ranks: int, expert_ranks: int, microbatches: int
     Raises:
         UsageError: when no layout is possible with them.
     """
-    if max(plan.tensor_parallel, plan.context_parallel, plan.expert_tensor_parallel) > 1:
-        raise UsageError(["a plan with tensor or context parallelism is not fitted to other ranks yet: give ranks and "
+    if plan.context_parallel > 1:
+        raise UsageError(["a plan with context parallelism is not fitted to other ranks yet: give ranks and "
                           "placement by hand"])
     a, n, groups = _layout(plan, attention_ranks, expert_ranks, microbatches)
     # Holders: an attention rank is one, and as many expert ranks together as share their experts' weights.

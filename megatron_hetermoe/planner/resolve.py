@@ -10,7 +10,9 @@ import yaml
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
-from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS, Plan, plan_from_json
+from megatron_hetermoe.config.plan import (
+    ATTENTION_KERNELS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS, Plan, plan_from_json,
+)
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document

@@ -14,8 +14,6 @@ from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.schedule.trace import read_jsonl
 
-import pytest
-
 FIELDS = ("consumed samples", "lm loss", "load_balancing_loss", "z_loss", "loss scale", "grad norm", "learning rate")
 
 
