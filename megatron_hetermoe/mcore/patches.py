@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.config.errors import Problems
 
 MOST = 12  # patches; a plugin that needs more should be a fork
 _WRITTEN_FOR = "0.19.2"
@@ -183,14 +183,14 @@ def check(part: tuple[Patch, ...]) -> None:
     Raises:
         UsageError: naming each symbol whose source is not as it was when its patch was written.
     """
-    problems = [
-        f"{patch.symbol} cannot be patched: {problem}" for patch in part for problem in unmet(patch)
-    ]
-    if problems:
-        raise UsageError([
-            f"{imported_megatron()} is not one that this plugin can work with, which was written for {_WRITTEN_FOR}: install "
-            f"megatron-core=={_WRITTEN_FOR}, or take a checkout of core_v0.19.0", *problems,
-        ])
+    misfits = [(patch.symbol, misfit) for patch in part for misfit in unmet(patch)]
+    problems = Problems()
+    if misfits:
+        problems.add(f"{imported_megatron()} is not one that this plugin can work with, which was written for {_WRITTEN_FOR}: "
+                     f"install megatron-core=={_WRITTEN_FOR}, or take a checkout of core_v0.19.0")
+    for symbol, misfit in misfits:
+        problems.add(f"{symbol} cannot be patched: {misfit}")
+    problems.raise_if_any()
 
 
 def unmet(patch: Patch) -> list[str]:
