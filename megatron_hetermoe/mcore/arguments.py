@@ -173,6 +173,9 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
             problems.add("--hetermoe-weight-gradients delayed is not supported with tensor parallelism: leave it out")
         if plan.context_parallel > 1 and plan.attention_kernel == "megatron" and args.transformer_impl == "local":
             problems.add("--hetermoe-attention megatron knows no context parallelism: leave it out")
+        if args.reset_attention_mask and args.transformer_impl == "local" and _by_torch(plan):
+            problems.add("--reset-attention-mask is not supported with torch's attention kernels, which see the whole "
+                         "sequence: leave it out, or use --hetermoe-attention megatron")
         if plan.delayed and args.transformer_impl != "local":
             problems.add(f"--hetermoe-weight-gradients delayed is for --transformer-impl local, this is "
                          f"{args.transformer_impl}: change one")
@@ -187,6 +190,13 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
         problems.add("--eval-interval is missing: Megatron counts evaluations with it, without any too; add it, beside "
                      "--eval-iters 0 for none")
     return plan
+
+
+def _by_torch(plan: Plan) -> bool:
+    """Whether attention without transformer-engine is by torch's kernels (``mcore.sdpa.choose_kernel``)."""
+    if plan.attention_kernel == "auto":
+        return plan.context_parallel > 1 or not cpu.needed()
+    return plan.attention_kernel != "megatron"
 
 
 def arguments_to_plan_for(

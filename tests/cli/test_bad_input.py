@@ -86,6 +86,7 @@ def test_placements(tmp_path, placement, document, said):
          "--tensor-model-parallel-size above 1 without --sequence-parallel is not supported with --hetermoe: add it"),
         ([*OURS, "--hetermoe-attention", "megatron", *tiny(context_parallel_size=2)],
          "--hetermoe-attention megatron knows no context parallelism"),
+        ([*OURS, "--hetermoe-attention", "math", *tiny(reset_attention_mask=True)], "--reset-attention-mask is not"),
         ([*OURS, *tiny(eval_interval=None)], "--eval-interval is missing"),
         ([*OURS, *tiny(train_iters=5, lr_warmup_iters=5)],
          "--lr-warmup-iters 5 does not end before --train-iters 5"),
