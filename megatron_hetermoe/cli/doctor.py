@@ -11,9 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hetermoe import pretrain_gpt
 from megatron_hetermoe.cli.rank import take_place
-from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.config.errors import UsageError, tell
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             take_place(os.environ)
             machines, transfers, failures = _all_ranks(args)
         except UsageError as error:
-            return pretrain_gpt.refuse(error)
+            return tell(error)
     findings = diagnose(machines, transfers, failures)
     if os.environ.get("RANK", "0") == "0":
         if args.json:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_hetermoe.cli.environment import environment
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.config.errors import Problems, UsageError
@@ -97,10 +98,9 @@ def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
 
 def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems, notes: Any) -> Any:
     _, rest = parse_flags(argv, problems)
-    os.environ.setdefault("WORLD_SIZE", "1")
     from megatron_hetermoe.planner.options import Question
 
-    with quiet():
+    with quiet(), environment({"WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}):
         from megatron_hetermoe.mcore.arguments import arguments_to_plan_for, parallelism_of, recomputed
 
         parsed, shape = arguments_to_plan_for(rest, problems)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_hetermoe.cli.environment import environment
 from megatron_hetermoe.cli.plan import DEFAULT_VOCABULARY
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems
@@ -69,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
         problems.raise_if_any()
     recipe = load_recipe(args.recipe, os.environ)
     flags, rest = parse_flags(override(recipe.argv, args.overrides, args.drop), problems)
-    os.environ.update(recipe.env)
-    with locating(places_left(recipe, args.overrides)):
+    of_rank = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")}
+    with environment({**recipe.env, **of_rank}), locating(places_left(recipe, args.overrides)):
         profile = _measure(args, flags, rest, problems)
     out.write_text(profile.to_json(), encoding="utf-8")
     for name, points in profile.parts.items():
@@ -95,7 +96,6 @@ def _measure(args: argparse.Namespace, flags: Flags, rest: Sequence[str], proble
             rest, changes = for_cpu(rest)
         rest += ["--distributed-backend", "gloo"]
         print(*changes, sep="\n", end="\n" * bool(changes), flush=True)
-    os.environ.update(WORLD_SIZE="3", RANK="0", LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
     with Progress(console=Console(stderr=True), transient=True) as progress, quiet():
         task = progress.add_task("importing Megatron", total=None)
         import torch

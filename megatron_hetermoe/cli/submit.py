@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from megatron_hetermoe.cli.environment import environment
 from megatron_hetermoe.cli.plan import flags_of
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.cli.rank import value_of
@@ -129,22 +129,10 @@ def _plan(args: argparse.Namespace, problems: Problems) -> tuple[Any, list[str]]
     problems.raise_if_any()
     world = world_size(ours, None)
     planned = _planned_flags(ours.plan) if ours.plan else []
-    with quiet(), _environment(recipe.env):
+    with quiet(), environment(recipe.env):  # some flags are checked with it
         from megatron_hetermoe.mcore.arguments import plan_elsewhere
 
         return plan_elsewhere(ours, override(rest, planned), world, problems), planned
-
-
-@contextlib.contextmanager
-def _environment(env: Mapping[str, str]) -> Iterator[None]:
-    """The variables that ranks will have, some of which flags are checked with."""
-    before = dict(os.environ)
-    os.environ.update(env)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _planned_flags(path: str) -> list[str]:

@@ -41,6 +41,7 @@ class Prices:
     attention: float
     expert: float
     transfer_seconds: float
+    delayed: bool = False
 
     @property
     def group(self) -> SimpleNamespace:

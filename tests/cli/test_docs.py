@@ -91,7 +91,8 @@ def run_commands(rank: int, world: int, pages: list[tuple[str, list[str]]], fold
         place = folder / name
         shutil.copytree(folder / "given", place, symlinks=True)
         os.chdir(place)
-        before = dict(os.environ)
+        # A user's shell; this process has been started as a rank.
+        before = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         for line in lines:
             os.environ.clear()
             os.environ.update(before)
