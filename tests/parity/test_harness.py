@@ -101,7 +101,7 @@ def test_a_training_run_that_fails_is_returned(tmp_path):
 
 def test_comparing_steps():
     step = Step(loss={"lm loss": 2.0}, grad_norm=1.0, skipped=0, num_zeros=None, loss_scale=1.0, seconds=0.1, resident=0)
-    other = Step(loss={"lm loss": 2.0}, grad_norm=1.1, skipped=0, num_zeros=None, loss_scale=1.0, seconds=0.2)
+    other = Step(loss={"lm loss": 2.0}, grad_norm=1.1, skipped=0, num_zeros=None, loss_scale=1.0, seconds=0.2, resident=0)
     assert_same_steps([step], [step])
     assert_same_steps([other], [step], rel=0.2)
     with pytest.raises(AssertionError, match="grad norm"):
