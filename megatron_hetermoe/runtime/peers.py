@@ -8,6 +8,8 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 ENDED = "ended"  # in place of a beat, before an exit code: the rank is through, and its silence means nothing
 
 
@@ -39,6 +41,21 @@ class Peer:
 def this_process(rank: int, role: str) -> Peer:
     """The rank that calls."""
     return Peer(rank, role, socket.gethostname(), os.getpid(), _space())
+
+
+def listener(address: tuple[str, int]) -> Peer | None:
+    """The process that listens at an address, where that is on this machine and the kernel says which one it is.
+
+    Args:
+        address: host and port. A connection is made, since that tells whether the host is this machine.
+    """
+    with socket.create_connection(address) as probe:
+        if probe.getsockname()[0] != probe.getpeername()[0]:
+            return None
+    for one in psutil.net_connections("tcp"):
+        if one.status == psutil.CONN_LISTEN and one.laddr.port == address[1] and one.pid:
+            return Peer(-1, "launcher", socket.gethostname(), one.pid, _space())
+    return None
 
 
 def _space() -> str:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from megatron_hetermoe.config.errors import PEER_LOST_CODE
 from megatron_hetermoe.runtime.marks import Marks
-from megatron_hetermoe.runtime.peers import ENDED, Peer, Silences, state, this_process
+from megatron_hetermoe.runtime.peers import ENDED, Peer, Silences, listener, state, this_process
 
 NEIGHBOURS = 8  # ranks that each rank listens to, the next ones round the ring; so the store's load grows as the world
 _FAILED_CODE = 1
@@ -62,6 +62,7 @@ class Watch:
         neighbours = {(rank + step) % world for step in range(1, min(NEIGHBOURS, world - 1) + 1)}
         self._listening = sorted(neighbours | {store_rank} - {None, rank})
         self._peers: dict[int, Peer] = {}
+        self._launcher: Peer | None = None  # the process that has the store, if it is a launcher on this machine
         self._silences = Silences(longest=2 * self._period)
         self._round = 0
         self._verdict: dict | None = None
@@ -78,6 +79,8 @@ class Watch:
     def start(self) -> None:
         """From now on peers see this rank, and this rank ends when one of them is gone."""
         self._store = self._connect()
+        if self._store_rank is None:
+            self._launcher = listener(self._address)
         for thread in self._threads:
             thread.start()
 
@@ -184,7 +187,7 @@ class Watch:
         """Whether a store that does not answer is that of a process that will not go on; it needs no interpreter."""
         if self._store_rank == self._me.rank:
             return False
-        peer = self._peers.get(self._store_rank)
+        peer = self._launcher if self._store_rank is None else self._peers.get(self._store_rank)
         return peer is None or state(peer, self._me) != "running"
 
     # ------------------------------------------------------------------------------------------- verdicts
