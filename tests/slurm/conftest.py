@@ -9,7 +9,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 START = 60  # seconds that the daemons may take
-KINDS = ("a40", "v100")
+NODES = ("a40-0", "v100-0", "v100-1")
 
 # Nodes of one machine differ in name and port. They claim more than it has, hence config_overrides; its GPUs are files
 # that are there everywhere. Heterogeneous jobs are placed by the backfill scheduler, every second.
@@ -50,29 +51,52 @@ SchedulerParameters=bf_interval=1,sched_interval=2,bf_hetjob_immediate
 GresTypes=gpu
 NodeName=a40-0 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 Feature=a40 Gres=gpu:a40:2
 NodeName=v100-0 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 Feature=v100 Gres=gpu:v100:2
+NodeName=v100-1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[3]} CPUs=4 Feature=v100 Gres=gpu:v100:2
 PartitionName=a40 Nodes=a40-0 MaxTime=INFINITE
 PartitionName=v100 Nodes=v100-0 MaxTime=INFINITE
+PartitionName=old Nodes=v100-0,v100-1 MaxTime=INFINITE
 PartitionName=mixed Nodes=a40-0,v100-0 MaxTime=INFINITE Default=YES
 """
 GRES = "AutoDetect=off\n" + "".join(
-    f"NodeName={kind}-0 Name=gpu Type={kind} File={device}\n" for kind in KINDS for device in ("/dev/null", "/dev/zero"))
+    f"NodeName={node} Name=gpu Type={node.partition('-')[0]} File={device}\n" for node in NODES
+    for device in ("/dev/null", "/dev/zero"))
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running cluster: nodes a40-0 and v100-0 with two GPUs each, partitions a40, v100 and mixed.
+    """A running cluster: nodes a40-0, v100-0 and v100-1 with two GPUs each. Partitions a40 and v100 have one node, mixed
+    has both of these, and old has both of the older kind.
 
     Attributes:
         env: the environment of commands that talk to it.
+        daemons: by node, the process that runs it; by name, those of the cluster.
     """
 
     env: dict[str, str]
+    daemons: dict[str, subprocess.Popen]
 
     def run(self, *command: object, **options: object) -> str:
         """What a command prints; fails with what it says where it fails."""
         ended = subprocess.run([*map(str, command)], env=self.env, capture_output=True, text=True, timeout=60, **options)
         assert ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}"
         return ended.stdout.strip()
+
+    def start_again(self, job: str) -> None:
+        """Does not wait the two minutes that Slurm lets pass after a requeue. A node refuses a job's credential that is of
+        the same second in which it revoked the one before."""
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+1")
+
+    @contextmanager
+    def without(self, node: str) -> Iterator[None]:
+        """A node has failed, while the block runs."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        try:
+            yield
+        finally:
+            self.daemons[node] = subprocess.Popen(self.daemons[node].args, env=self.env, stdout=subprocess.DEVNULL,
+                                                  stderr=subprocess.DEVNULL)
 
     def state(self, job: str) -> str:
         """Of a job's first component, as PENDING; empty when it has ended."""
@@ -97,13 +121,13 @@ def slurm() -> Iterator[Slurm]:
         pytest.skip(f"needs {', '.join(missing)} (apt install slurmctld slurmd slurm-client munge)" if missing else
                     "Slurm's daemons run as root here")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short, since a socket's path may have 108 letters only
-    processes: list[subprocess.Popen] = []
+    daemons: dict[str, subprocess.Popen] = {}
     try:
-        yield start(folder, processes)
+        yield start(folder, daemons)
     finally:
-        for process in reversed(processes):
+        for process in reversed(daemons.values()):
             process.terminate()
-        for process in processes:
+        for process in daemons.values():
             process.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -113,10 +137,10 @@ def find(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 
 
-def start(folder: Path, processes: list[subprocess.Popen]) -> Slurm:
+def start(folder: Path, daemons: dict[str, subprocess.Popen]) -> Slurm:
     """Starts the daemons, all in the foreground so that they end with their handles, and waits for the nodes."""
     (folder / "slurm.conf").write_text(CONF.format(
-        folder=folder, ports=free_ports(3), first=random.randrange(1, 10_000),
+        folder=folder, ports=free_ports(1 + len(NODES)), first=random.randrange(1, 10_000),
         host=socket.gethostname().partition(".")[0]))
     (folder / "gres.conf").write_text(GRES)
     (folder / "state").mkdir()
@@ -124,18 +148,18 @@ def start(folder: Path, processes: list[subprocess.Popen]) -> Slurm:
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-    cluster = Slurm({**env, "SLURM_CONF": str(folder / "slurm.conf")})
-    commands = [
-        ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}",
+    cluster = Slurm({**env, "SLURM_CONF": str(folder / "slurm.conf")}, daemons)
+    commands = {
+        "munged": ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}",
          f"--pid-file={folder}/munge.pid", f"--seed-file={folder}/munge.seed", f"--log-file={folder}/munge.log"],
-        ["slurmctld", "-D"], *(["slurmd", "-D", "-N", f"{kind}-0"] for kind in KINDS),
-    ]
+        "slurmctld": ["slurmctld", "-D"], **{node: ["slurmd", "-D", "-N", node] for node in NODES},
+    }
     with open(folder / "daemons.log", "ab") as log:
-        for command in commands:
-            processes.append(subprocess.Popen([find(command[0]), *command[1:]], env=cluster.env, stdout=log, stderr=log))
-            if command[0] == "munged":
-                await_(lambda: (folder / "munge.socket").exists(), folder, processes)
-    await_(lambda: nodes(cluster.env).split() == ["idle"] * len(KINDS), folder, processes)
+        for name, command in commands.items():
+            daemons[name] = subprocess.Popen([find(command[0]), *command[1:]], env=cluster.env, stdout=log, stderr=log)
+            if name == "munged":
+                await_(lambda: (folder / "munge.socket").exists(), folder, daemons)
+    await_(lambda: nodes(cluster.env).split() == ["idle"] * len(NODES), folder, daemons)
     return cluster
 
 
@@ -152,16 +176,16 @@ def free_ports(count: int) -> list[int]:
 
 
 def nodes(env: dict[str, str]) -> str:
-    ended = subprocess.run(["sinfo", "--noheader", "--Node", "--partition=mixed", "--format=%T"], env=env,
+    ended = subprocess.run(["sinfo", "--noheader", "--Node", "--partition=a40,old", "--format=%T"], env=env,
                            capture_output=True, text=True)
     return ended.stdout
 
 
-def await_(ready: Callable[[], bool], folder: Path, processes: list[subprocess.Popen]) -> None:
+def await_(ready: Callable[[], bool], folder: Path, daemons: Mapping[str, subprocess.Popen]) -> None:
     """Waits for the daemons, and shows what they say when they do not come up."""
     deadline = time.monotonic() + START
     while not ready():
-        gone = [process.args[0] for process in processes if process.poll() is not None]
+        gone = [name for name, process in daemons.items() if process.poll() is not None]
         if gone or time.monotonic() > deadline:
             said = "\n".join(path.read_text(errors="replace")[-1500:] for path in folder.glob("*.log"))
             pytest.fail(f"Slurm did not start ({', '.join(gone) or 'no daemon ended'}):\n{said}")

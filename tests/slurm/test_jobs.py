@@ -87,11 +87,11 @@ def test_a_job_that_is_cut_off_goes_on(slurm, data, tmp_path, monkeypatch, capsy
     cut_at = int((saved / "latest_checkpointed_iteration.txt").read_text())
     assert 2 <= cut_at < 5 and max(steps(text)) == cut_at and "the job is queued again" in text
 
-    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # after a requeue Slurm lets two minutes pass
+    slurm.start_again(job)
     slurm.wait(job, log, lambda _, text: text.count("successfully saved checkpoint from iteration       5") == 1)
     slurm.run("scontrol", "requeue", job)
     slurm.wait(job, log, lambda state, _: state == "PENDING")
-    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    slurm.start_again(job)
     text = slurm.wait(job, log, lambda state, _: state in ("COMPLETED", ""))
 
     assert text.count("loading distributed checkpoint from") == 2
