@@ -8,13 +8,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hetermoe.cli.words import resumed, value_of
 from megatron_hetermoe.config.errors import Problems, UsageError
-from megatron_hetermoe.config.flags import PREFIX
-from megatron_hetermoe.config.plan import Plan, plan_from_json
-from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.plan import Plan, read_plan
+from megatron_hetermoe.config.recipe import Recipe, load_recipe, override
 from megatron_hetermoe.config.saved import saved_plan
 from megatron_hetermoe.planner.elastic import Refit, refit, within_memory
-from megatron_hetermoe.planner.resolve import PLANNED
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -30,6 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--expert-ranks", type=int, required=True, metavar="N", help="that are there")
     parser.add_argument("--out", required=True, metavar="plan.json")
     parser.add_argument("--plan", metavar="FILE", help="start from this plan in place of the checkpoint's")
+    parser.add_argument("--resume", action="store_true", help="as of `hetermoe rank`: the checkpoint is that in the folder "
+                        "of --save; while none is there, what the recipe says of ranks is the plan to start from")
     parser.add_argument("--cluster", metavar="CLUSTER.yaml", help="see to it that memory is enough, for a plan that "
                         "`hetermoe plan` made")
     parser.add_argument("--json", action="store_true", help="print ranks and changes as JSON")
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     recipe = load_recipe(args.recipe, os.environ)
     argv = override(recipe.argv, args.overrides, args.drop)
-    found = fitted(argv, args.attention_ranks, args.expert_ranks, args.plan, args.cluster)
+    before = read_plan(args.plan) if args.plan else _before(recipe, argv) if args.resume else _of_checkpoint(argv)
+    found = fitted(argv, args.attention_ranks, args.expert_ranks, before, args.cluster)
     write_plan(found.plan, args.out)
     if args.json:
         print(json.dumps({"attention_ranks": found.plan.attention_ranks, "expert_ranks": found.plan.expert_ranks,
@@ -53,21 +55,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def fitted(
-    argv: Sequence[str], attention_ranks: int, expert_ranks: int, plan: str | None = None, cluster: str | None = None
+    argv: Sequence[str], attention_ranks: int, expert_ranks: int, before: Plan | None = None, cluster: str | None = None
 ) -> Refit:
     """The plan nearest to that of a run's checkpoint.
 
     Args:
         argv: the run's flags.
         attention_ranks, expert_ranks: that are there.
-        plan: a plan file in place of the checkpoint's.
+        before: a plan in place of the checkpoint's.
         cluster: a cluster file, to see to memory.
 
     Raises:
         UsageError: when there is no plan to start from, or none fits.
     """
-    before = _read(plan) if plan else _of_checkpoint(argv)
-    found = refit(before, attention_ranks, expert_ranks, _microbatches(argv))
+    found = refit(before or _of_checkpoint(argv), attention_ranks, expert_ranks, _microbatches(argv))
     if cluster is None:
         return found
     from megatron_hetermoe.cost.cluster import kinds_of, read_cluster
@@ -80,14 +81,6 @@ def fitted(
     return within_memory(found, machines, kinds_of(machines, found.plan.model, found.plan.attention_precision, Notes()))
 
 
-def with_plan(argv: Sequence[str], path: str) -> list[str]:
-    """A run's flags with a plan file in place of those that a plan decides."""
-    decided = {f"{PREFIX}-{name.replace('_', '-')}" for name in (*PLANNED, "placement", "plan")}
-    given = {word.partition("=")[0] for word in argv}
-    load = [] if "--load" in given else ["--load", _value(argv, "--save")]
-    return override(argv, [f"{PREFIX}-plan", path, *load], sorted(decided & given))
-
-
 def write_plan(plan: Plan, path: str | Path) -> None:
     """Writes a plan file."""
     try:
@@ -96,18 +89,24 @@ def write_plan(plan: Plan, path: str | Path) -> None:
         raise UsageError([f"cannot write {path}: {error.strerror}"]) from None
 
 
-def _read(path: str) -> Plan:
-    try:
-        return plan_from_json(Path(path).read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError([f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}"]) from None
+def _before(recipe: Recipe, argv: Sequence[str]) -> Plan:
+    """What a job that is started again begins from: its own checkpoint's plan, or the recipe's while it has saved none."""
+    again = resumed(argv)
+    if again != list(argv):
+        return _of_checkpoint(again)
+    from megatron_hetermoe.cli.recipe_plan import plan_of
+
+    problems = Problems()
+    plan, _ = plan_of(recipe, argv, problems)
+    problems.raise_if_any()
+    return plan
 
 
 def _of_checkpoint(argv: Sequence[str]) -> Plan:
-    folder = _value(argv, "--load") or _value(argv, "--save")
+    folder = value_of(argv, "--load") or value_of(argv, "--save")
     if folder is None:
         raise UsageError(["the recipe names no checkpoint: give -- --load DIR, or --plan FILE"])
-    step = _value(argv, "--ckpt-step")
+    step = value_of(argv, "--ckpt-step")
     if step is not None and not (step.isdecimal() and len(step) <= 12):
         raise UsageError([f"--ckpt-step is {step!r}; it must be a whole number"])
     return saved_plan(folder, None if step is None else int(step))
@@ -118,7 +117,7 @@ def _microbatches(argv: Sequence[str]) -> int:
     problems = Problems()
     sizes = []
     for flag in ("--global-batch-size", "--micro-batch-size"):
-        text = _value(argv, flag) or ""
+        text = value_of(argv, flag) or ""
         if not text.isdecimal() or len(text) > 12 or int(text) == 0:
             problems.add(f"{flag} is {text or 'missing'}: how the batch divides over ranks depends on it")
         sizes.append(int(text) if text.isdecimal() and len(text) <= 12 else 0)
@@ -126,13 +125,3 @@ def _microbatches(argv: Sequence[str]) -> int:
     if sizes[0] % sizes[1]:
         raise UsageError([f"--global-batch-size {sizes[0]} does not divide by --micro-batch-size {sizes[1]}"])
     return sizes[0] // sizes[1]
-
-
-def _value(argv: Sequence[str], flag: str) -> str | None:
-    """The value of a flag, in either spelling; the last one counts, as for argparse."""
-    value = None
-    for word, following in zip(argv, (*argv[1:], "")):
-        name, joined, rest = word.partition("=")
-        if name == flag:
-            value = rest if joined else following
-    return value

@@ -15,14 +15,36 @@ case "$CONTAINER" in
     apptainer:*) inside=(apptainer exec --nv --pwd "$PWD" --bind "$PWD${MOUNTS:+,$MOUNTS}" "${CONTAINER#apptainer:}") ;;
     *) echo "CONTAINER is $CONTAINER; it must be pyxis:IMAGE, apptainer:IMAGE or nothing" >&2; exit 2 ;;
 esac
-rank=(${inside[@]+"${inside[@]}"} "${HETERMOE[@]}" rank "${RECIPE[@]}" --resume -- ${FLAGS[@]+"${FLAGS[@]}"}
+
+# The nodes that Slurm gave may be fewer than the last time, or more: their ranks get the plan nearest to the last one's.
+tasks=()
+plan=()
+if [ "${#RANKS[@]}" -gt 0 ]; then
+    there=()
+    for component in "${!RANKS[@]}"; do
+        nodes=SLURM_JOB_NUM_NODES_HET_GROUP_$component
+        there+=($((${!nodes} * RANKS[component])))
+    done
+    plan=(--plan "$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.plan.json")
+    fit=$(srun --het-group=0 --nodes=1 --ntasks=1 ${container[@]+"${container[@]}"} ${inside[@]+"${inside[@]}"} \
+        "${HETERMOE[@]}" elastic "${RECIPE[@]}" --resume --attention-ranks "${there[0]}" --expert-ranks "${there[1]}" \
+        --out "${plan[1]}" --json ${CLUSTER[@]+"${CLUSTER[@]}"} -- ${FLAGS[@]+"${FLAGS[@]}"})
+    echo "the nodes have ${there[0]} attention and ${there[1]} expert ranks: $fit"
+    for component in 0 1; do
+        role=$([ "$component" = 0 ] && echo attention || echo expert)
+        count=$(sed -n "s/.*\"${role}_ranks\": \([0-9]*\).*/\1/p" <<< "$fit")
+        tasks+=("--ntasks=$count --nodes=$(((count + RANKS[component] - 1) / RANKS[component]))")
+    done
+fi
+rank=(${inside[@]+"${inside[@]}"} "${HETERMOE[@]}" rank "${RECIPE[@]}" --resume ${plan[@]+"${plan[@]}"} -- ${FLAGS[@]+"${FLAGS[@]}"}
       --exit-signal-handler --exit-signal SIGUSR1)
 
 if [ "${#POOLS[@]}" -gt 1 ]; then
     # One step over all components: ranks are numbered through, and each knows its component's pool.
     for component in "${!POOLS[@]}"; do
         [ "$component" = 0 ] || srun+=(:)
-        srun+=(--het-group="$component" ${container[@]+"${container[@]}"}
+        read -ra sizes <<< "${tasks[component]-}"
+        srun+=(--het-group="$component" ${sizes[@]+"${sizes[@]}"} ${container[@]+"${container[@]}"}
                env HETERMOE_POOL="${POOLS[$component]}" "${rank[@]}")
     done
 else

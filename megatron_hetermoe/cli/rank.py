@@ -8,12 +8,10 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from megatron_hetermoe import pretrain_gpt
+from megatron_hetermoe.cli.words import resumed, with_plan
 from megatron_hetermoe.config.errors import Problems, UsageError, tell
 from megatron_hetermoe.config.recipe import Recipe, load_recipe, override
 
-TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's, in a folder that has a checkpoint
-# What a recipe says of the checkpoint that it begins with, and what does not hold of the job's own.
-_OF_THE_FIRST_START = ("--finetune", "--no-load-optim", "--no-load-rng", "--ckpt-step", "--pretrained-checkpoint")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
@@ -28,6 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--drop", action="append", default=[], metavar="FLAG", help="leave out a flag of the recipe")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the checkpoint in the folder of --save, if one is there")
+    parser.add_argument("--plan", metavar="plan.json", help="roles, placement and schedule by this plan, whatever the recipe "
+                        "says of them; `hetermoe elastic` makes one")
     parser.set_defaults(run=run)
 
 
@@ -37,7 +37,12 @@ def run(args: argparse.Namespace) -> int:
         script, recipe = script_and_recipe(args.files)
     except UsageError as error:
         return tell(error)
-    return run_rank(script, recipe, args.overrides, args.drop, resumed if args.resume else list)
+
+    def flags_of(argv: Sequence[str]) -> list[str]:
+        found = resumed(argv) if args.resume else list(argv)
+        return with_plan(found, args.plan) if args.plan else found
+
+    return run_rank(script, recipe, args.overrides, args.drop, flags_of)
 
 
 def run_rank(
@@ -112,28 +117,3 @@ def take_place(environ: MutableMapping[str, str]) -> None:
         problems.add(f"{' and '.join(gone)} not set: export the first node's name and a free port, the same for all "
                      "ranks; `hetermoe submit` writes a batch script that does")
     problems.raise_if_any()
-
-
-def resumed(argv: Sequence[str]) -> list[str]:
-    """The command line that goes on from the folder it saves to, or the same one while nothing is there.
-
-    Raises:
-        UsageError: when it saves nowhere.
-    """
-    folder = value_of(argv, "--save")
-    if folder is None:
-        raise UsageError(["--resume needs --save: without it there is nothing to go on from"])
-    if not Path(folder, TRACKER).is_file():
-        return list(argv)
-    names = {word.partition("=")[0] for word in argv}
-    return override(argv, ["--load", folder], [flag for flag in _OF_THE_FIRST_START if flag in names])
-
-
-def value_of(argv: Sequence[str], flag: str) -> str | None:
-    """The value of a flag in either spelling, None where it is not given."""
-    for index, word in enumerate(argv):
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-        if word == flag and index + 1 < len(argv):
-            return argv[index + 1]
-    return None

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_hetermoe.config.errors import UsageError
-from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.config.plan import Plan, read_plan
 from megatron_hetermoe.cost.cluster import Cluster, Kind, kinds_of, read_cluster
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.tasks import TaskCosts, costs_of_plan
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_hetermoe.runtime.replay import priced, replay
 
     plan_path, cluster_path, scale, result = argv
-    plan, cluster = plan_from_json(Path(plan_path).read_text(encoding="utf-8"), plan_path), read_cluster(cluster_path)
+    plan, cluster = read_plan(plan_path), read_cluster(cluster_path)
     found = ways(plan, cluster, kinds_of(cluster, plan.model, plan.attention_precision, Notes()))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

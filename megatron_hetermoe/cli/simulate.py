@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hetermoe.cli.drawing import PICTURES, VIEWER, write_timeline
 from megatron_hetermoe.config.errors import UsageError
-from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.config.plan import Plan, read_plan
 
 if TYPE_CHECKING:
     from megatron_hetermoe.cost.curves import Notes
@@ -53,11 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.timeline and Path(args.timeline).suffix not in _ENDINGS:
         raise UsageError([f"--timeline {args.timeline}: the name must end in one of {', '.join(_ENDINGS)}"])
-    try:
-        text = Path(args.plan).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError([f"cannot read {args.plan}: {getattr(error, 'strerror', None) or 'it is not text'}"]) from None
-    plan = plan_from_json(text, args.plan)
+    plan = read_plan(args.plan)
     notes = Notes()
     cluster = read_cluster(args.cluster, notes)
     predicted = predict(plan, cluster, args.plan, notes)

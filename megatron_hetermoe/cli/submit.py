@@ -9,19 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from megatron_hetermoe.cli.environment import environment
-from megatron_hetermoe.cli.plan import flags_of
-from megatron_hetermoe.cli.quiet import quiet
-from megatron_hetermoe.cli.rank import value_of
-from megatron_hetermoe.cli.train import world_size
+from megatron_hetermoe.cli.recipe_plan import plan_of
+from megatron_hetermoe.cli.words import value_of
 from megatron_hetermoe.config.errors import Problems, UsageError
-from megatron_hetermoe.config.flags import PREFIX, parse_flags
-from megatron_hetermoe.config.plan import plan_from_json
 from megatron_hetermoe.config.recipe import load_recipe, override
 
 NOTICE = 300  # seconds before the time limit
@@ -38,6 +32,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("--cluster", required=True, metavar="CLUSTER.yaml", help="pools: kind, nodes, GPUs, slurm")
     parser.add_argument("--mixed", action="store_true", help="one component over nodes of all kinds in one partition")
+    parser.add_argument("--elastic", action="store_true", help="start, and start again, with as many of the nodes as are "
+                        "there, at least one of each pool, under the plan nearest to the last one")
     parser.add_argument("--container", default="", metavar="pyxis:IMAGE|apptainer:IMAGE",
                         help="run the ranks in it; hetermoe must be installed there")
     parser.add_argument("--mounts", default="", metavar="FROM:TO,...", help="folders for the container, beside this one")
@@ -73,7 +69,7 @@ def batch_script(args: argparse.Namespace) -> str:
         UsageError: with all that would keep the job from running, as far as that can be told here.
     """
     from megatron_hetermoe.cost.cluster import read_cluster
-    from megatron_hetermoe.planner.batch import components, one_component
+    from megatron_hetermoe.planner.batch import components, elastic_components, one_component
 
     problems = Problems()
     cluster = None
@@ -87,10 +83,14 @@ def batch_script(args: argparse.Namespace) -> str:
         problems.add(f"--hetermoe {args.hetermoe!r} has a quote that does not end")
     if args.notice < 1:
         problems.add(f"--notice is {args.notice}; it must be 1 or more seconds")
+    if args.mixed and args.elastic:
+        problems.add("--elastic needs a component for each pool, to know how many nodes of each are there: leave --mixed out")
     plan, flags = _plan(args, problems)
     problems.raise_if_any()
-    patterns = ""
-    if args.mixed:
+    patterns, ranks = "", []
+    if args.elastic:
+        parts, ranks = elastic_components(cluster, plan, problems)
+    elif args.mixed:
         component, patterns = one_component(cluster, plan, problems)
         parts = [component]
     else:
@@ -111,37 +111,21 @@ def batch_script(args: argparse.Namespace) -> str:
         f"MOUNTS={shlex.quote(args.mounts)}   # for the container, beside this folder: FROM:TO,...",
         f"POOLS={_array([part.pool for part in parts] if len(parts) > 1 else [])}   # of each component's ranks",
         f"PATTERNS={shlex.quote(patterns)}   # what tells pools apart within one component",
+        f"RANKS={_array(map(str, ranks))}   # on each node of a component, where a restart takes what nodes are there",
+        f"CLUSTER={_array(['--cluster', args.cluster] if plan.pools else [])}   # for an elastic job's memory",
         "",
         resources.files(__package__).joinpath("job.sh").read_text(encoding="utf-8"),
     ])
 
 
 def _plan(args: argparse.Namespace, problems: Problems) -> tuple[Any, list[str]]:
-    """The recipe's plan, and the flags that a planner's plan needs. Megatron parses the recipe's flags, which takes
-    seconds to import, but a job that is refused when it starts has waited in a queue for nothing."""
+    """The recipe's plan, and the flags that a planner's plan needs. A job that is refused when it starts has waited in a
+    queue for nothing."""
     recipe = load_recipe(args.recipe, os.environ)
     argv = override(recipe.argv, args.overrides, args.drop)
-    ours, rest = parse_flags(argv, problems)
-    if not ours.enabled:
-        problems.add(f"the recipe has no section HETERMOE; add one, or give {PREFIX} after --")
     if value_of(argv, "--save") is None:
         problems.add("the recipe has no --save: a job that is queued again needs a checkpoint to go on from")
-    problems.raise_if_any()
-    world = world_size(ours, None)
-    planned = _planned_flags(ours.plan) if ours.plan else []
-    with quiet(), environment(recipe.env):  # some flags are checked with it
-        from megatron_hetermoe.mcore.arguments import plan_elsewhere
-
-        return plan_elsewhere(ours, override(rest, planned), world, problems), planned
-
-
-def _planned_flags(path: str) -> list[str]:
-    """Megatron's flags that a plan was made with."""
-    try:
-        plan = plan_from_json(Path(path).read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError([f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}"]) from None
-    return shlex.split(flags_of(asdict(plan.step), plan.tensor_parallel)) if plan.step else []
+    return plan_of(recipe, argv, problems)
 
 
 def _command(args: argparse.Namespace) -> list[str]:
@@ -163,7 +147,7 @@ def _given(args: argparse.Namespace) -> list[str]:
     words = [args.recipe, "--cluster", args.cluster]
     for name in ("container", "mounts", "hetermoe", "time"):
         words += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
-    words += ["--mixed"] if args.mixed else []
+    words += [f"--{name}" for name in ("mixed", "elastic") if getattr(args, name)]
     words += ["--notice", str(args.notice)] if args.notice != NOTICE else []
     words += [word for flag in args.drop for word in ("--drop", flag)]
     return words + (["--", *args.overrides] if args.overrides else [])

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hetermoe.cli.rank import is_launched, run_rank, script_and_recipe
+from megatron_hetermoe.cli.words import value_of, with_plan
 from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags, parse_flags
-from megatron_hetermoe.config.plan import plan_from_json
+from megatron_hetermoe.config.plan import read_plan
 from megatron_hetermoe.config.recipe import Recipe, load_recipe, located, locating, override, places_left
 
 OWN_ENTRY = "megatron_hetermoe.pretrain_gpt"
@@ -111,7 +112,7 @@ def _located(said: str, places: Mapping[str, str]) -> str:
 
 def _elastic(argv: list[str], attention_ranks: int, expert_ranks: int, logs: Path) -> list[str]:
     """The flags that go on from the last checkpoint, with the plan nearest to its own in the logs' folder."""
-    from megatron_hetermoe.cli.elastic import fitted, with_plan, write_plan
+    from megatron_hetermoe.cli.elastic import fitted, write_plan
 
     found = fitted(argv, attention_ranks, expert_ranks)
     logs.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,8 @@ def _elastic(argv: list[str], attention_ranks: int, expert_ranks: int, logs: Pat
     write_plan(found.plan, path)
     for line in found.said:
         print(f"elastic: {line}", flush=True)
-    return with_plan(argv, str(path))
+    load = [] if value_of(argv, "--load") else ["--load", value_of(argv, "--save")]
+    return override(with_plan(argv, str(path)), load)
 
 
 def _own_name() -> str:
@@ -140,10 +142,7 @@ def world_size(flags: Flags, nproc: int | None) -> int:
     if flags.enabled:
         attention, expert = flags.attention_ranks, flags.expert_ranks
         if flags.plan is not None and None in (attention, expert):
-            try:
-                plan = plan_from_json(Path(flags.plan).read_text(encoding="utf-8"), flags.plan)
-            except OSError as error:
-                raise UsageError([f"cannot read the plan {flags.plan}: {error.strerror}"]) from None
+            plan = read_plan(flags.plan)
             attention, expert = plan.attention_ranks, plan.expert_ranks
         for name, count in (("attention", attention), ("expert", expert)):
             if count is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_hetermoe.config.errors import Problems, UsageError
@@ -85,8 +86,22 @@ class Plan:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
 
 
-def plan_from_json(text: str, origin: str) -> Plan:
+def read_plan(path: str | Path) -> Plan:
     """Reads a plan file.
+
+    Raises:
+        UsageError: where it cannot be read, and as ``plan_from_json``.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text, or its name is none"
+        raise UsageError([f"cannot read the plan {path}: {reason}"]) from None
+    return plan_from_json(text, str(path))
+
+
+def plan_from_json(text: str, origin: str) -> Plan:
+    """The plan that a file holds.
 
     Args:
         text: the file's content.

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing import load_content_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_hetermoe.config.errors import UsageError
-from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.config.plan import Plan, read_plan
 from megatron_hetermoe.config.saved import PLAN, TRACKER, iteration_folder
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.trust import SWITCH, foreign_in_metadata, foreign_in_objects, load_weights_only
@@ -251,7 +251,7 @@ def _other_shards(folder: Path, args: argparse.Namespace, plan: Plan) -> str | N
 
 def _same_shards(folder: Path, plan: Plan) -> bool:
     """Whether a checkpoint was saved by a plan whose ranks have the same parts of the optimizer's state."""
-    saved = plan_from_json((folder / PLAN).read_text(encoding="utf-8"), str(folder / PLAN))
+    saved = read_plan(folder / PLAN)
     return all(getattr(saved, field) == getattr(plan, field)
                for field in ("attention_ranks", "expert_ranks", "groups", "placement", "tensor_parallel",
                              "context_parallel", "expert_tensor_parallel"))

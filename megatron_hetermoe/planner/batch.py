@@ -47,6 +47,37 @@ def components(cluster: Cluster, plan: Plan, problems: Problems) -> list[Compone
     return _components(cluster, plan, problems)
 
 
+def elastic_components(cluster: Cluster, plan: Plan, problems: Problems) -> tuple[list[Component], list[int]]:
+    """As ``components``, for a job that also starts with fewer nodes, down to one of each pool.
+
+    Nodes are asked for by the CPUs of their ranks: with --ntasks-per-node beside a range of nodes Slurm (22.05) gives the
+    fewest, without it the most that are free.
+
+    Returns:
+        The components, and for each the most ranks that a node takes.
+    """
+    parts = components(cluster, plan, problems)
+    if problems:
+        return [], []
+    pools = [pool for _, pool, _ in _ranks_of(cluster, plan, Problems())]
+    roles = (plan.attention_ranks, plan.expert_ranks)
+    if len(parts) != 2 or tuple(ranks for _, _, ranks in _ranks_of(cluster, plan, Problems())) != roles:
+        problems.add(f"an elastic job has one pool of attention and one of expert ranks; this plan uses "
+                     f"{', '.join(pool.name for pool in pools)}: leave --elastic out")
+        return [], []
+    each = [min(ranks, pool.gpus_per_node) for ranks, pool in zip(roles, pools)]
+    result = []
+    for part, ranks in zip(parts, each):
+        cpus = part.options.get("cpus-per-task", "1")
+        if not cpus.isdecimal():
+            problems.add(f"{cluster.origin}: cpus-per-task is {cpus!r}; it must be a whole number")
+            continue
+        options = {name: value for name, value in part.options.items() if name not in ("ntasks", "ntasks-per-node")}
+        nodes = f"1-{part.nodes}" if part.nodes > 1 else "1"
+        result.append(Component(part.pool, part.nodes, {"mincpus": str(ranks * int(cpus)), **options, "nodes": nodes}))
+    return result, each
+
+
 def _components(cluster: Cluster, plan: Plan, problems: Problems) -> list[Component]:
     result = []
     for name, pool, ranks in _ranks_of(cluster, plan, problems):

@@ -11,7 +11,7 @@ import yaml
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
 from megatron_hetermoe.config.plan import (
-    ATTENTION_KERNELS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS, Plan, plan_from_json,
+    ATTENTION_KERNELS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS, Plan, read_plan,
 )
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
@@ -96,7 +96,7 @@ def _from_flags(
 def _from_file(
     flags: Flags, shape: ModelShape, precision: str, parallelism: Parallelism, problems: Problems
 ) -> Plan:
-    plan = plan_from_json(_read(flags.plan), flags.plan)
+    plan = read_plan(flags.plan)
     for name, field in PLANNED.items():
         said, planned = getattr(flags, name), getattr(plan, field)
         if said is not None and said != planned:

@@ -14,7 +14,8 @@ from models import tiny
 from recipes import recipe_of
 
 from megatron_hetermoe.cli.main import main
-from megatron_hetermoe.cli.rank import resumed, take_place
+from megatron_hetermoe.cli.rank import take_place
+from megatron_hetermoe.cli.words import resumed, with_plan
 from megatron_hetermoe.config.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +185,49 @@ def test_a_plan_s_flags_are_added(tmp_path, capsys, monkeypatch):
     flags = shlex.split(re.search(r"FLAGS=\((.*)\)", script)[1])
     assert flags[:3] == ["--hetermoe", "--hetermoe-plan", "plan.json"] and "--micro-batch-size" in flags
     assert set(shlex.split(re.search(r"POOLS=\((.*?)\)", script)[1])) <= {"new", "old"}
+
+
+def test_an_elastic_job_asks_what_fits_its_nodes(tmp_path, capsys):
+    """It starts with one node of each pool or more, and as many ranks as the plan for them has."""
+    job = Job(tmp_path)
+    job.cluster["pools"]["old"] |= {"nodes": 3, "slurm": {"partition": "old", "cpus-per-task": 4}}
+    script = job.script(capsys, "--elastic", "--hetermoe", "hetermoe", "--", "--hetermoe-expert-ranks", "6")
+    new, old = script.split("#SBATCH hetjob")
+    assert "--nodes=1\n" in new and "--mincpus=2\n" in new and "--nodes=1-3\n" in old and "--mincpus=8\n" in old
+    assert "ntasks" not in new + old.partition("RECIPE=")[0] and "--gpus-per-node=2" in old
+    given = {"SLURM_JOB_NAME": "j", "SLURM_JOB_NUM_NODES_HET_GROUP_0": "1", "SLURM_JOB_NUM_NODES_HET_GROUP_1": "2"}
+    answer = """case "$*" in *" elastic "*) printf '{\n "attention_ranks": 2,\n "expert_ranks": 3\n}\n' ;; esac"""
+    ask, run = job.calls(script, {"srun": answer}, **given)
+    plan = str(tmp_path / "j-20042.plan.json")
+    elastic = ask[ask.index("elastic"):]
+    assert elastic[1:9] == [str(tmp_path / "my recipe.yaml"), "--resume", "--attention-ranks", "2", "--expert-ranks", "4",
+                            "--out", plan]
+    first, second = run[:run.index(":")], run[run.index(":"):]
+    assert "--ntasks=2" in first and "--nodes=1" in first and "--ntasks=3" in second and "--nodes=2" in second
+    assert first[first.index("--plan") + 1] == second[second.index("--plan") + 1] == plan
+    assert [call[0] for call in job.calls(script, {"srun": "exit 2"}, code=2, **given)] == ["srun"]
+
+
+def test_jobs_that_cannot_be_elastic(tmp_path, capsys):
+    job = Job(tmp_path)
+    assert "leave --mixed out" in job.script(capsys, "--elastic", "--mixed", code=2)
+    job.cluster["pools"]["old"]["slurm"]["cpus-per-task"] = "many"
+    assert "cpus-per-task is 'many'" in job.script(capsys, "--elastic", code=2)
+    del job.cluster["pools"]["old"]
+    job.cluster["pools"]["new"]["nodes"] = 2
+    assert "one pool of attention and one of expert ranks" in job.script(capsys, "--elastic", code=2)
+
+
+def test_a_job_that_has_saved_nothing_fits_the_recipe_s_own_plan(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(tmp_path / "my recipe.yaml")
+    Job(tmp_path)
+    asked = ["elastic", recipe, "--attention-ranks", "1", "--expert-ranks", "2", "--out", "plan.json"]
+    assert main(asked) == 2 and "no checkpoint is in saved files" in capsys.readouterr().err
+    assert main([*asked, "--resume"]) == 0
+    assert "1 attention ranks in place of 2" in capsys.readouterr().out
+    words = with_plan(["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-wave=2", "--lr", "1"], "plan.json")
+    assert words == ["--hetermoe", "--lr", "1", "--hetermoe-plan", "plan.json"]
 
 
 def test_submitting_without_slurm(tmp_path, capsys, monkeypatch):

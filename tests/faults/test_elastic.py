@@ -11,7 +11,8 @@ import yaml
 from models import tiny
 from ranks import assert_same_steps, run_ranks
 
-from megatron_hetermoe.cli.elastic import fitted, with_plan, write_plan
+from megatron_hetermoe.cli.elastic import fitted, write_plan
+from megatron_hetermoe.cli.words import with_plan
 from megatron_hetermoe.config.errors import UsageError
 
 PLACEMENT = {"experts": 8, "layers": {"all": {"a0": [0], "e0": ["1-3"], "e1": ["4-7"]}}}

@@ -104,3 +104,33 @@ def test_a_job_that_is_cut_off_goes_on(slurm, data, tmp_path, monkeypatch, capsy
         assert norm == pytest.approx(unbroken[step][1], abs=1.01e-3), f"step {step}"
     for step in (cut_at + 1, 6):  # later lines have the mean of two steps where the job began anew
         assert found[step][0] == pytest.approx(unbroken[step][0], rel=1e-5), f"step {step}"
+
+
+def test_a_job_that_loses_a_node_goes_on_with_what_is_left(slurm, data, tmp_path, monkeypatch, capsys, unbroken):
+    """One attention and two expert ranks, on a node each; one of the latter fails after a save, and the job starts again
+    without it, under the plan that fits."""
+    monkeypatch.chdir(tmp_path)
+    cluster = cluster_file(tmp_path, {}, {"partition": "a40"}, {"partition": "old"})
+    document = yaml.safe_load(cluster.read_text())
+    for pool in document["pools"].values():
+        pool["gpus_per_node"] = 1
+    document["pools"]["old"]["nodes"] = 2
+    cluster.write_text(yaml.safe_dump(document))
+    saved = tmp_path / "saved"
+    job = submit(slurm, monkeypatch, capsys, "--cluster", cluster, "--elastic", "--", "--data-path", data, *CUT,
+                 "--save", saved, "--save-interval", "3", "--hetermoe-attention-ranks", "1",
+                 "--hetermoe-expert-ranks", "2")
+    log = tmp_path / f"quickstart-{job}.log"
+    slurm.wait(job, log, lambda _, text: "successfully saved checkpoint from iteration       3" in text)
+    with slurm.without("v100-1"):
+        slurm.wait(job, log, lambda state, _: state == "PENDING", 60)
+        slurm.start_again(job)
+        text = slurm.wait(job, log, lambda state, _: state in ("COMPLETED", ""))
+    assert re.findall(r"the nodes have (\d) attention and (\d) expert ranks", text) == [("1", "2"), ("1", "1")]
+    assert "1 expert ranks in place of 2" in text and "at iteration 3" in text
+    found = steps(text)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    for step, (loss, norm) in found.items():
+        assert norm == pytest.approx(unbroken[step][1], abs=2e-3), f"step {step}"
+        if step != 5:  # the mean of two steps where the job began anew
+            assert loss == pytest.approx(unbroken[step][0], rel=1e-5), f"step {step}"

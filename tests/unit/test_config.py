@@ -89,7 +89,7 @@ def test_plan_files_round_trip(m, n, g, wave, sequential):
         (Flags(True, 2, 3, 2), 5, "3 expert ranks do not divide into 2 ZP groups; take 2 or 4"),
         (Flags(True, 2, 2, schedule="sequential", wave=2), 4, "--hetermoe-wave 2 contradicts"),
         (Flags(True, 2, 2, placement="/nowhere.yaml"), 4, "cannot read /nowhere.yaml: No such file"),
-        (Flags(True, 2, 2, plan="/nowhere.json"), 4, "cannot read /nowhere.json: No such file"),
+        (Flags(True, 2, 2, plan="/nowhere.json"), 4, "cannot read the plan /nowhere.json: No such file"),
     ],
 )
 def test_what_cannot_be_resolved(flags, world, said):

@@ -1,0 +1,43 @@
+"""The plan that a recipe's own flags make, on a machine that need not be the one that trains."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from megatron_hetermoe.cli.environment import environment
+from megatron_hetermoe.cli.plan import flags_of
+from megatron_hetermoe.cli.quiet import quiet
+from megatron_hetermoe.cli.train import world_size
+from megatron_hetermoe.config.errors import Problems
+from megatron_hetermoe.config.flags import PREFIX, parse_flags
+from megatron_hetermoe.config.plan import Plan, read_plan
+from megatron_hetermoe.config.recipe import Recipe, override
+
+
+def plan_of(recipe: Recipe, argv: Sequence[str], problems: Problems) -> tuple[Plan | None, list[str]]:
+    """The plan, and the flags that a planner's plan needs. Megatron parses the recipe's flags, which takes seconds to
+    import.
+
+    Args:
+        recipe: some flags are checked with its environment.
+        argv: its flags, after what the command line changed.
+        problems: gets all that would keep the run from starting, as far as that can be told here.
+    """
+    ours, rest = parse_flags(argv, problems)
+    if not ours.enabled:
+        problems.add(f"the recipe has no section HETERMOE; add one, or give {PREFIX} after --")
+    problems.raise_if_any()
+    world = world_size(ours, None)
+    planned = _planned_flags(ours.plan) if ours.plan else []
+    with quiet(), environment(recipe.env):
+        from megatron_hetermoe.mcore.arguments import plan_elsewhere
+
+        return plan_elsewhere(ours, override(rest, planned), world, problems), planned
+
+
+def _planned_flags(path: str) -> list[str]:
+    """Megatron's flags that a plan was made with."""
+    plan = read_plan(path)
+    return shlex.split(flags_of(asdict(plan.step), plan.tensor_parallel)) if plan.step else []

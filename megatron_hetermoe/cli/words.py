@@ -1,0 +1,47 @@
+"""The words of a run's command line: what they say, and those that go on from a checkpoint or follow a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.config.flags import PREFIX
+from megatron_hetermoe.config.recipe import override
+from megatron_hetermoe.config.saved import TRACKER
+from megatron_hetermoe.planner.resolve import PLANNED
+
+# What a recipe says of the checkpoint that it begins with, and what does not hold of the job's own.
+_OF_THE_FIRST_START = ("--finetune", "--no-load-optim", "--no-load-rng", "--ckpt-step", "--pretrained-checkpoint")
+
+
+def resumed(argv: Sequence[str]) -> list[str]:
+    """The command line that goes on from the folder it saves to, or the same one while nothing is there.
+
+    Raises:
+        UsageError: when it saves nowhere.
+    """
+    folder = value_of(argv, "--save")
+    if folder is None:
+        raise UsageError(["--resume needs --save: without it there is nothing to go on from"])
+    if not Path(folder, TRACKER).is_file():
+        return list(argv)
+    names = {word.partition("=")[0] for word in argv}
+    return override(argv, ["--load", folder], [flag for flag in _OF_THE_FIRST_START if flag in names])
+
+
+def with_plan(argv: Sequence[str], path: str) -> list[str]:
+    """The command line with a plan file in place of all that a plan decides."""
+    decided = {f"{PREFIX}-{name.replace('_', '-')}" for name in (*PLANNED, "placement", "plan")}
+    given = {word.partition("=")[0] for word in argv}
+    return override(argv, [f"{PREFIX}-plan", path], sorted(decided & given))
+
+
+def value_of(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag in either spelling, None where it is not given; the last one counts, as for argparse."""
+    value = None
+    for word, following in zip(argv, (*argv[1:], "")):
+        name, joined, rest = word.partition("=")
+        if name == flag:
+            value = rest if joined else following
+    return value
