@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy
+import yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,3 +64,15 @@ def test_quick_start(tmp_path):
     assert "installing" not in again.stdout and "wrote" not in again.stdout
     resumed = float(re.search(r"loss +([\d.]+) at step 141", again.stdout).group(1))
     assert resumed < chance - 0.4
+
+
+def test_uneven_pools(tmp_path):
+    """The benchmark of four fast and three slow GPUs stays below the bound that it prints, and above the sum of the pools."""
+    figures = {"D1": {"flash": {25: {4096: 3.0}}, "efficient": {20: {4096: 7.0}},
+                      "expert": {25: {1024: 0.8, 4096: 2.2}, 20: {1024: 0.8, 4096: 2.6}}}}
+    (tmp_path / "figures.yaml").write_text(yaml.safe_dump(figures))
+    ended = subprocess.run([sys.executable, ROOT / "scripts/bench/uneven_pools.py", "--figures", tmp_path / "figures.yaml",
+                            "--lengths", "4096"], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    _, _, over_ideal, bound, over_paper = map(float, ended.stdout.splitlines()[1].replace(",", "").split()[:5])
+    assert 1 < over_ideal <= bound and over_paper >= 1
