@@ -221,6 +221,8 @@ def _run_rank(entry: str, argv: list[str], env: dict[str, str], log: str) -> Non
     os.close(target)
     sys.stdout.reconfigure(line_buffering=True)
     os.environ.update(env)
+    # A rank starts processes as a fresh interpreter would, not as it was started: torch's data loaders are forked.
+    multiprocessing.set_start_method(None, force=True)
     sys.argv = [entry, *argv]
     sys.exit(importlib.import_module(entry).main(argv))
 

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from models import tiny
+from recipes import recipe_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -110,3 +112,17 @@ def test_a_rank_ended_by_a_signal(start, tmp_path):
     process = start("sleep")
     os.kill(int(logs(tmp_path, r"pid (\d+)", 3)[2]), signal.SIGKILL)
     assert process.communicate(timeout=30)[0] == "2\n" and process.returncode == 128 + signal.SIGKILL
+
+
+def test_data_may_be_loaded_by_processes_of_their_own(tmp_path):
+    """Megatron's default: two workers for each rank that reads. Losses are those of a rank that reads by itself."""
+    losses = set()
+    for workers in (0, 2):
+        recipe = tmp_path / f"{workers}.yaml"
+        recipe.write_text(recipe_of(tiny(train_iters=2, num_workers=workers), {"attention-ranks": 1, "expert-ranks": 1}))
+        ended = subprocess.run([sys.executable, "-m", "megatron_hetermoe", "train", str(recipe)], cwd=tmp_path, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}, timeout=120,
+                               capture_output=True)
+        assert ended.returncode == 0, ended.stderr
+        losses.add(re.search(r"loss +(\S+) at step 1, (\S+) at step 2", ended.stdout).groups())
+    assert len(losses) == 1

@@ -105,6 +105,8 @@ def _map_torch() -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _METHODS:
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+    loader = torch.utils.data.DataLoader
+    loader.__init__ = _on_cpu(loader.__init__)
     to, type_name = torch.Tensor.to, torch.Tensor.type
 
     def tensor_to(self, *args, **kwargs):
