@@ -176,7 +176,8 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     table = Table(title=f"plan: {plan['layout']}", title_justify="left", show_header=False)
     table.add_row(f"step ({word})",
                   f"{predicted['step_seconds']:.3f} s, {predicted['tokens_per_second']:,.0f} tokens/s")
-    table.add_row("microbatches", f"{plan['step']['microbatches']} a rank, {plan['wave']} on the way together; "
+    table.add_row("microbatches", f"{plan['step']['microbatches']} a rank, {plan['wave']} on the way together"
+                                  f"{', waves overlapped' if plan['schedule'] == 'overlapped' else ''}; "
                                   f"recompute {plan['step']['recompute']}, distributed optimizer "
                                   f"{'on' if plan['step']['distributed_optimizer'] else 'off'}")
     table.add_row("computing", f"attention ranks {predicted['attention_busy']:.0%} of the step, expert ranks "

@@ -45,14 +45,26 @@ def usable(group: GroupCosts, member: int) -> float:
     return group.seats[member].pool.memory * (1 - MARGIN)
 
 
-def member_memory(group: GroupCosts, member: int, experts: int, wave: int, imbalance: float = IMBALANCE) -> Memory:
+def in_flight(schedule: str, wave: int, microbatches: int, layers: int) -> float:
+    """The microbatches whose activations are there at once, each counted as the share of its layers that are.
+
+    Args:
+        schedule: as in a plan; overlapped waves have one layer's more, which comes before the last wave's is gone.
+        wave: R.
+        microbatches: of a step.
+        layers: K.
+    """
+    return wave * (1 + 1 / layers) if schedule == "overlapped" and wave < microbatches else float(wave)
+
+
+def member_memory(group: GroupCosts, member: int, experts: int, wave: float, imbalance: float = IMBALANCE) -> Memory:
     """Bytes of a member.
 
     Args:
         group: the ZP group's costs; its step says how much is recomputed and whether the optimizer is distributed.
         member: which.
         experts: all (layer, expert) pairs that it holds.
-        wave: R, the microbatches on their way together.
+        wave: the microbatches on their way together, as ``in_flight`` counts them.
         imbalance: rows that the member's experts get, over those of balanced routing.
     """
     shape, step = group.shape, group.step
@@ -98,7 +110,7 @@ def most_imbalance(group: GroupCosts, experts: int) -> float:
     return min(shape.topk, per_layer) * shape.experts / (shape.topk * per_layer)
 
 
-def imbalance_that_fits(group: GroupCosts, member: int, experts: int, wave: int) -> float:
+def imbalance_that_fits(group: GroupCosts, member: int, experts: int, wave: float) -> float:
     """How uneven routing may become before a member's GPU is full, its margin used up too: the rows of its experts
     over those of balanced routing, and at most ``most_imbalance``. For one that holds experts."""
     low, high = 0.0, most_imbalance(group, experts)
@@ -141,7 +153,7 @@ def attention_token_bytes(group: GroupCosts, member: int) -> float:
     return kept
 
 
-def most_experts(group: GroupCosts, member: int, wave: int) -> int:
+def most_experts(group: GroupCosts, member: int, wave: float) -> int:
     """The most (layer, expert) pairs that fit on a member; -1 when not even none does."""
     limit = usable(group, member)
     low, high = -1, group.shape.experts * len(group.shape.moe_layers)

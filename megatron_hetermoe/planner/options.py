@@ -34,6 +34,7 @@ class Question:
         distributed_optimizer: choices, the user's first.
         tensor: choices of how many attention ranks share the dense weights and a microbatch.
         weight_gradients: choices, of ``config.plan.WEIGHT_GRADIENTS``.
+        schedules: choices, "zebra" and perhaps "overlapped", where a step has more than one wave.
     """
 
     shape: ModelShape
@@ -45,6 +46,7 @@ class Question:
     distributed_optimizer: tuple[bool, ...] = (False, True)
     tensor: tuple[int, ...] = (1,)
     weight_gradients: tuple[str, ...] = ("together",)
+    schedules: tuple[str, ...] = ("zebra", "overlapped")
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Option:
             low, high = (middle, high) if self.fits(middle) else (low, middle - 1)
         return low
 
-    def limits(self, wave: int) -> Limits:
+    def limits(self, wave: float) -> Limits:
         return limits_of(self.group, wave)
 
     def fits(self, wave: int) -> bool:
