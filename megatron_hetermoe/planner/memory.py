@@ -125,13 +125,14 @@ def imbalance_that_fits(group: GroupCosts, member: int, experts: int, wave: floa
 
 
 def expert_row_bytes(group: GroupCosts, member: int) -> float:
-    """What a holder keeps of a row until its backward: the input, what goes into and comes out of the activation
-    function, the probability."""
-    figures = group.seats[member].kind.memory_figures
-    if "expert_activation_per_row" in figures:
-        return figures["expert_activation_per_row"]
+    """What a holder keeps of a row until its backward: the input, what goes into the activation function and, unless
+    that runs again, comes out of it, the probability."""
+    figures, again = group.seats[member].kind.memory_figures, group.step.activation_again
+    measured = f"expert_activation{'_again' if again else ''}_per_row"
+    if measured in figures:
+        return figures[measured]
     shape, size = group.shape, BYTES[group.precision]
-    inside = 0 if group.step.recompute == "full" else (3 if shape.gated else 2) * shape.expert_ffn
+    inside = 0 if group.step.recompute == "full" else ((3 if shape.gated else 2) - again) * shape.expert_ffn
     return size * (shape.hidden + inside) + 4
 
 

@@ -14,7 +14,7 @@ from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, costs_of_plan, seats_of
 from megatron_hetermoe.planner.advice import alone, baselines, nothing_fits
 from megatron_hetermoe.planner.asym_ea import Limits, counts_of, feasible, long_step_seconds, placement_of
-from megatron_hetermoe.planner.memory import in_flight, member_memory, usable
+from megatron_hetermoe.planner.memory import expert_row_bytes, in_flight, member_memory, usable
 from megatron_hetermoe.planner.options import Question, options
 from megatron_hetermoe.planner.search import after_losing_a_node, left_out, search
 from megatron_hetermoe.schedule.orders import build
@@ -283,3 +283,22 @@ def test_an_overlapped_wave_has_one_layer_more():
     spread_out = np.array([[2, 2], [2, 2]])
     assert feasible(spread_out, limits, "overlapped") and feasible(first, limits)
     assert not feasible(first, limits, "overlapped")
+
+
+def test_the_activation_runs_again_where_memory_keeps_waves_small():
+    """It frees that of each row, takes the backward a little longer, and is planned where larger waves are worth that."""
+    of = shape(layers=4, experts=4, sequence=4096)
+    once = GroupCosts(of, Step(1, 8, 1000), group(2, 2, of).seats, 2, 1, PRECISION)
+    again = replace(once, step=replace(once.step, activation_again=True))
+    assert expert_row_bytes(once, 2) - expert_row_bytes(again, 2) == 2 * of.expert_ffn
+    new, old = profile(of), profile(of, (0.1, 0.2))
+    longer = {size: (forward, 1.01 * backward) for size, (forward, backward) in new.parts["expert"].items()}
+    asked = replace(question(of), activation_again=(False, True), schedules=("zebra",))
+
+    def chosen(memory: float, parts: dict) -> bool:
+        on = Cluster({"new": pool("new", 2, 1), "old": pool("old", 2, 1, memory=memory)})
+        kinds = {name: replace(one, parts={**one.parts, **parts}) for name, one in (("new", new), ("old", old))}
+        return search(asked, on, kinds_of(on, of, PRECISION, Notes(), kinds)).best[0].plan().step.activation_again
+
+    assert chosen(1.69e9, {"expert_activation_again": longer})
+    assert not chosen(1.69e9, {}) and not chosen(40e9, {"expert_activation_again": longer})
