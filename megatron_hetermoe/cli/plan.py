@@ -101,7 +101,9 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
     from megatron_hetermoe.planner.options import Question
 
     with quiet(), environment({"WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}):
-        from megatron_hetermoe.mcore.arguments import arguments_to_plan_for, parallelism_of, recomputed
+        from megatron_hetermoe.mcore.arguments import (
+            activation_again, arguments_to_plan_for, parallelism_of, recomputed,
+        )
 
         parsed, shape = arguments_to_plan_for(rest, problems)
     parallelism = parallelism_of(parsed)
@@ -120,7 +122,8 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
                     (distributed,) if distributed else (False, True), _tensor(parsed),
                     # Megatron's own linear layers; the weight gradients of others are not split off.
-                    ("together", "delayed") if parsed.transformer_impl == "local" else ("together",))
+                    ("together", "delayed") if parsed.transformer_impl == "local" else ("together",),
+                    activation_again=(True,) if activation_again(parsed) else (False, True))
 
 
 def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
@@ -176,8 +179,10 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     table = Table(title=f"plan: {plan['layout']}", title_justify="left", show_header=False)
     table.add_row(f"step ({word})",
                   f"{predicted['step_seconds']:.3f} s, {predicted['tokens_per_second']:,.0f} tokens/s")
-    table.add_row("microbatches", f"{plan['step']['microbatches']} a rank, {plan['wave']} on the way together; "
-                                  f"recompute {plan['step']['recompute']}, distributed optimizer "
+    table.add_row("microbatches", f"{plan['step']['microbatches']} a rank, {plan['wave']} on the way together"
+                                  f"{', waves overlapped' if plan['schedule'] == 'overlapped' else ''}; "
+                                  f"recompute {plan['step']['recompute']}"
+                                  f"{', activation of experts' if plan['step']['activation_again'] else ''}; distributed optimizer "
                                   f"{'on' if plan['step']['distributed_optimizer'] else 'off'}")
     table.add_row("computing", f"attention ranks {predicted['attention_busy']:.0%} of the step, expert ranks "
                                f"{predicted['expert_busy']:.0%}")
@@ -216,14 +221,13 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
                       f"{flags_of(plan['step'], plan['tensor_parallel'])}", soft_wrap=True)
 
 
-_RECOMPUTE_FLAGS = {
-    "none": "", "core_attn": " --recompute-granularity selective --recompute-modules core_attn",
-    "full": " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-}
-
-
 def flags_of(step: Mapping[str, Any], tensor: int) -> str:
     """Megatron's flags that the plan's times and memory were reckoned with."""
     shared = f" --tensor-model-parallel-size {tensor} --sequence-parallel" if tensor > 1 else ""
     distributed = " --use-distributed-optimizer" if step["distributed_optimizer"] else ""
-    return f" --micro-batch-size {step['micro_batch']}{shared}{distributed}{_RECOMPUTE_FLAGS[step['recompute']]}"
+    modules = [module for module, again in (("core_attn", step["recompute"] == "core_attn"),
+                                            ("moe_act", step["activation_again"])) if again]
+    recompute = f" --recompute-granularity selective --recompute-modules {' '.join(modules)}" if modules else ""
+    if step["recompute"] == "full":
+        recompute = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    return f" --micro-batch-size {step['micro_batch']}{shared}{distributed}{recompute}"

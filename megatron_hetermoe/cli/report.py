@@ -71,7 +71,7 @@ def _facts(plan: Plan, run: Run) -> list[str]:
         f"{model.layers} layers, {model.experts} experts, top {model.topk}, width {model.hidden}, "
         f"{model.sequence} tokens a sequence",
         f"{schedule.last_microbatch + 1} microbatches, {plan.schedule}"
-        + (f", {max(map(len, schedule.waves))} on the way together" if plan.schedule == "zebra" else ""),
+        + (f", {max(map(len, schedule.waves))} on the way together" if plan.schedule != "sequential" else ""),
     ]
     if plan.predicted:
         facts.append(f"planned: {plan.predicted.step_seconds:.4g} s a step")

@@ -72,7 +72,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hetermoe-placement", metavar="FILE", help="YAML or JSON: which holder has which expert "
                        "(default: spread evenly over the expert ranks)")
     group.add_argument("--hetermoe-schedule", metavar="|".join(SCHEDULES),
-                       help="order of tasks: zebra (default), or one microbatch at a time, for comparison")
+                       help="order of tasks: zebra (default), zebra whose next wave begins while the last one goes "
+                       "backward, or one microbatch at a time, for comparison")
     group.add_argument("--hetermoe-wave", metavar="R",
                        help="the most microbatches on the way together (default: all of a step)")
     group.add_argument("--hetermoe-attention", metavar="|".join(ATTENTION_KERNELS),

@@ -13,7 +13,7 @@ from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import Prediction, Step, TaskSeconds
 
 FORMAT = 1
-SCHEDULES = ("zebra", "sequential")
+SCHEDULES = ("zebra", "overlapped", "sequential")
 PRECISIONS = ("fp32", "bf16", "fp16")
 EXPERT_PRECISIONS = {"fp32": ("fp32",), "bf16": ("bf16", "fp16", "fp32"), "fp16": ("fp16",)}  # beside attention's
 ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
@@ -34,7 +34,7 @@ class Plan:
         placement: for each layer from 1 on, the holder of each expert (attention ranks 0 to M-1 of a ZP group, then
             its expert ranks from M on, as many together as ``expert_tensor_parallel`` says); empty for a layer without
             experts.
-        schedule: one of SCHEDULES.
+        schedule: one of SCHEDULES; "overlapped" is zebra whose next wave goes forward while the last one goes backward.
         wave: the most microbatches on the way together, None for all of a step.
         attention_precision: of all parameters but the experts', one of PRECISIONS.
         expert_precision: of the experts, whichever rank they are on, one of EXPERT_PRECISIONS.

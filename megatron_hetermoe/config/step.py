@@ -18,6 +18,8 @@ class Step:
         recompute: what the backward computes again, one of RECOMPUTE: Megatron's selective recomputation of the
             attention core, or all of a layer.
         distributed_optimizer: whether data-parallel ranks share the optimizer's state.
+        activation_again: whether the backward computes the output of the experts' activation again: Megatron's
+            ``moe_act``, beside other selective recomputation or alone.
     """
 
     micro_batch: int
@@ -25,6 +27,7 @@ class Step:
     vocabulary: int
     recompute: str = "none"
     distributed_optimizer: bool = False
+    activation_again: bool = False
 
 
 @dataclass(frozen=True)

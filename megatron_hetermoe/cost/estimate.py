@@ -11,7 +11,7 @@ from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.devices import Device
 from megatron_hetermoe.cost.work import (
-    Work, attention_work, embedding_work, feed_forward_work, head_work,
+    Work, activation_work, attention_work, embedding_work, feed_forward_work, head_work,
 )
 
 Seconds = tuple[float, float]  # forward, backward
@@ -75,6 +75,10 @@ class Estimate:
         """One routed expert on that many tokens."""
         return self.feed_forward(self._shape.expert_ffn, tokens, recompute)
 
+    def activation_again(self, tokens: float) -> float:
+        """What one expert's backward takes longer where it computes the activation's output again."""
+        return self._seconds(activation_work(self._shape, tokens))
+
     def feed_forward(self, ffn: int, tokens: float, recompute: str) -> Seconds:
         """A shared expert or a dense part of width ffn."""
         if not tokens or not ffn:
@@ -97,6 +101,8 @@ class Estimate:
     def has_recompute(self, recompute: str) -> bool:
         """Whether times with this recomputation are known."""
         return True
+
+    has_activation_again = True
 
     def _pair(self, work: Work) -> Seconds:
         return self._seconds(work), self._seconds(work.backward())

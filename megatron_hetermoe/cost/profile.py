@@ -16,10 +16,10 @@ from megatron_hetermoe.cost.estimate import Seconds
 FORMAT = 1
 # Fields of the shape that a part's time depends on. Layers do not matter: parts are measured one by one.
 _TIMED = ("hidden", "expert_ffn", "gated", "heads", "query_groups", "head_dim", "topk")
-_PARTS = ("attention", "attention_core_recomputed", "expert", "head", "embedding")
+_PARTS = ("attention", "attention_core_recomputed", "expert", "expert_activation_again", "head", "embedding")
 _REQUIRED = ("attention", "expert")
 # Bytes; each is optional and replaces the planner's own arithmetic.
-_MEMORY = ("overhead", "attention_activation_per_token", "expert_activation_per_row")
+_MEMORY = ("overhead", "attention_activation_per_token", "expert_activation_per_row", "expert_activation_again_per_row")
 
 Points = dict[float, Seconds]
 
@@ -32,7 +32,8 @@ class Profile:
         kind: what was measured, such as "A40".
         taken_for: the ModelShape's fields that times depend on, and ``precision``.
         parts: for "attention" (one sequence, by its tokens), "attention_core_recomputed" (the same with selective
-            recomputation), "expert" (one expert, by its tokens), "head" and "embedding" (by tokens): seconds of
+            recomputation), "expert" (one expert, by its tokens), "expert_activation_again" (the same where the backward
+            computes the output of the activation again), "head" and "embedding" (by tokens): seconds of
             forward and backward.
         optimizer: seconds a parameter, or None.
         memory: bytes, see _MEMORY.
@@ -168,6 +169,16 @@ class Profiled:
     def expert(self, tokens: float, recompute: str) -> Seconds:
         """One routed expert on that many tokens."""
         return self._read("expert", tokens, recompute)
+
+    def activation_again(self, tokens: float) -> float:
+        """What one expert's backward takes longer where it computes the activation's output again."""
+        again, kept = (self._read(part, tokens, "none")[1] for part in ("expert_activation_again", "expert"))
+        return max(0.0, again - kept)
+
+    @property
+    def has_activation_again(self) -> bool:
+        """Whether that is known."""
+        return "expert_activation_again" in self._curves
 
     def feed_forward(self, ffn: int, tokens: float, recompute: str) -> Seconds:
         """A shared expert or a dense part of width ffn: an expert's time, in proportion to its width."""

@@ -138,7 +138,12 @@ class GroupCosts:
     @cached_property
     def expert(self) -> tuple[tuple[float, float], ...]:
         """For each member, seconds of one expert on its tokens of one microbatch, forward and backward."""
-        return tuple(seat.kind.expert(self.expert_tokens, self.step.recompute) for seat in self.seats)
+        result = []
+        for seat in self.seats:
+            forward, backward = seat.kind.expert(self.expert_tokens, self.step.recompute)
+            again = seat.kind.activation_again(self.expert_tokens) if self.step.activation_again else 0.0
+            result.append((forward, backward + again))
+        return tuple(result)
 
     def _attention_task(self, seat: Seat, layer: int) -> tuple[float, float]:
         """Seconds of A_k, forward and backward.

@@ -53,6 +53,11 @@ def feed_forward_work(shape: ModelShape, ffn: int, tokens: float) -> Work:
     return Work(2 * tokens * weights, 0, _HALF * (weights + rows), 6)
 
 
+def activation_work(shape: ModelShape, tokens: float) -> Work:
+    """An expert's activation function by itself."""
+    return Work(0, 0, _HALF * tokens * (3 if shape.gated else 2) * shape.expert_ffn, 3)
+
+
 def head_work(shape: ModelShape, vocabulary: int, tokens: int) -> Work:
     """Final norm, output layer and loss, whose logits are read in fp32."""
     traffic = _HALF * (shape.hidden * vocabulary + 4 * tokens * shape.hidden) + tokens * vocabulary * (_HALF + 3 * 4)

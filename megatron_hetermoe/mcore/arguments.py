@@ -331,6 +331,7 @@ def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> Non
         "micro_batch": ("--micro-batch-size", args.micro_batch_size),
         "recompute": ("recomputation (--recompute-granularity, --recompute-modules)", recomputed(args)),
         "distributed_optimizer": ("--use-distributed-optimizer", args.use_distributed_optimizer),
+        "activation_again": ("--recompute-modules moe_act", activation_again(args)),
     }
     for field, (flag, here) in flags.items():
         planned = getattr(plan.step, field)
@@ -343,8 +344,13 @@ def recomputed(args: argparse.Namespace) -> str:
     """What flags ask to run again, as a plan reckons with it: one of ``config.step.RECOMPUTE``."""
     if args.recompute_granularity == "full":
         return "full"
-    modules = args.recompute_modules or ["core_attn"]  # Megatron's default
+    modules = ["core_attn"] if args.recompute_modules is None else args.recompute_modules  # Megatron's default
     return "core_attn" if args.recompute_granularity == "selective" and "core_attn" in modules else "none"
+
+
+def activation_again(args: argparse.Namespace) -> bool:
+    """Whether flags ask for the output of experts' activation to be computed again."""
+    return args.recompute_granularity == "selective" and "moe_act" in (args.recompute_modules or ())
 
 
 def _check_saves(args: argparse.Namespace, flags: Flags, problems: Problems) -> None:
@@ -421,6 +427,10 @@ def _validate(args: argparse.Namespace, plan: Plan, problems: Problems, asked: A
     world_size, args.world_size = args.world_size, plan.attention_ranks
     args.expert_model_parallel_size, args.moe_token_dispatcher_type, args.moe_grouped_gemm = 1, "alltoall", False
     args.expert_tensor_parallel_size = 1  # of attention ranks; the expert pool's is the plan's
+    # Megatron does it inside transformer-engine's grouped experts only, and refuses it without them.
+    args.activation_again = activation_again(args)
+    if args.activation_again:
+        args.recompute_modules = [module for module in args.recompute_modules if module != "moe_act"]
     try:
         validate_args(args, dict(asked.args_defaults))
         core_transformer_config_from_args(args)  # has checks of its own, which would come after the ranks have met

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+from megatron_hetermoe.mcore.activation import expert_again
 
 
 class HeldExperts(SequentialMLP):
@@ -31,17 +34,21 @@ class HeldExperts(SequentialMLP):
         held: the experts, ascending.
         seed: of the run.
         pg_collection: groups of this rank's pool.
+        activation_again: whether the activation's output is computed again in the backward.
     """
 
     def __init__(
         self, config: TransformerConfig, submodules: MLPSubmodules, layer: int, held: Sequence[int], seed: int,
-        pg_collection: ProcessGroupCollection,
+        pg_collection: ProcessGroupCollection, activation_again: bool = False,
     ):
         uninitialised = copy(config)
         uninitialised.perform_initialization = False
         super().__init__(len(held), uninitialised, submodules, pg_collection)
         self.held = tuple(held)
         self.dtype = config.params_dtype
+        self.activation_again = activation_again
+        for module in self.local_experts if activation_again else ():
+            module.forward = partial(expert_again, module)
         # For each group of rows that forward takes, its expert's position among those held.
         self.row_order = tuple(range(len(held)))
         for expert, module in zip(self.held, self.local_experts):

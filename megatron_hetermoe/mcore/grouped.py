@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm
 
 from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.mcore.activation import expert_again, kept
 from megatron_hetermoe.mcore.experts import HeldExperts
 from megatron_hetermoe.mcore.session import Session
 
@@ -72,7 +73,8 @@ def build_held(
     config = copy(config)
     config.params_dtype = session.expert_dtype
     config.fp16, config.bf16 = config.params_dtype is torch.float16, config.params_dtype is torch.bfloat16
-    return kind(config, builder.keywords["submodules"], layer, session.held(layer), seed, pg_collection)
+    return kind(config, builder.keywords["submodules"], layer, session.held(layer), seed, pg_collection,
+                session.activation_again)
 
 
 def _is_native(session: Session, has_biases: bool) -> bool:
@@ -123,7 +125,7 @@ class GroupedExperts(HeldExperts):
         expert = SimpleNamespace(
             config=self.config, activation_func=self.local_experts[0].activation_func, linear_fc1=fc1, linear_fc2=fc2
         )
-        return MLP.forward(expert, rows, probs)
+        return (expert_again if self.activation_again else MLP.forward)(expert, rows, probs)
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,9 @@ class _GroupedLinear(torch.nn.Module):
         if leave is None or not torch.is_grad_enabled():
             return _GroupedProduct.apply(rows, groups, *weights), None
         output = _GroupedProduct.apply(rows, groups, *(weight.detach() for weight in weights))
-        rows = rows.detach()
-        output.register_hook(lambda grad: leave(weights, partial(_weight_grads, grad.contiguous(), rows, groups, weights)))
+        rows = kept(rows)
+        output.register_hook(
+            lambda grad: leave(weights, partial(_weight_grads, grad.contiguous(), rows(), groups, weights)))
         return output, None
 
 

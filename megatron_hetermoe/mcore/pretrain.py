@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def _train(
     args: argparse.Namespace, plan: Plan, flags: Flags, script: Script, store: dist.Store, watch: Watch
 ) -> None:
     join_world(args, store)
-    session = join_pools(plan)
+    session = replace(join_pools(plan), activation_again=args.activation_again)
     if not session.is_attention:
         # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
         args.no_save_rng = args.no_load_rng = True

@@ -90,8 +90,9 @@ def measure(
         advance: told what comes next.
 
     Returns:
-        The profile: seconds of one sequence's attention, with and without recomputation of its core, of one expert, of
-        head and embedding, of the optimizer for a parameter; on a GPU bytes of activations too.
+        The profile: seconds of one sequence's attention, with and without recomputation of its core, of one expert,
+        with and without that of its activation, of head and embedding, of the optimizer for a parameter; on a GPU bytes
+        of activations too.
     """
     device = _begin(args)
     shape = model_shape(args, Problems())
@@ -113,13 +114,15 @@ def measure(
     del again
     if attention.bytes_per_token:
         memory["attention_activation_per_token"] = attention.bytes_per_token
-    experts = _Experts(args, plan, device, attention.probs_dtype)
-    parts["expert"] = {}
+    experts, made_again = (_Experts(args, plan, device, attention.probs_dtype, again) for again in (False, True))
+    parts["expert"], parts["expert_activation_again"] = {}, {}
     for tokens in sizes.expert_tokens:
         advance(f"experts at {tokens:,} tokens each")
         parts["expert"][float(tokens)] = experts.measure(tokens, sizes.repeats)
+        parts["expert_activation_again"][float(tokens)] = made_again.measure(tokens, sizes.repeats)
     if experts.bytes_per_row:
         memory["expert_activation_per_row"] = experts.bytes_per_row
+        memory["expert_activation_again_per_row"] = made_again.bytes_per_row
     advance("optimizer")
     optimizer = _optimizer_seconds(args, [attention.model, experts.model], device, sizes.repeats)
     dist.destroy_process_group()
@@ -186,10 +189,10 @@ class _Part:
 
     rank: int
 
-    def __init__(self, args: argparse.Namespace, plan: Plan, device: torch.device):
+    def __init__(self, args: argparse.Namespace, plan: Plan, device: torch.device, activation_again: bool = False):
         self.args, self.device = args, device
         # No member is there to send to, so there are no channels and no control group.
-        self.session = Session(plan, self.rank, None, None, None, device)
+        self.session = Session(plan, self.rank, None, None, None, device, activation_again)
         (self.model,) = training.get_model(model_provider(gpt_config_from_args(args), args.seed, self.session))
         self.config = get_model_config(self.model)
         self.config.no_sync_func = self.model.no_sync
@@ -268,8 +271,10 @@ class _Experts(_Part):
     rank = _EXPERT
     bytes_per_row = 0.0
 
-    def __init__(self, args: argparse.Namespace, plan: Plan, device: torch.device, probs_dtype: torch.dtype):
-        super().__init__(args, plan, device)
+    def __init__(
+        self, args: argparse.Namespace, plan: Plan, device: torch.device, probs_dtype: torch.dtype, activation_again: bool
+    ):
+        super().__init__(args, plan, device, activation_again)
         self._probs_dtype = probs_dtype
 
     def measure(self, tokens: int, repeats: int) -> tuple[float, float]:

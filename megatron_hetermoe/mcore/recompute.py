@@ -20,8 +20,9 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-# What Megatron recomputes inside of what nodes call, and what is added here: "moe" runs the experts again.
-SELECTIVE = frozenset({"core_attn", "layernorm", "mlp", "shared_experts", "moe", "mla_up_proj"})
+# What Megatron recomputes inside of what nodes call, and what is added here: "moe" runs the experts again, "moe_act" what
+# is between their products (mcore.activation).
+SELECTIVE = frozenset({"core_attn", "layernorm", "mlp", "shared_experts", "moe", "moe_act", "mla_up_proj"})
 
 Submodule = Callable[..., Any]  # of one of Megatron's nodes: called with the node and its inputs
 

@@ -32,6 +32,7 @@ class Session:
         control: gloo group over all ranks. All that crosses between the pools and is no token goes over it.
         out, back: this ZP group's channels.
         device: where this rank computes.
+        activation_again: whether experts compute the output of their activation again in the backward.
     """
 
     plan: Plan
@@ -40,6 +41,7 @@ class Session:
     out: Channel
     back: Channel
     device: torch.device
+    activation_again: bool = False
 
     @cached_property
     def layout(self) -> Layout:

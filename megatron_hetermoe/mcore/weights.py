@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, linear_with_frozen_weight
 
+from megatron_hetermoe.mcore.activation import kept
 from megatron_hetermoe.mcore.grouped import GroupedExperts
 from megatron_hetermoe.schedule.tasks import Pass, Task
 
@@ -64,8 +65,8 @@ def _linear(
     if not torch.is_grad_enabled() or not weight.requires_grad:
         return original(input=input, weight=weight, bias=bias, **others)
     output = linear_with_frozen_weight(input=input, weight=weight.detach(), bias=None, **others)
-    rows = input.detach()
-    output.register_hook(lambda grad: gradients.leave([weight], partial(_linear_gradient, rows, grad)))
+    rows = kept(input)
+    output.register_hook(lambda grad: gradients.leave([weight], partial(_linear_gradient, rows(), grad)))
     return output if bias is None else output + bias
 
 

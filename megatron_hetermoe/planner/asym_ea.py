@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SEARCH_MICROBATCHES = 8  # that the local search simulates; more change the ramps' share, not which neighbour is best
+_SEARCH_OVERLAPPED = 4  # of each of three waves
 LONG = 300  # layers x microbatches of a step from which on the event simulator takes more than a moment
 _ROUNDS = 40  # of local search, each with all neighbours
 _ROTATED = 12  # members of a ZP group up to which what does not divide goes round in every case
@@ -46,8 +47,8 @@ class Limits:
         return sum(max(0, self.pairs[member]) for member in members)
 
 
-def limits_of(group: GroupCosts, wave: int) -> Limits:
-    """The bounds with that many microbatches on their way."""
+def limits_of(group: GroupCosts, wave: float) -> Limits:
+    """The bounds with that many microbatches on their way, as ``memory.in_flight`` counts them."""
     known: dict[tuple[bool, str], int] = {}
     pairs = []
     for member, seat in enumerate(group.seats):
@@ -58,11 +59,19 @@ def limits_of(group: GroupCosts, wave: int) -> Limits:
     return Limits(tuple(pairs))
 
 
-def feasible(experts: np.ndarray, limits: Limits) -> np.ndarray:
-    """Which of [..., K, members] fit."""
+def feasible(experts: np.ndarray, limits: Limits, schedule: str = "zebra") -> np.ndarray:
+    """Which of [..., K, members] fit. The limits of overlapped waves are those of experts that are spread evenly over
+    layers; others may have more of two waves at once, their first layers' of both, than these count."""
     import numpy as np
 
-    return (experts.sum(axis=-2) <= np.array(limits.pairs)).all(axis=-1)
+    pairs = np.array(limits.pairs)
+    fits = (experts.sum(axis=-2) <= pairs).all(axis=-1)
+    if schedule != "overlapped":
+        return fits
+    layers = experts.shape[-2]
+    first = experts.cumsum(axis=-2)  # [..., layer, members]: held in the layers up to this one
+    both = first + np.flip(first, axis=-2)  # layers 1 to l of the last wave beside 1 to K+1-l of the next
+    return fits & (both.max(axis=-2) <= pairs * (1 + 1 / layers)).all(axis=-1)
 
 
 def gather_and_squeeze(group: GroupCosts, limits: Limits) -> np.ndarray:
@@ -139,7 +148,9 @@ class Assignment:
     even_seconds: float | None
 
 
-def balance(group: GroupCosts, limits: Limits, wave: int | None, thorough: bool = True) -> Assignment | None:
+def balance(
+    group: GroupCosts, limits: Limits, wave: int | None, thorough: bool = True, schedule: str = "zebra"
+) -> Assignment | None:
     """The best assignment found, never worse than gather-and-squeeze by the simulator.
 
     Args:
@@ -147,13 +158,14 @@ def balance(group: GroupCosts, limits: Limits, wave: int | None, thorough: bool 
         limits: memory bounds.
         wave: R of the plan; None for all microbatches.
         thorough: whether neighbours of the best are searched, and the event simulator judges.
+        schedule: of the plan, "zebra" or "overlapped".
 
     Returns:
         None when no assignment fits.
     """
     import numpy as np
 
-    search = _Search(group, limits, wave)
+    search = _Search(group, limits, schedule, wave)
     paper = gather_and_squeeze(group, limits)
     starts = search.family()
     starts.append(tuple(int(count) for count in paper[:, :group.attention_members].sum(axis=1)))
@@ -163,13 +175,13 @@ def balance(group: GroupCosts, limits: Limits, wave: int | None, thorough: bool 
         found.insert(0, search.improve(found[0], float(seconds.min())))
     named = [("even", search.experts(search.evenly(0))), ("gather-and-squeeze", paper)]
     named += [("balance", search.experts(moved)) for moved in dict.fromkeys(found[:2])]
-    fitting = [(name, experts) for name, experts in named if feasible(experts, limits)]
+    fitting = [(name, experts) for name, experts in named if feasible(experts, limits, schedule)]
     if not fitting:
         full = by_memory(group, limits)
-        if full is None:
+        if full is None or not feasible(full, limits, schedule):
             return None
         fitting = [("memory", full)]
-    times = _judge(group, [experts for _, experts in fitting], wave, thorough)
+    times = _judge(group, [experts for _, experts in fitting], schedule, wave, thorough)
     judged = [(seconds, name, experts) for seconds, (name, experts) in zip(times, fitting)]
     by_name = {name: seconds for seconds, name, _ in reversed(judged)}
     best = min(judged, key=lambda entry: entry[0])
@@ -192,48 +204,56 @@ def counts_of(placement: Placement) -> np.ndarray:
                     float)
 
 
-def _judge(group: GroupCosts, candidates: list[np.ndarray], wave: int | None, by_events: bool) -> list[float]:
+def _judge(
+    group: GroupCosts, candidates: list[np.ndarray], schedule: str, wave: int | None, by_events: bool
+) -> list[float]:
     """Seconds of a step under each candidate: by the event simulator if asked to and unless a step is long, else by
     ``long_step_seconds``."""
     import numpy as np
 
     if not by_events or group.shape.layers * group.step.microbatches > LONG:
-        return [float(value) for value in long_step_seconds(group, np.array(candidates, float), wave)]
+        return [float(value) for value in long_step_seconds(group, np.array(candidates, float), wave, schedule)]
     result = []
     for experts in candidates:
         placement = placement_of(experts)
-        orders = build("zebra", group.shape.layers, placement, group.attention_members, group.step.microbatches, wave)
+        orders = build(schedule, group.shape.layers, placement, group.attention_members, group.step.microbatches, wave)
         result.append(simulate(orders, TaskCosts(group, placement)).seconds)
     return result
 
 
-def long_step_seconds(group: GroupCosts, experts: np.ndarray, wave: int | None) -> np.ndarray:
+def long_step_seconds(
+    group: GroupCosts, experts: np.ndarray, wave: int | None, schedule: str = "zebra"
+) -> np.ndarray:
     """Seconds of a step with many microbatches, [candidates], without simulating each of them.
 
-    After a few microbatches every further one of a wave takes as long as the one before, and attention ranks end a wave
-    last. So a wave is a short one and a multiple of that, and a step is the sum of its waves. What
+    After a few microbatches every further one of a wave takes as long as the one before. Attention ranks end a wave
+    last, so zebra's step is the sum of its waves. Of overlapped waves each further one takes as long as the third. What
     follows the last task counts once.
     """
-    import numpy as np
-
     total = group.step.microbatches
     sizes = [len(one) for one in build("zebra", 0, Placement((), 1), 1, total, wave).waves]
-    short, longer = _SEARCH_MICROBATCHES // 2, _SEARCH_MICROBATCHES
+    if schedule == "overlapped" and len(sizes) > 1:
+        two, three = (
+            sum(_longer(group, experts, schedule, size, waves) * sizes.count(size) for size in {*sizes}) / len(sizes)
+            for waves in (2, 3)
+        )
+        return two + (three - two) * (len(sizes) - 2)
+    known = {size: _longer(group, experts, "zebra", size, 1) for size in {*sizes} - {0}}
+    import numpy as np
 
-    def alone(microbatches: int) -> np.ndarray:
-        return step_seconds(group, experts, "zebra", None, microbatches)
-
-    known: dict[int, np.ndarray] = {}
-    for size in {*sizes} - {0}:
-        if size <= longer:
-            known[size] = alone(size)
-        else:
-            first, second = known.setdefault(short, alone(short)), known.setdefault(longer, alone(longer))
-            known[size] = second + (second - first) / (longer - short) * (size - longer)
     held = experts.sum(axis=1)
     once = np.array([max(group.reduction(member, int(count)) + group.optimizer(member, int(count))
                          for member, count in enumerate(row)) for row in held])
     return sum(known[size] for size in sizes) - once * (len(sizes) - 1)
+
+
+def _longer(group: GroupCosts, experts: np.ndarray, schedule: str, wave: int, waves: int) -> np.ndarray:
+    """Seconds, [candidates], of so many waves of that size; what is beyond a few microbatches as long as the last ones."""
+    short, longer = _SEARCH_MICROBATCHES // 2, _SEARCH_MICROBATCHES
+    if wave <= longer:
+        return step_seconds(group, experts, schedule, wave, wave * waves)
+    first, second = (step_seconds(group, experts, schedule, size, size * waves) for size in (short, longer))
+    return second + (second - first) / (longer - short) * (wave - longer)
 
 
 @dataclass(frozen=True)
@@ -254,9 +274,11 @@ class _Class:
 class _Search:
     """Local search over how many experts of each layer attention ranks hold together: a tuple of K numbers."""
 
-    def __init__(self, group: GroupCosts, limits: Limits, wave: int | None):
-        self._group, self._limits = group, limits
-        self._microbatches = min(wave or group.step.microbatches, group.step.microbatches, _SEARCH_MICROBATCHES)
+    def __init__(self, group: GroupCosts, limits: Limits, schedule: str, wave: int | None):
+        self._group, self._limits, self._schedule = group, limits, schedule
+        total = group.step.microbatches
+        self._wave = min(wave or total, total, _SEARCH_MICROBATCHES if schedule == "zebra" else _SEARCH_OVERLAPPED)
+        self._microbatches = self._wave if schedule == "zebra" else min(total, 3 * self._wave)
         m = group.attention_members
         self._sizes = (m, group.members - m)
         self._classes = tuple(_classes(group, limits, role) for role in (range(m), range(m, group.members)))
@@ -338,10 +360,10 @@ class _Search:
         new = [moved for moved in dict.fromkeys(candidates) if moved not in self._known]
         if new:
             experts = np.array([self.experts(moved) for moved in new], float)
-            fits = feasible(experts, self._limits)
+            fits = feasible(experts, self._limits, self._schedule)
             self._known.update(dict.fromkeys(new, float("inf")))
             if fits.any():
-                seconds = step_seconds(self._group, experts[fits], "zebra", None, self._microbatches)
+                seconds = step_seconds(self._group, experts[fits], self._schedule, self._wave, self._microbatches)
                 chosen = [moved for moved, fit in zip(new, fits) if fit]
                 self._known.update(zip(chosen, map(float, seconds)))
         return np.array([self._known[moved] for moved in candidates])

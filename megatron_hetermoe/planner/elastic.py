@@ -13,7 +13,7 @@ from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import costs_of_plan
-from megatron_hetermoe.planner.memory import member_memory, usable
+from megatron_hetermoe.planner.memory import in_flight, member_memory, usable
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def within_memory(found: Refit, cluster: Cluster, kinds: Mapping[str, Kind]) -> 
 
     def lacking(wave: int) -> dict[int, float]:
         """Bytes over what a plan may fill, by member."""
-        over = {member: member_memory(costs.group, member, held[member], wave).total - usable(costs.group, member)
+        there = in_flight(plan.schedule, wave, plan.step.microbatches, plan.model.layers)
+        over = {member: member_memory(costs.group, member, held[member], there).total - usable(costs.group, member)
                 for member in range(costs.group.members)}
         return {member: size for member, size in over.items() if size > 0}
 

@@ -45,14 +45,26 @@ def usable(group: GroupCosts, member: int) -> float:
     return group.seats[member].pool.memory * (1 - MARGIN)
 
 
-def member_memory(group: GroupCosts, member: int, experts: int, wave: int, imbalance: float = IMBALANCE) -> Memory:
+def in_flight(schedule: str, wave: int, microbatches: int, layers: int) -> float:
+    """The microbatches whose activations are there at once, each counted as the share of its layers that are.
+
+    Args:
+        schedule: as in a plan; overlapped waves have one layer's more, which comes before the last wave's is gone.
+        wave: R.
+        microbatches: of a step.
+        layers: K.
+    """
+    return wave * (1 + 1 / layers) if schedule == "overlapped" and wave < microbatches else float(wave)
+
+
+def member_memory(group: GroupCosts, member: int, experts: int, wave: float, imbalance: float = IMBALANCE) -> Memory:
     """Bytes of a member.
 
     Args:
         group: the ZP group's costs; its step says how much is recomputed and whether the optimizer is distributed.
         member: which.
         experts: all (layer, expert) pairs that it holds.
-        wave: R, the microbatches on their way together.
+        wave: the microbatches on their way together, as ``in_flight`` counts them.
         imbalance: rows that the member's experts get, over those of balanced routing.
     """
     shape, step = group.shape, group.step
@@ -98,7 +110,7 @@ def most_imbalance(group: GroupCosts, experts: int) -> float:
     return min(shape.topk, per_layer) * shape.experts / (shape.topk * per_layer)
 
 
-def imbalance_that_fits(group: GroupCosts, member: int, experts: int, wave: int) -> float:
+def imbalance_that_fits(group: GroupCosts, member: int, experts: int, wave: float) -> float:
     """How uneven routing may become before a member's GPU is full, its margin used up too: the rows of its experts
     over those of balanced routing, and at most ``most_imbalance``. For one that holds experts."""
     low, high = 0.0, most_imbalance(group, experts)
@@ -113,13 +125,14 @@ def imbalance_that_fits(group: GroupCosts, member: int, experts: int, wave: int)
 
 
 def expert_row_bytes(group: GroupCosts, member: int) -> float:
-    """What a holder keeps of a row until its backward: the input, what goes into and comes out of the activation
-    function, the probability."""
-    figures = group.seats[member].kind.memory_figures
-    if "expert_activation_per_row" in figures:
-        return figures["expert_activation_per_row"]
+    """What a holder keeps of a row until its backward: the input, what goes into the activation function and, unless
+    that runs again, comes out of it, the probability."""
+    figures, again = group.seats[member].kind.memory_figures, group.step.activation_again
+    measured = f"expert_activation{'_again' if again else ''}_per_row"
+    if measured in figures:
+        return figures[measured]
     shape, size = group.shape, BYTES[group.precision]
-    inside = 0 if group.step.recompute == "full" else (3 if shape.gated else 2) * shape.expert_ffn
+    inside = 0 if group.step.recompute == "full" else ((3 if shape.gated else 2) - again) * shape.expert_ffn
     return size * (shape.hidden + inside) + 4
 
 
@@ -141,7 +154,7 @@ def attention_token_bytes(group: GroupCosts, member: int) -> float:
     return kept
 
 
-def most_experts(group: GroupCosts, member: int, wave: int) -> int:
+def most_experts(group: GroupCosts, member: int, wave: float) -> int:
     """The most (layer, expert) pairs that fit on a member; -1 when not even none does."""
     limit = usable(group, member)
     low, high = -1, group.shape.experts * len(group.shape.moe_layers)

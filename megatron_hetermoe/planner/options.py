@@ -34,6 +34,8 @@ class Question:
         distributed_optimizer: choices, the user's first.
         tensor: choices of how many attention ranks share the dense weights and a microbatch.
         weight_gradients: choices, of ``config.plan.WEIGHT_GRADIENTS``.
+        activation_again: choices, the first where expert ranks have room for a whole step.
+        schedules: choices, "zebra" and perhaps "overlapped", where a step has more than one wave.
     """
 
     shape: ModelShape
@@ -45,6 +47,8 @@ class Question:
     distributed_optimizer: tuple[bool, ...] = (False, True)
     tensor: tuple[int, ...] = (1,)
     weight_gradients: tuple[str, ...] = ("together",)
+    schedules: tuple[str, ...] = ("zebra", "overlapped")
+    activation_again: tuple[bool, ...] = (False,)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Option:
             low, high = (middle, high) if self.fits(middle) else (low, middle - 1)
         return low
 
-    def limits(self, wave: int) -> Limits:
+    def limits(self, wave: float) -> Limits:
         return limits_of(self.group, wave)
 
     def fits(self, wave: int) -> bool:
@@ -143,6 +147,13 @@ class Option:
         limits = self.limits(wave)
         pairs = self.group.shape.experts * len(self.group.shape.moe_layers)
         return min(limits.pairs) >= 0 and limits.total(range(self.group.members)) >= pairs
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the expert ranks hold all experts with all of a step's microbatches on their way."""
+        limits = self.limits(self.group.step.microbatches)
+        pairs = self.group.shape.experts * len(self.group.shape.moe_layers)
+        return min(limits.pairs) >= 0 and limits.total(range(self.m, self.group.members)) >= pairs
 
     def shortfall(self) -> float:
         """Bytes that all ranks of a group together lack, with one microbatch on its way; negative if it fits."""
@@ -206,7 +217,13 @@ def _steps(question, cluster, kinds, attention, expert, groups, tensor) -> Itera
             if base is None:
                 seats = seats_of(pools, cluster, kinds)
                 base = GroupCosts(question.shape, step, seats, m, groups, question.precision, tensor)
-            yield Option(attention, expert, groups, replace(base, step=step))
+            for again in (False,) if recompute == "full" else question.activation_again:
+                if again and not all(seat.kind.has_activation_again for seat in base.seats):
+                    continue
+                option = Option(attention, expert, groups, replace(base, step=replace(step, activation_again=again)))
+                yield option
+                if option.has_room:
+                    break
 
 
 def _split(by_role, each, m, kinds, question) -> tuple[tuple, tuple] | None:

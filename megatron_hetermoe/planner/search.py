@@ -10,7 +10,7 @@ from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
 from megatron_hetermoe.planner.asym_ea import LONG, Assignment, balance, placement_of
-from megatron_hetermoe.planner.memory import imbalance_that_fits, member_memory, most_imbalance
+from megatron_hetermoe.planner.memory import imbalance_that_fits, in_flight, member_memory, most_imbalance
 from megatron_hetermoe.planner.options import Option, Question, options
 from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.simulator.events import simulate
@@ -30,7 +30,7 @@ class Priced:
         wave: R.
         assignment: the experts' placement.
         tokens_per_second: of all groups.
-        weight_gradients: as in a plan.
+        weight_gradients, schedule: as in a plan.
     """
 
     option: Option
@@ -38,6 +38,13 @@ class Priced:
     assignment: Assignment
     tokens_per_second: float
     weight_gradients: str = "together"
+    schedule: str = "zebra"
+
+    @property
+    def in_flight(self) -> float:
+        """Microbatches on their way, as memory counts them."""
+        group = self.option.group
+        return in_flight(self.schedule, self.wave, group.step.microbatches, group.shape.layers)
 
     def busy(self, role: str) -> float:
         """Share of the step in which a role's ranks compute, on average."""
@@ -63,7 +70,7 @@ class Priced:
     def bytes_of(self, role: str) -> float:
         """Of a role's fullest rank."""
         group, experts = self.option.group, self.assignment.experts
-        return max(member_memory(group, member, int(experts[:, member].sum()), self.wave).total
+        return max(member_memory(group, member, int(experts[:, member].sum()), self.in_flight).total
                    for member in _members(group, role))
 
     @property
@@ -72,7 +79,7 @@ class Priced:
         member's experts, over those of balanced routing."""
         group, held = self.option.group, self.assignment.experts.sum(axis=0)
         return min(
-            (imbalance_that_fits(group, member, int(held[member]), self.wave), most_imbalance(group, int(held[member])))
+            (imbalance_that_fits(group, member, int(held[member]), self.in_flight), most_imbalance(group, int(held[member])))
             for member in range(group.members) if held[member]
         )
 
@@ -86,7 +93,7 @@ class Priced:
         placement = placement_of(self.assignment.experts)
         return Plan(
             group.shape, option.m * option.groups, option.n * option.groups, option.groups,
-            placement.holders, "zebra", self.wave, group.precision, _expert_precision(group),
+            placement.holders, self.schedule, self.wave, group.precision, _expert_precision(group),
             tensor_parallel=group.tensor, weight_gradients=self.weight_gradients,
             pools=tuple(seat.pool.name for seat in group.seats), step=group.step,
             predicted=prediction, tasks=TaskCosts(group, placement).typical(),
@@ -151,7 +158,7 @@ def search(
             continue
         simulated += 1
         tell(f"simulating layout {simulated} of at most {min(len(fitting), _QUICK)}: {option.describe()}")
-        found = _best_wave(option)
+        found = _best_wave(option, question.schedules)
         priced += found
         reached = max([reached, *(one.tokens_per_second for one in found)])
     priced.sort(key=_fastest)
@@ -172,8 +179,8 @@ def _with_delay(one: Priced) -> Priced:
     group, placement = one.option.group, placement_of(one.assignment.experts)
     if group.shape.layers * group.step.microbatches > LONG or group.tensor > 1:
         return one
-    orders = build("zebra", group.shape.layers, placement, group.attention_members, group.step.microbatches, one.wave,
-                   delayed=True)
+    orders = build(one.schedule, group.shape.layers, placement, group.attention_members, group.step.microbatches,
+                   one.wave, delayed=True)
     seconds = simulate(orders, TaskCosts(group, placement, delayed=True)).seconds
     if seconds > _WORTH_A_DELAY * one.assignment.seconds:
         return one
@@ -188,36 +195,45 @@ def _thoroughly(priced: list[Priced]) -> list[Priced]:
     quick = list(priced)
     while quick and (len(full) < _THOROUGH or _fastest(quick[0]) < min(map(_fastest, full))):
         one = quick.pop(0)
-        full += filter(None, [_price(one.option, one.wave, thorough=True)])
+        full += filter(None, [_price(one.option, one.wave, one.schedule, thorough=True)])
     return sorted((*full, *quick), key=_fastest)
 
 
-def _fastest(one: Priced) -> tuple[float, int]:
-    """Sorts the fastest first, and of equals the one that needs fewer GPUs."""
-    return -one.tokens_per_second, sum(one.option.used().values())
+def _fastest(one: Priced) -> tuple[float, int, bool]:
+    """Sorts the fastest first, and of equals the one that needs fewer GPUs, and less memory."""
+    return -one.tokens_per_second, sum(one.option.used().values()), one.schedule != "zebra"
 
 
-def _best_wave(option: Option) -> list[Priced]:
+def _best_wave(option: Option, schedules: tuple[str, ...]) -> list[Priced]:
     """The option with the largest wave that fits and with smaller ones, while these are faster: a smaller wave has more
-    ramps, but leaves more room for experts where they are done sooner."""
+    ramps, but leaves more room for experts where they are done sooner. Each also with the ramps filled by the next
+    wave, where there is one and its first layer fits beside."""
     total = option.group.step.microbatches
     priced: list[Priced] = []
+    reached = 0.0
     # Waves are as equal as can be, so only these sizes differ.
     for wave in sorted({-(-total // count) for count in range(-(-total // option.wave), total + 1)}, reverse=True):
-        found = _price(option, wave, thorough=False)
-        if found is None:
+        found = [one for schedule in (schedules if wave < total else ("zebra",))
+                 if (one := _price(option, wave, schedule, thorough=False))]
+        if not found:
             continue
-        priced.append(found)
-        if len(priced) > 1 and found.tokens_per_second < priced[-2].tokens_per_second:
+        priced += found
+        fastest = max(one.tokens_per_second for one in found)
+        if fastest < reached:
             break
+        reached = fastest
     return priced
 
 
-def _price(option: Option, wave: int, thorough: bool) -> Priced | None:
-    assignment = balance(option.group, option.limits(wave), wave, thorough)
+def _price(option: Option, wave: int, schedule: str, thorough: bool) -> Priced | None:
+    group = option.group
+    limits = option.limits(in_flight(schedule, wave, group.step.microbatches, group.shape.layers))
+    if min(limits.pairs) < 0:
+        return None
+    assignment = balance(group, limits, wave, thorough, schedule)
     if assignment is None:
         return None
-    return Priced(option, wave, assignment, option.tokens / assignment.seconds)
+    return Priced(option, wave, assignment, option.tokens / assignment.seconds, schedule=schedule)
 
 
 @dataclass(frozen=True)

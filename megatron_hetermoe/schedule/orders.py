@@ -7,8 +7,9 @@ both.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise, zip_longest
 
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task, dependencies
 from megatron_hetermoe.topology.placement import Placement
@@ -113,24 +114,36 @@ class Schedule:
         until their peers run, so it is queued in this order like a transfer. Where attention ranks that share their
         part also hold a layer's experts, all of a wave's attention comes before these, as on their compute stream.
         """
-        head = self.layers + 1
         for wave in self.waves:
-            for layer in range(1, head):
-                yield from self._issue_layer(Pass.FORWARD, layer, layer, wave)
+            yield from self._issue_forward(wave)
             if self.forward_only:
-                yield from (Task(Kind.ATTENTION, Pass.FORWARD, head, microbatch) for microbatch in wave)
+                yield from (Task(Kind.ATTENTION, Pass.FORWARD, self.layers + 1, microbatch) for microbatch in wave)
             else:
-                for layer in range(head, 0, -1):
-                    yield from self._issue_layer(Pass.BACKWARD, layer, layer - 1, wave)
-                # W tasks carry nothing; no transfer is queued behind one that is not before it in compute's order.
-                yield from (task for task in self._wave_order(wave) if task.direction is Pass.WEIGHT)
+                yield from self._issue_backward(wave)
+
+    def _issue_forward(self, wave: tuple[int, ...]) -> Iterator[Task]:
+        """A wave's forward, up to the head."""
+        for layer in range(1, self.layers + 1):
+            yield from self._issue_layer(Pass.FORWARD, layer, layer, wave)
+
+    def _issue_backward(self, wave: tuple[int, ...]) -> Iterator[Task]:
+        """A wave's head, backward and W tasks."""
+        for layer in range(self.layers + 1, 0, -1):
+            yield from self._issue_layer(Pass.BACKWARD, layer, layer - 1, wave)
+        yield from self._issue_weights(wave)
+
+    def _issue_weights(self, wave: tuple[int, ...]) -> Iterator[Task]:
+        """A wave's W tasks. They carry nothing; no transfer is queued behind one that is not before it in compute's
+        order."""
+        for layer in range(self.layers + 1, 0, -1) if self.delayed else ():
+            for kind in (Kind.ATTENTION, Kind.EXPERT):
+                yield from self._block(kind, Pass.WEIGHT, layer, wave)
 
     def _issue_layer(self, direction: Pass, layer: int, experts: int, wave: Sequence[int]) -> Iterator[Task]:
         """A layer's attention in one direction, and the experts that it goes on to."""
         there, back = (Kind.DISPATCH, Kind.COMBINE) if direction is Pass.FORWARD else (Kind.COMBINE, Kind.DISPATCH)
         has_experts = experts in self.moe_layers
-        on_attention = has_experts and min(self.placement.holders[experts - 1]) < self.attention_members
-        attention_first = Kind.ATTENTION in self.shared and on_attention
+        attention_first = Kind.ATTENTION in self.shared and self._has_attention(experts)
         for part in [wave] if attention_first else [(microbatch,) for microbatch in wave]:
             for microbatch in part:
                 if layer > self.layers:
@@ -141,6 +154,10 @@ class Schedule:
             for microbatch in part if has_experts else ():
                 yield Task(Kind.EXPERT, direction, experts, microbatch)
                 yield Task(back, direction, experts, microbatch)
+
+    def _has_attention(self, layer: int) -> bool:
+        """Whether attention ranks hold experts of a layer."""
+        return layer in self.moe_layers and min(self.placement.holders[layer - 1]) < self.attention_members
 
     def _compute_order(self) -> Iterator[Task]:
         """All A and E tasks in the order in which a member that had all of them would run them.
@@ -160,45 +177,60 @@ class Schedule:
         leaves earlier. In the first layer with experts, whose backward is an expert rank's last, W tasks come after all
         B tasks: attention ranks still need these, and W tasks fill the time that they need then.
         """
-        head = self.layers + 1
-        lowest = min(self.moe_layers, default=None)
-        for layer in range(1, head):
-            yield from (Task(Kind.ATTENTION, Pass.FORWARD, layer, microbatch) for microbatch in wave)
-            if layer in self.moe_layers:
-                yield from (Task(Kind.EXPERT, Pass.FORWARD, layer, microbatch) for microbatch in wave)
-        for microbatch in wave:
-            yield Task(Kind.ATTENTION, Pass.FORWARD, head, microbatch)
-            if not self.forward_only:
-                yield from self._backward(Kind.ATTENTION, head, (microbatch,), together=False)
-        if self.forward_only:
-            return
-        for layer in range(self.layers, 0, -1):
-            if layer in self.moe_layers:
-                yield from self._backward(Kind.EXPERT, layer, wave, together=layer == lowest)
-            yield from self._backward(Kind.ATTENTION, layer, wave, together=False)
+        yield from self._forward_layers(wave)
+        yield from self._head(wave)
+        if not self.forward_only:
+            yield from self._backward_layers(wave)
 
-    def _backward(self, kind: Kind, layer: int, wave: tuple[int, ...], together: bool) -> Iterator[Task]:
-        """A layer's B tasks with their W tasks, one by one or together at the end."""
+    def _forward_layers(self, wave: tuple[int, ...]) -> Iterator[Task]:
+        for layer in range(1, self.layers + 1):
+            for kind in (Kind.ATTENTION, Kind.EXPERT):
+                yield from self._block(kind, Pass.FORWARD, layer, wave)
+
+    def _block(self, kind: Kind, direction: Pass, layer: int, wave: tuple[int, ...]) -> Order:
+        """A wave's tasks of one kind, direction and layer; none of experts where the layer has none."""
+        there = kind is Kind.ATTENTION or layer in self.moe_layers
+        return tuple(Task(kind, direction, layer, microbatch) for microbatch in wave if there)
+
+    def _head(self, wave: tuple[int, ...]) -> Iterator[Task]:
+        """The head forward and at once backward, so that the experts' backward begins."""
         for microbatch in wave:
-            yield Task(kind, Pass.BACKWARD, layer, microbatch)
+            yield Task(Kind.ATTENTION, Pass.FORWARD, self.layers + 1, microbatch)
+            if not self.forward_only:
+                yield from self._backward(Kind.ATTENTION, self.layers + 1, (microbatch,))
+
+    def _backward_layers(self, wave: tuple[int, ...]) -> Iterator[Task]:
+        lowest = min(self.moe_layers, default=None)
+        for layer in range(self.layers, 0, -1):
+            yield from self._backward(Kind.EXPERT, layer, wave, together=layer == lowest)
+            yield from self._backward(Kind.ATTENTION, layer, wave)
+
+    def _backward(self, kind: Kind, layer: int, wave: tuple[int, ...], together: bool = False) -> Iterator[Task]:
+        """A layer's B tasks of a kind with their W tasks, one by one or together at the end."""
+        for task in self._block(kind, Pass.BACKWARD, layer, wave):
+            yield task
             if self.delayed and not together:
-                yield Task(kind, Pass.WEIGHT, layer, microbatch)
+                yield replace(task, direction=Pass.WEIGHT)
         if self.delayed and together:
-            yield from (Task(kind, Pass.WEIGHT, layer, microbatch) for microbatch in wave)
+            yield from self._block(kind, Pass.WEIGHT, layer, wave)
 
     def _transfer_order(self) -> Iterator[Task]:
         """All transfers, each directly after the compute task whose result it carries."""
         for task in self._compute_order():
-            layer, microbatch = task.layer, task.microbatch
-            if task.direction is Pass.WEIGHT:
-                continue
-            if task.kind is Kind.EXPERT:
-                kind = Kind.COMBINE if task.direction is Pass.FORWARD else Kind.DISPATCH
-                yield Task(kind, task.direction, layer, microbatch)
-            elif task.direction is Pass.FORWARD and layer in self.moe_layers:
-                yield Task(Kind.DISPATCH, Pass.FORWARD, layer, microbatch)
-            elif task.direction is Pass.BACKWARD and layer - 1 in self.moe_layers:
-                yield Task(Kind.COMBINE, Pass.BACKWARD, layer - 1, microbatch)
+            yield from self._transfer(task)
+
+    def _transfer(self, task: Task) -> Iterator[Task]:
+        """The transfer that carries a compute task's result, where one does."""
+        layer, microbatch = task.layer, task.microbatch
+        if task.direction is Pass.WEIGHT:
+            return
+        if task.kind is Kind.EXPERT:
+            kind = Kind.COMBINE if task.direction is Pass.FORWARD else Kind.DISPATCH
+            yield Task(kind, task.direction, layer, microbatch)
+        elif task.direction is Pass.FORWARD and layer in self.moe_layers:
+            yield Task(Kind.DISPATCH, Pass.FORWARD, layer, microbatch)
+        elif task.direction is Pass.BACKWARD and layer - 1 in self.moe_layers:
+            yield Task(Kind.COMBINE, Pass.BACKWARD, layer - 1, microbatch)
 
     def _waits(self, streams: dict[Stream, Order]) -> dict[Task, Order]:
         """For each task of a member, the nearest tasks of the same member among what it depends on."""
@@ -239,6 +271,70 @@ class Schedule:
         return before
 
 
+class Overlapped(Schedule):
+    """Zebra whose next wave goes forward while the last one goes backward.
+
+    Layer j of the one goes with layer K+1-j of the other, a wave's microbatches of each at a time: while attention ranks
+    do the forward of the next wave, expert ranks do the backward of the last, and the other way round, so each
+    transfer has as long as the other wave's part takes. As a layer of the next wave comes, one of the last goes: never
+    are more than K+1 layers of a wave's activations there. Gradients add up in zebra's order, so results are the
+    same, bit by bit.
+    """
+
+    def _compute_order(self) -> Iterator[Task]:
+        """As ``Schedule._compute_order``; one wave after the other in an evaluation, where nothing goes backward."""
+        if self.forward_only:
+            yield from super()._compute_order()
+            return
+        yield from self._forward_layers(self.waves[0])
+        for last, following in pairwise(self.waves):
+            yield from self._head(last)
+            for layer, other in self._paired_layers():
+                yield from self._backward(Kind.EXPERT, layer, last)
+                yield from self._block(Kind.ATTENTION, Pass.FORWARD, other, following)
+                yield from self._backward(Kind.ATTENTION, layer, last)
+                yield from self._block(Kind.EXPERT, Pass.FORWARD, other, following)
+        yield from self._head(self.waves[-1])
+        yield from self._backward_layers(self.waves[-1])
+
+    def _paired_layers(self) -> Iterator[tuple[int, int]]:
+        """Each layer of the last wave, and the one of the next wave that goes with it."""
+        return zip(range(self.layers, 0, -1), range(1, self.layers + 1))
+
+    def issue_order(self) -> Iterator[Task]:
+        """As ``Schedule.issue_order``. Both pools compute a microbatch, then both channels carry what came of it: so a
+        hardware queue that is shared keeps neither pool from computing."""
+        if self.forward_only:
+            yield from super().issue_order()
+            return
+        forward, backward = Pass.FORWARD, Pass.BACKWARD
+        yield from self._issue_forward(self.waves[0])
+        for last, following in pairwise(self.waves):
+            for microbatch in last:
+                yield Task(Kind.ATTENTION, forward, self.layers + 1, microbatch)
+                yield (head := Task(Kind.ATTENTION, backward, self.layers + 1, microbatch))
+                yield from self._transfer(head)
+            for layer, other in self._paired_layers():
+                yield from self._issue_beside(
+                    self._block(Kind.EXPERT, backward, layer, last),
+                    self._block(Kind.ATTENTION, forward, other, following), self._has_attention(layer))
+                yield from self._issue_beside(
+                    self._block(Kind.ATTENTION, backward, layer, last),
+                    self._block(Kind.EXPERT, forward, other, following), self._has_attention(other))
+            yield from self._issue_weights(last)
+        yield from self._issue_backward(self.waves[-1])
+
+    def _issue_beside(self, first: Order, second: Order, on_attention: bool) -> Iterator[Task]:
+        """Attention of one wave and experts of the other, a microbatch of each at a time; in compute's order where ranks
+        share the first of them and some have both."""
+        apart = on_attention and self.shared.issuperset(task.kind for task in first)
+        for pair in [(task, None) for task in (*first, *second)] if apart else zip_longest(first, second):
+            both = [task for task in pair if task is not None]
+            yield from both
+            for task in both:
+                yield from self._transfer(task)
+
+
 def zebra(
     layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
     forward_only: bool = False, delayed: bool = False, shared: frozenset[Kind] = frozenset(),
@@ -256,10 +352,24 @@ def zebra(
         delayed: gradients of weights are W tasks.
         shared: as ``Schedule.shared``.
     """
+    waves = _waves(microbatches, wave)
+    return Schedule(layers, placement, attention_members, waves, forward_only, delayed, shared)
+
+
+def overlapped(
+    layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
+    forward_only: bool = False, delayed: bool = False, shared: frozenset[Kind] = frozenset(),
+) -> Schedule:
+    """Zebra with overlapped waves; arguments as for ``zebra``, which it is where a step has one wave."""
+    waves = _waves(microbatches, wave)
+    return Overlapped(layers, placement, attention_members, waves, forward_only, delayed, shared)
+
+
+def _waves(microbatches: int, wave: int | None) -> tuple[tuple[int, ...], ...]:
+    """A step's microbatches in as few waves of at most that many as can be."""
     count = -(-microbatches // (wave or microbatches))
     bounds = [microbatches * index // count for index in range(count + 1)]
-    waves = tuple(tuple(range(first, last)) for first, last in zip(bounds, bounds[1:]))
-    return Schedule(layers, placement, attention_members, waves, forward_only, delayed, shared)
+    return tuple(tuple(range(first, last)) for first, last in pairwise(bounds))
 
 
 def sequential(
@@ -277,8 +387,9 @@ def build(
     """The schedule that a plan names (``config.plan.SCHEDULES``)."""
     if name == "sequential":
         return sequential(layers, placement, attention_members, microbatches, forward_only, delayed, shared)
-    assert name == "zebra"
-    return zebra(layers, placement, attention_members, microbatches, wave, forward_only, delayed, shared)
+    assert name in ("zebra", "overlapped")
+    make = overlapped if name == "overlapped" else zebra
+    return make(layers, placement, attention_members, microbatches, wave, forward_only, delayed, shared)
 
 
 def transfers_between(schedule: Schedule, stream: Stream, members: Sequence[int]) -> tuple[Order, ...]:

@@ -118,21 +118,28 @@ def _bubbles(
     """The gaps of one compute stream by cause; they and the tasks add up to ``last``."""
     causes = dict.fromkeys(CAUSES, 0.0)
     wave_of = {microbatch: index for index, wave in enumerate(schedule.waves) for microbatch in wave}
-    clock, before = 0.0, None
+    begun: set[int] = set()  # waves
+    turned: set[int] = set()
+    clock = 0.0
     for task, start, end in computes:
+        wave = wave_of[task.microbatch]
+        turns = task.kind is Kind.EXPERT and task.direction is Pass.BACKWARD and wave not in turned
         gap = start - clock
         if gap > 0:
             arrivals = [times[wait] for wait in schedule.dependencies(task)
                         if wait in times and wait.stream is not Stream.COMPUTE]
-            if before is None or wave_of[before.microbatch] != wave_of[task.microbatch]:
+            if wave not in begun:
                 causes[RAMP] += gap
-            elif task.kind is Kind.EXPERT and task.direction is Pass.BACKWARD and before.direction is Pass.FORWARD:
+            elif turns:
                 causes[TURN] += gap
             else:
                 sent = max((arrival for arrival in arrivals), key=lambda times: times[1], default=(start, start))[0]
                 on_way = start - max(clock, min(sent, start))
                 causes[CHANNEL] += on_way
                 causes[OTHER_POOL] += gap - on_way
-        clock, before = end, task
+        clock = end
+        begun.add(wave)
+        if turns:
+            turned.add(wave)
     causes[TAIL] += last - clock
     return causes

@@ -39,6 +39,7 @@ def test_every_part_is_measured_and_grows(profile):
     assert found.kind == "this" and found.taken_for["hidden"] == 96 and found.taken_for["precision"] == "fp32"
     assert {name: sorted(points) for name, points in found.parts.items()} == {
         "attention": [32, 1024], "attention_core_recomputed": [32, 1024], "expert": [8, 4096],
+        "expert_activation_again": [8, 4096],
         "head": [64, 2048], "embedding": [64, 2048],  # of a microbatch, which has two sequences
     }
     for name in ("attention", "expert", "head"):

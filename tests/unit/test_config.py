@@ -55,7 +55,7 @@ def test_without_ours_nothing_changes():
         ("--hetermoe --hetermoe-plan --lr 1", "--hetermoe-plan needs a value (FILE)"),
         ("--hetermoe --hetermoe-wave=--", "--hetermoe-wave is '--'"),
         ("--hetermoe=1", "--hetermoe takes no value"),
-        ("--hetermoe --hetermoe-schedule zebras", "must be one of zebra, sequential"),
+        ("--hetermoe --hetermoe-schedule zebras", "must be one of zebra, overlapped, sequential"),
         ("--hetermoe-groups 2 --hetermoe-wave 1", "--hetermoe-groups, --hetermoe-wave without --hetermoe"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hetermoe.config.plan import SCHEDULES
 from megatron_hetermoe.schedule.checks import violations
 from megatron_hetermoe.schedule.orders import Schedule, build, sequential, zebra
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
@@ -23,7 +24,7 @@ def schedules(draw):
     placement = Placement(
         tuple(draw(st.one_of(st.just(()), holders, holders)) for _ in range(layers)), m + n
     )
-    name = draw(st.sampled_from(["zebra", "sequential"]))
+    name = draw(st.sampled_from(SCHEDULES))
     shared = frozenset(draw(st.sets(st.sampled_from([Kind.ATTENTION, Kind.EXPERT]))))
     return build(
         name, layers, placement, m, draw(st.integers(1, 7)), draw(st.none() | st.integers(1, 8)), draw(st.booleans()),

@@ -13,8 +13,8 @@ from megatron_hetermoe.cost.cluster import Cluster, kinds_of
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, costs_of_plan, seats_of
 from megatron_hetermoe.planner.advice import alone, baselines, nothing_fits
-from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds, placement_of
-from megatron_hetermoe.planner.memory import member_memory, usable
+from megatron_hetermoe.planner.asym_ea import Limits, counts_of, feasible, long_step_seconds, placement_of
+from megatron_hetermoe.planner.memory import expert_row_bytes, in_flight, member_memory, usable
 from megatron_hetermoe.planner.options import Question, options
 from megatron_hetermoe.planner.search import after_losing_a_node, left_out, search
 from megatron_hetermoe.schedule.orders import build
@@ -62,11 +62,12 @@ def test_the_plan_of_the_best_says_what_the_simulator_says():
     plan = plan_from_json(best.plan().to_json(), "plan.json")
     costs = costs_of_plan(plan, on, kinds(on))
     members = plan.attention_ranks // plan.groups
-    orders = build("zebra", plan.model.layers, costs.placement, members, plan.step.microbatches, plan.wave)
+    orders = build(plan.schedule, plan.model.layers, costs.placement, members, plan.step.microbatches, plan.wave)
     assert simulate(orders, costs).seconds == pytest.approx(plan.predicted.step_seconds)
     for member in range(costs.group.members):
         held = costs.placement.experts_held(member)
-        assert member_memory(costs.group, member, held, plan.wave).total <= usable(costs.group, member)
+        there = in_flight(plan.schedule, plan.wave, plan.step.microbatches, plan.model.layers)
+        assert member_memory(costs.group, member, held, there).total <= usable(costs.group, member)
 
 
 def test_gpus_that_would_slow_a_step_are_left_out_with_a_reason():
@@ -155,12 +156,13 @@ def test_what_is_left_without_a_node_and_without_the_other_pool():
     assert all(value > 0 for value in others.values())
 
 
-@pytest.mark.parametrize("wave", [None, 7, 20])
-def test_long_steps_are_extended_as_they_are(wave):
+@pytest.mark.parametrize("schedule", ["zebra", "overlapped"])
+@pytest.mark.parametrize("wave", [None, 7, 11, 20])
+def test_long_steps_are_extended_as_they_are(wave, schedule):
     priced = group(2, 2, microbatches=40, of=shape(layers=3))
     counts = counts_of(spread(priced, [2, 3]))
-    exact = step_seconds(priced, counts, "zebra", wave)
-    assert long_step_seconds(priced, counts, wave) == pytest.approx(exact, rel=1e-3)
+    exact = step_seconds(priced, counts, schedule, wave)
+    assert long_step_seconds(priced, counts, wave, schedule) == pytest.approx(exact, rel=1e-3)
     assert np.isfinite(exact).all()
 
 
@@ -237,8 +239,8 @@ def test_microbatches_are_shared_where_memory_needs_it():
     plan = plan_from_json(best.plan().to_json(), "plan.json")
     assert plan.tensor_parallel == 2
     costs = costs_of_plan(plan, on, priced)
-    orders = build("zebra", of.layers, costs.placement, plan.attention_ranks // plan.groups, plan.step.microbatches,
-                   plan.wave)
+    orders = build(plan.schedule, of.layers, costs.placement, plan.attention_ranks // plan.groups,
+                   plan.step.microbatches, plan.wave)
     assert simulate(orders, costs).seconds == pytest.approx(plan.predicted.step_seconds)
 
 
@@ -252,7 +254,51 @@ def test_weight_tasks_are_planned_where_they_are_worth_it():
         best = search(asked, on, of_pool).best[0]
         plan = best.plan()
         assert plan.weight_gradients == chosen
-        orders = build("zebra", plan.model.layers, placement_of(best.assignment.experts), 1, plan.step.microbatches,
-                       plan.wave, delayed=plan.delayed)
+        orders = build(plan.schedule, plan.model.layers, placement_of(best.assignment.experts), 1,
+                       plan.step.microbatches, plan.wave, delayed=plan.delayed)
         assert simulate(orders, costs_of_plan(plan, on, of_pool)).seconds == pytest.approx(plan.predicted.step_seconds)
         assert search(question(batch=batch), on, of_pool).best[0].plan().weight_gradients == "together"
+
+
+@pytest.mark.parametrize("memory, schedule, gain", [
+    (1.675e9, "overlapped", 0.3), (1.68e9, "zebra", 0), (1.684e9, "overlapped", 0.01), (40e9, "zebra", 0)
+])
+def test_waves_overlap_where_that_is_faster_and_fits(memory, schedule, gain):
+    """Never a slower plan than without, and a faster one where memory keeps waves small."""
+    of = shape(layers=8, experts=4)
+    on = cluster(2, 2, memory=memory)
+    apart, best = (
+        search(replace(question(of), schedules=schedules), on, kinds(on, of)).best[0]
+        for schedules in (("zebra",), ("zebra", "overlapped"))
+    )
+    assert best.tokens_per_second >= (1 + gain) * apart.tokens_per_second
+    assert best.schedule == best.plan().schedule == schedule and apart.plan().schedule == "zebra"
+
+
+def test_an_overlapped_wave_has_one_layer_more():
+    """Of activations alone; experts that are not spread over layers have more, and are refused where that does not fit."""
+    assert in_flight("overlapped", 3, 6, 4) == 3.75
+    assert in_flight("overlapped", 6, 6, 4) == in_flight("zebra", 6, 12, 4) == 6
+    limits, first = Limits((4, 4)), np.array([[0, 4], [4, 0]])
+    spread_out = np.array([[2, 2], [2, 2]])
+    assert feasible(spread_out, limits, "overlapped") and feasible(first, limits)
+    assert not feasible(first, limits, "overlapped")
+
+
+def test_the_activation_runs_again_where_memory_keeps_waves_small():
+    """It frees that of each row, takes the backward a little longer, and is planned where larger waves are worth that."""
+    of = shape(layers=4, experts=4, sequence=4096)
+    once = GroupCosts(of, Step(1, 8, 1000), group(2, 2, of).seats, 2, 1, PRECISION)
+    again = replace(once, step=replace(once.step, activation_again=True))
+    assert expert_row_bytes(once, 2) - expert_row_bytes(again, 2) == 2 * of.expert_ffn
+    new, old = profile(of), profile(of, (0.1, 0.2))
+    longer = {size: (forward, 1.01 * backward) for size, (forward, backward) in new.parts["expert"].items()}
+    asked = replace(question(of), activation_again=(False, True), schedules=("zebra",))
+
+    def chosen(memory: float, parts: dict) -> bool:
+        on = Cluster({"new": pool("new", 2, 1), "old": pool("old", 2, 1, memory=memory)})
+        kinds = {name: replace(one, parts={**one.parts, **parts}) for name, one in (("new", new), ("old", old))}
+        return search(asked, on, kinds_of(on, of, PRECISION, Notes(), kinds)).best[0].plan().step.activation_again
+
+    assert chosen(1.69e9, {"expert_activation_again": longer})
+    assert not chosen(1.69e9, {}) and not chosen(40e9, {"expert_activation_again": longer})

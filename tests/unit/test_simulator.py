@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pricing import cluster, group, profile, shape
 
+from megatron_hetermoe.config.plan import SCHEDULES
 from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.schedule.orders import build, sequential, zebra
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
@@ -119,17 +120,18 @@ def cases(draw):
     # Without attention ranks as holders nothing shares a link; with them only a fast network makes sharing nothing.
     bandwidth = 1e18 if with_attention else draw(st.floats(1e7, 1e10))
     on = cluster(m, n, bandwidth=bandwidth)
-    return group(m, n, of, microbatches, *profiles, on, groups=draw(st.integers(1, 2))), counts, wave
+    schedule = draw(st.sampled_from(SCHEDULES))
+    return group(m, n, of, microbatches, *profiles, on, groups=draw(st.integers(1, 2))), counts, schedule, wave
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_fast_path_is_the_event_simulator(case):
-    priced, counts, wave = case
-    fast = step_seconds(priced, np.array(counts, float), "zebra", wave)
+    priced, counts, schedule, wave = case
+    fast = step_seconds(priced, np.array(counts, float), schedule, wave)
     for index, candidate in enumerate(counts):
         placement = placement_of(candidate, priced.members)
-        orders = build("zebra", priced.shape.layers, placement, priced.attention_members,
+        orders = build(schedule, priced.shape.layers, placement, priced.attention_members,
                        priced.step.microbatches, wave)
         assert fast[index] == pytest.approx(simulate(orders, TaskCosts(priced, placement)).seconds, rel=1e-9)
 
@@ -194,3 +196,42 @@ def test_weight_tasks_change_no_work():
     assert busy(True) == pytest.approx(busy(False))
     weights = TaskCosts(priced, placement, True).seconds(2, Task(Kind.EXPERT, Pass.WEIGHT, 1, 0))
     assert weights == pytest.approx(4 * priced.expert[2][1] / 2)
+
+
+@pytest.mark.parametrize("expert, bandwidth, wave, delayed, gain", [
+    (2e-4, 1e10, 1, False, 0.28), (3.5e-4, 1e10, 1, False, 0.28), (2e-4, 1e8, 1, False, 0.30), (2e-4, 1e10, 2, False, 0.04),
+    (3.5e-4, 1e10, 2, False, 0.04), (2e-4, 1e8, 2, False, 0.10), (3.5e-4, 1e8, 4, False, 0.01), (2e-4, 1e10, 1, True, 0.24),
+    (3.5e-4, 1e10, 1, True, 0.18), (2e-4, 1e8, 1, True, 0.35), (3.5e-4, 1e10, 2, True, 0.01), (2e-4, 1e8, 2, True, 0.07),
+])
+def test_overlapped_waves_shorten_the_step(expert, bandwidth, wave, delayed, gain):
+    """Most where waves are small: their ramps are most of them, and one microbatch alone has no overlap at all."""
+    of = shape(layers=6)
+    part = profile(of, (1e-3, 2e-3), (expert, 2 * expert))
+    priced = group(2, 2, of, microbatches=8, new=part, old=part, on=cluster(2, 2, bandwidth=bandwidth))
+    placement = spread(priced, [2, 3])
+    apart, over = (
+        simulate(build(name, 6, placement, 2, 8, wave, delayed=delayed), TaskCosts(priced, placement, delayed)).seconds
+        for name in ("zebra", "overlapped")
+    )
+    assert over < apart * (1 - gain), over / apart
+
+
+def test_overlapped_waves_with_experts_on_attention_ranks():
+    of = shape(layers=6)
+    part = profile(of, (1e-3, 2e-3), (4e-4, 8e-4))
+    priced = group(2, 2, of, microbatches=8, new=part, old=part, on=cluster(2, 2, bandwidth=1e9))
+    placement = spread(priced, [0, 2, 2, 2, 1, 3, 3, 3])
+    seconds = {name: simulate(build(name, 6, placement, 2, 8, 1), TaskCosts(priced, placement)).seconds
+               for name in ("zebra", "overlapped")}
+    assert seconds["overlapped"] < 0.8 * seconds["zebra"]
+
+
+def test_bubbles_of_overlapped_waves_are_counted_once():
+    priced = group(2, 2, microbatches=6)
+    placement = spread(priced, [2, 3])
+    apart, over = (summarise(simulate(build(name, 3, placement, 2, 6, 1), TaskCosts(priced, placement)))
+                   for name in ("zebra", "overlapped"))
+    for role, summary in over.roles.items():
+        filled = summary.busy * over.seconds + sum(summary.bubbles.values()) + over.after
+        assert filled == pytest.approx(over.seconds)
+        assert summary.bubbles["ramp"] <= apart.roles[role].bubbles["ramp"] + 1e-12
