@@ -46,6 +46,8 @@ PARTS = {
     "mcore/patches.py": "The installed Megatron is not the one that this plugin was written for",
     "mcore/numbers.py": "A number is not finite; the first layer and expert in which it was seen are named",
     "mcore/data.py": "`hetermoe data` cannot read its input or write its output",
+    "mcore/documents.py": "`hetermoe data` cannot read documents from a file. Nothing was written",
+    "mcore/tokenized.py": "`hetermoe data` cannot tokenise what it was given. Nothing was written",
     "mcore/sdpa.py": "The attention kernel that was asked for is not there",
     "mcore/platform/flags.py": "On the CPU, flags that need a GPU are left out and named. No error",
     "runtime/transfers.py": "Two ranks do not agree on what is sent: a fault of this package, or ranks that run different "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 EXIT_CODE = 2  # of every command and every rank that refuses its input
 PEER_LOST_CODE = 3  # of a rank that ends because another one died, failed or stopped
@@ -45,8 +46,19 @@ class Problems:
         for problem in error.problems:
             self.add(problem)
 
+    @contextlib.contextmanager
+    def taking(self) -> Iterator[None]:
+        """Notes what a check inside raises, and goes on."""
+        try:
+            yield
+        except UsageError as error:
+            self.extend(error)
+
     def __bool__(self) -> bool:
         return bool(self._problems)
+
+    def __len__(self) -> int:
+        return len(self._problems)
 
     def raise_if_any(self) -> None:
         """Raises UsageError with all that was noted, if anything was."""

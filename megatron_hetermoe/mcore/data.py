@@ -7,8 +7,6 @@ last id of its vocabulary, so this data is trained with ``--tokenizer-type NullT
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.mcore.staged import Staged
 
 END_OF_DOCUMENT = 256
 VOCAB_SIZE = 257
@@ -92,13 +91,11 @@ def write_dataset(files: Sequence[Path], prefix: str | Path,
     Raises:
         UsageError: if a file cannot be read or the data set not be written.
     """
-    numpy, builder_of = _megatron()
-    prefix = Path(prefix)
-    part = {end: prefix.with_name(f"{prefix.name}.part-{os.getpid()}{end}") for end in (".bin", ".idx")}
-    read = 0
+    numpy, builder_of = import_builder()
+    staged, read = None, 0
     try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        builder = builder_of(str(part[".bin"]), dtype=numpy.uint16)
+        staged = Staged(prefix)
+        builder = builder_of(str(staged.bin), dtype=numpy.uint16)
         for path in files:
             text = path.read_bytes()
             tokens = numpy.empty(len(text) + 1, numpy.uint16)
@@ -107,21 +104,18 @@ def write_dataset(files: Sequence[Path], prefix: str | Path,
             builder.add_document(tokens, [len(tokens)])
             read += len(text)
             advance(len(text))
-        builder.finalize(str(part[".idx"]))
-        # Megatron keeps its shuffled indices beside the data under a name that does not depend on the content
-        shutil.rmtree(prefix / "cache", ignore_errors=True)
-        Path(f"{prefix}.idx").unlink(missing_ok=True)  # so that no old index is ever seen beside new data
-        part[".bin"].replace(f"{prefix}.bin")
-        part[".idx"].replace(f"{prefix}.idx")
+        builder.finalize(str(staged.idx))
+        staged.sync()
+        staged.publish()
     except OSError as error:
         raise UsageError([f"cannot write {prefix}: {error.strerror} ({error.filename})"]) from None
     finally:
-        for path in part.values():
-            path.unlink(missing_ok=True)
+        if staged:
+            staged.discard()
     return Totals(len(files), read + len(files), read)
 
 
-def _megatron():
+def import_builder():
     """numpy and Megatron's builder, imported late: it takes seconds, and what goes before needs neither."""
     with warnings.catch_warnings():
         # of what Megatron and torch find missing, nothing is needed here
