@@ -168,6 +168,15 @@ def assert_same_steps(steps: Sequence[Step], reference: Sequence[Step], rel: flo
             assert abs(mine - other) <= rel * abs(other), f"step {index}: {name} {mine!r} against {other!r}"
 
 
+def largest_differences(steps: Sequence[Step], others: Sequence[Step]) -> tuple[float, float]:
+    """Of losses and of gradient norms, relative to ``others``, over all steps that both took. They skip the same ones."""
+    assert len(steps) == len(others) > 0, f"{len(steps)} steps against {len(others)}"
+    assert [step.skipped for step in steps] == [step.skipped for step in others]
+    pairs = [(ours, theirs) for ours, theirs in zip(steps, others) if not theirs.skipped]
+    losses = [abs(ours.loss[name] / theirs.loss[name] - 1) for ours, theirs in pairs for name in theirs.loss]
+    return max(losses), max(abs(ours.grad_norm / theirs.grad_norm - 1) for ours, theirs in pairs)
+
+
 # ------------------------------------------------------------------------------------------- processes
 
 

@@ -74,7 +74,8 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
      "leave it out: use --recompute-granularity full"),
     ("--fine-grained-activation-offloading", lambda args: getattr(args, "fine_grained_activation_offloading", False),
      "leave it out: use --recompute-granularity full"),
-    ("--optimizer-cpu-offload", lambda args: getattr(args, "optimizer_cpu_offload", False), "leave it out"),
+    ("--optimizer-cpu-offload", lambda args: getattr(args, "optimizer_cpu_offload", False),
+     "leave it out: --use-distributed-optimizer divides the optimizer's state among ranks"),
     ("--moe-router-padding-for-quantization",
      lambda args: getattr(args, "moe_router_padding_for_quantization", False)
      or getattr(args, "moe_router_padding_for_fp8", False), "leave it out"),
@@ -185,7 +186,7 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
     _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
     _check_divisible(args, problems)
     _check_warm_up(args, problems)
-    _check_sinkhorn(args, problems)
+    _check_router(args, problems)
     if not (args.eval_interval or args.full_validation or args.skip_train):
         problems.add("--eval-interval is missing: Megatron counts evaluations with it, without any too; add it, beside "
                      "--eval-iters 0 for none")
@@ -414,12 +415,20 @@ def _check_warm_up(args: argparse.Namespace, problems: Problems) -> None:
                          "give --lr-warmup-fraction")
 
 
-def _check_sinkhorn(args: argparse.Namespace, problems: Problems) -> None:
-    """Sinkhorn balances without a loss; Megatron asserts it in the first step."""
-    kinds, weights = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
-    if "sinkhorn" in (kinds if isinstance(kinds, list) else [kinds]) and weights not in (0, 0.0, [0.0], None):
-        problems.add(f"--moe-router-load-balancing-type sinkhorn does not take --moe-aux-loss-coeff {weights}: "
-                     "set it to 0")
+def _check_router(args: argparse.Namespace, problems: Problems) -> None:
+    """What Megatron's router and experts assert in the first step."""
+    kinds = args.moe_router_load_balancing_type
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    for kind in ("sinkhorn", "quantile_balancing"):  # both balance without a loss
+        if kind in kinds and args.moe_aux_loss_coeff not in (0, 0.0, [0.0], None):
+            problems.add(f"--moe-router-load-balancing-type {kind} does not take --moe-aux-loss-coeff "
+                         f"{args.moe_aux_loss_coeff}: set it to 0")
+    if "quantile_balancing" in kinds and args.moe_router_group_topk:
+        problems.add("--moe-router-load-balancing-type quantile_balancing does not take --moe-router-group-topk: leave one "
+                     "out")
+    if args.moe_apply_probs_on_input and args.moe_router_topk > 1:
+        problems.add(f"--moe-apply-probs-on-input does not take --moe-router-topk {args.moe_router_topk}: set it to 1, or "
+                     "leave the former out")
 
 
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems, asked: Asked) -> None:

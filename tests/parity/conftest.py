@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matrix
 import pytest
 from models import tiny
 from ranks import Run, assert_same_steps, run_ranks
@@ -15,7 +16,7 @@ SHAPE = (
     "moe_shared_expert_intermediate_size", "disable_bias_linear", "moe_router_enable_expert_bias",
     "moe_router_score_function", "qk_layernorm", "num_query_groups", "ffn_hidden_size", "moe_shared_expert_gate",
     "position_embedding_type", "normalization", "add_qkv_bias", "swiglu", "squared_relu", "quick_geglu",
-    "no_bias_gelu_fusion", "moe_ffn_hidden_size",
+    "no_bias_gelu_fusion", "moe_ffn_hidden_size", "group_query_attention",
 )
 REL = 1e-5
 
@@ -92,3 +93,18 @@ class Parity:
 @pytest.fixture(scope="session")
 def parity(tmp_path_factory) -> Parity:
     return Parity(tmp_path_factory.mktemp("parity"))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What the matrix found, by precision."""
+    found: dict[str, list[tuple]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in getattr(report, "user_properties", ()):
+                if name == matrix.DEVIATION and report.when == "call":
+                    found.setdefault(value[0], []).append(value[1:])
+    for precision, values in found.items():
+        loss, norm, *_ = map(max, zip(*values))
+        share = max(max(value[0] / value[2], value[1] / value[3]) for value in values)
+        terminalreporter.write_line(f"matrix, {precision}: {len(values)} combinations; largest differences {loss:.1e} of the "
+                                    f"loss, {norm:.1e} of the gradient norm; at most {share:.2f} of what is allowed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["probs", "position"])
 def test_dropping_tokens_over_capacity(parity, policy):
     parity.check(1, 1, 2, moe_expert_capacity_factor=1.0, moe_token_drop_policy=policy, moe_router_dtype="fp32")
@@ -33,6 +34,7 @@ def test_probabilities_on_the_experts_input(parity):
     )
 
 
+@pytest.mark.slow
 def test_jitter_and_dropout(parity):
     """One microbatch at a time, random numbers are drawn in stock Megatron's order."""
     parity.check(

@@ -6,6 +6,7 @@ import pytest
 from ranks import assert_same_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topk", [1, 4])
 def test_topk(parity, topk):
     parity.check(2, 2, moe_router_topk=topk, moe_router_pre_softmax=topk == 1)
@@ -30,10 +31,12 @@ def test_overlapped_reduction_and_gather(parity):
     )
 
 
+@pytest.mark.slow
 def test_tied_embeddings(parity):
     parity.check(2, 2, untie_embeddings_and_output_weights=None, overlap_grad_reduce=True)
 
 
+@pytest.mark.slow
 def test_per_token_loss(parity):
     parity.check(3, 2, global_batch_size=6, calculate_per_token_loss=True)
 
@@ -54,12 +57,14 @@ def test_fp16_overflow_skips_everywhere(parity):
         assert [step.loss_scale for step in steps] == [step.loss_scale for step in reference.steps[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["[0,1,1]", "[1,0,1]", "[1,1,0]"])
 def test_dense_layers(parity, pattern):
     """A dense layer first, between, and last, where Megatron's own nodes leave out the final norm."""
     parity.check(2, 2, num_layers=3, moe_layer_freq=pattern, ffn_hidden_size=64)
 
 
+@pytest.mark.slow
 def test_shared_expert(parity):
     parity.check(2, 2, moe_shared_expert_intermediate_size=32)
 

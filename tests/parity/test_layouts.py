@@ -8,7 +8,9 @@ from parity_cases import placement_file
 
 @pytest.mark.parametrize(
     "m, n, g, batch",
-    [(2, 2, 1, 8), (2, 1, 1, 8), (1, 2, 1, 4), (3, 2, 1, 12), (2, 3, 1, 8), (1, 1, 2, 8), (2, 2, 2, 8)],
+    [(2, 2, 1, 8), (2, 2, 2, 8), *(pytest.param(*layout, marks=pytest.mark.slow) for layout in (
+        (2, 1, 1, 8), (1, 2, 1, 4), (3, 2, 1, 12), (2, 3, 1, 8), (1, 1, 2, 8),
+    ))],
 )
 def test_layout(parity, m, n, g, batch):
     """Any M and N, with holders of different numbers of experts where they do not divide, and data parallelism."""

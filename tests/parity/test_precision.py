@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from models import tiny
 from parity_cases import placement_file
-from ranks import assert_same_steps, run_ranks
-from test_training_loop import spread
+from ranks import assert_same_steps, largest_differences, run_ranks
 
 MIXED = {1: {"a0": [0, 5], "e0": [1, 2, 3], "e1": [4, 6, 7]}, 2: {"e1": ["0-7"]}}
 
@@ -29,8 +28,8 @@ def test_attention_in_bf16(parity, precision, flags):
     whole = parity.stock(2, bf16=True, expert_model_parallel_size=1)
     fp16 = parity.stock(2, fp16=True, loss_scale=1024, accumulate_allreduce_grads_in_fp32=True)
     run = parity.disaggregated(2, 2, hetermoe=experts_in(precision, parity), bf16=True, **flags)
-    ours, own = spread(run.steps[0], bf16.steps[0]), spread(bf16.steps[0], whole.steps[0])
-    between = spread(fp16.steps[0], bf16.steps[0])
+    ours, own = largest_differences(run.steps[0], bf16.steps[0]), largest_differences(bf16.steps[0], whole.steps[0])
+    between = largest_differences(fp16.steps[0], bf16.steps[0])
     print(f"experts in {precision}: from stock in bf16 {ours}, stock's own spread {own}, from bf16 to fp16 {between}")
     assert 0 < ours[0] <= (own if precision == "fp16" else between)[0]
     assert 0 < ours[1] <= (own if precision == "fp16" else between)[1]

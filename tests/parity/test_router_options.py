@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 UNGATED = {"swiglu": None, "no_bias_gelu_fusion": True}
 
 
@@ -15,6 +17,7 @@ def test_sigmoid_scores_with_expert_bias(parity):
     )
 
 
+@pytest.mark.slow
 def test_sinkhorn(parity):
     """Top 1, with SGD, weight decay, no positions and plain GELU."""
     parity.check(
@@ -24,6 +27,7 @@ def test_sinkhorn(parity):
     )
 
 
+@pytest.mark.slow
 def test_group_limited_routing_with_global_aux_loss(parity):
     parity.check(
         2, 2, moe_router_num_groups=4, moe_router_group_topk=2, moe_router_pre_softmax=True,
@@ -31,6 +35,7 @@ def test_group_limited_routing_with_global_aux_loss(parity):
     )
 
 
+@pytest.mark.slow
 def test_several_aux_losses(parity):
     parity.check(
         1, 1, 2, moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
@@ -38,5 +43,6 @@ def test_several_aux_losses(parity):
     )
 
 
+@pytest.mark.slow
 def test_quantile_balancing(parity):
     parity.check(2, 1, moe_router_load_balancing_type="quantile_balancing", moe_aux_loss_coeff=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ranks import TERMINATE, Step
+from ranks import TERMINATE, largest_differences
 
 LOGGED = {"tensorboard_log_interval": 1, "log_timers_to_tensorboard": True, "log_memory_to_tensorboard": True,
           "log_validation_ppl_to_tensorboard": True, "log_throughput": True, "log_params_norm": True,
@@ -42,22 +42,12 @@ def test_a_signal_to_any_rank_ends_all_with_a_checkpoint(parity, tmp_path, rank)
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "5"
 
 
-def spread(steps: list[Step], others: list[Step]) -> tuple[float, float]:
-    """The largest relative differences of losses and of gradient norms."""
-    assert len(steps) == len(others) == 20
-    pairs = list(zip(steps, others))
-    return (
-        max(abs(ours.loss["lm loss"] / theirs.loss["lm loss"] - 1) for ours, theirs in pairs),
-        max(abs(ours.grad_norm / theirs.grad_norm - 1) for ours, theirs in pairs),
-    )
-
-
 def test_bf16(parity):
     """As near to stock Megatron as two of its own expert-parallel sizes are to each other."""
     model = {"bf16": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True}
     halves, whole = parity.stock(2, **model), parity.stock(2, expert_model_parallel_size=1, **model)
     run = parity.disaggregated(2, 2, **model)
-    own, ours = spread(halves.steps[0], whole.steps[0]), spread(run.steps[0], halves.steps[0])
+    own, ours = largest_differences(halves.steps[0], whole.steps[0]), largest_differences(run.steps[0], halves.steps[0])
     print("bf16: stock's own spread of loss and gradient norm", own, "ours", ours)
     assert 0 < own[0] < 0.01
     assert ours[0] <= own[0] and ours[1] <= own[1]
