@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_fuzz import fuzz, numbers, outcome, plans, scalars, words
 
 from megatron_hetermoe.cli.elastic import fitted
+from megatron_hetermoe.config.plan import read_plan
 from megatron_hetermoe.config.recipe import override, parse_recipe
 from megatron_hetermoe.topology.placement import Placement
 
@@ -50,7 +51,7 @@ def check_resume(folder, case):
     argv, attention, expert, document = case
     path = folder / "plan.json"
     path.write_text(json.dumps(document))
-    found = outcome(lambda: fitted(argv, attention, expert, str(path)))
+    found = outcome(lambda: fitted(argv, attention, expert, read_plan(path)))
     if found is not None:
         assert 0 < found.plan.attention_ranks <= attention and 0 < found.plan.expert_ranks <= expert
         members = (found.plan.attention_ranks + found.plan.expert_ranks) // found.plan.groups
