@@ -210,16 +210,18 @@ def placement(row: Mapping[str, str]) -> dict[object, dict[str, list[int]]] | No
     holders = [f"e{index}" for index in range(n // int(row["expert tensor"]))]
     if row["placement"] == "even":
         return None
-    if row["placement"] == "a holder without experts":
-        first_moe_layer = 2 if row["dense layers"] == "first" else 1
-        return {"all": {holders[0]: list(range(8))}, first_moe_layer: {holders[-1]: list(range(8))}}
     of_attention = {}
     if row["placement"] == "on attention ranks":
         of_attention = {"a0": [0, 5], f"a{m - 1}": [3]} if m > 1 else {"a0": [0, 3, 5]}
     left = [expert for expert in range(8) if not any(expert in experts for experts in of_attention.values())]
     first = len(left) - len(holders) + 1
-    return {"all": {**of_attention, holders[0]: left[:first],
-                    **{holder: [expert] for holder, expert in zip(holders[1:], left[first:])}}}
+    layers: dict[object, dict[str, list[int]]] = {
+        "all": {**of_attention, holders[0]: left[:first],
+                **{holder: [expert] for holder, expert in zip(holders[1:], left[first:])}},
+    }
+    if row["placement"] == "a holder without experts":
+        layers[2 if row["dense layers"] == "first" else 1] = {holders[-1]: list(range(8))}
+    return layers
 
 
 def name(row: Mapping[str, str]) -> str:
