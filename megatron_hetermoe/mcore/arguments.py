@@ -49,7 +49,15 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
      and os.environ.get(_CONNECTIONS) != "1" and not cpu.needed(),
      f"export {_CONNECTIONS}=1 for all ranks; Megatron asks for it on GPUs before Blackwell, and pools may be of both"),
     ("--tp-comm-overlap", lambda args: args.tp_comm_overlap, "leave it out: the schedule overlaps"),
-    ("--pipeline-model-parallel-size above 1", lambda args: args.pipeline_model_parallel_size > 1, "set it to 1"),
+    ("virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank)",
+     lambda args: args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank,
+     "leave them out: a wave of several microbatches fills a stage"),
+    ("--pipeline-model-parallel-layout", lambda args: args.pipeline_model_parallel_layout,
+     "give --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"),
+    ("a pipeline split that counts embedding or loss as a layer (--account-for-embedding-in-pipeline-split, "
+     "--account-for-loss-in-pipeline-split)",
+     lambda args: args.account_for_embedding_in_pipeline_split or args.account_for_loss_in_pipeline_split,
+     "give --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"),
     ("--hierarchical-context-parallel-sizes",
      lambda args: getattr(args, "hierarchical_context_parallel_sizes", None), "leave it out"),
     ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
@@ -165,7 +173,8 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
     plan = None
     if shape is not None and flags.enabled:
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        plan = resolve(flags, shape, precision, world_size, problems, parallelism_of(args))
+        plan = None if _check_stages(args, problems) else \
+            resolve(flags, shape, precision, world_size, problems, parallelism_of(args))
     if plan is not None:
         if plan.step is not None:
             _check_step(args, plan, problems)
@@ -226,8 +235,35 @@ def arguments_to_plan_for(
 def parallelism_of(args: argparse.Namespace) -> Parallelism:
     """What Megatron's flags, before their validation, say of ranks that share weights or sequences."""
     return Parallelism(
-        args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1, args.context_parallel_size
+        args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1, args.context_parallel_size,
+        _stage_layers(args),
     )
+
+
+def _stage_layers(args: argparse.Namespace) -> tuple[int, ...]:
+    """The layers of each pipeline stage as Megatron divides them (transformer_block.py, get_num_layers_to_build), the rest
+    of a division left out; empty for one stage."""
+    stages = args.pipeline_model_parallel_size
+    if stages <= 1:
+        return ()
+    first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    others = stages - (first is not None) - (last is not None)
+    each = (args.num_layers - (first or 0) - (last or 0)) // max(1, others)
+    layers = [each] * stages
+    if first is not None:
+        layers[0] = first
+    if last is not None:
+        layers[-1] = last
+    return tuple(layers)
+
+
+def _check_stages(args: argparse.Namespace, problems: Problems) -> bool:
+    """Whether the number of pipeline stages makes no sense, which is then noted."""
+    stages = args.pipeline_model_parallel_size
+    if 1 <= stages <= args.num_layers:
+        return False
+    problems.add(f"--pipeline-model-parallel-size {stages} with {args.num_layers} layers: it must be from 1 to that")
+    return True
 
 
 def _parse(rest: Sequence[str], problems: Problems, asked: Asked) -> argparse.Namespace:
@@ -363,7 +399,7 @@ def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems
     """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
     if not attention_ranks or not args.micro_batch_size:
         return
-    share = max(1, args.tensor_model_parallel_size * args.context_parallel_size)
+    share = max(1, args.tensor_model_parallel_size * args.context_parallel_size * args.pipeline_model_parallel_size)
     together = args.micro_batch_size * max(1, attention_ranks // share)
     ranks = f"{attention_ranks} attention ranks" + (f" / {share} that share a microbatch" if share > 1 else "")
     start, increment, _ = args.rampup_batch_size or (None, None, None)
