@@ -52,10 +52,7 @@ def share_aux_losses(session: Session) -> None:
     """
     metrics = get_moe_metrics_tracker().metrics
     sizes = [{name: len(entry.values) for name, entry in metrics.items()}]
-    with_routers = next(stage for stage in range(session.layout.stages)
-                        if set(session.plan.layers_of_stage(stage)) & set(session.plan.model.moe_layers))
-    speaker = session.layout.stage_ranks(ATTENTION, with_routers)[0]
-    dist.broadcast_object_list(sizes, src=speaker, group=session.control)
+    dist.broadcast_object_list(sizes, src=0, group=session.control)
     if not sizes[0]:
         return
     tracker = get_moe_metrics_tracker()

@@ -145,6 +145,13 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
         problems.add(f"pipeline stages of {', '.join(map(str, plan.stage_layers))} layers do not make up the model's "
                      f"{plan.model.layers}, at least one each: change --pipeline-model-parallel-size or the layers of the "
                      "first and last stage")
+    elif plan.stage_layers:
+        idle = [str(stage + 1) for stage in range(plan.stages)
+                if not set(plan.layers_of_stage(stage)) & set(plan.model.moe_layers)]
+        if idle:
+            problems.add(f"pipeline stage {' and '.join(idle)} of {plan.stages} has no layer with experts, so its expert "
+                         "ranks would have nothing: divide the layers so that each stage has one "
+                         "(--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers)")
     _check_world(plan.attention_ranks, plan.expert_ranks, world_size, problems)
     if plan.schedule not in SCHEDULES:
         problems.add(f"the plan's schedule is {plan.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
