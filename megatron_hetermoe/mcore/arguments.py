@@ -26,6 +26,7 @@ from megatron_hetermoe.mcore.gpt import check_args
 from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.mcore.session import DTYPES
+from megatron_hetermoe.mcore.stages import UNSUPPORTED_STAGES, can_be_staged, stage_layers
 from megatron_hetermoe.planner.resolve import Parallelism, resolve
 from megatron_hetermoe.topology.layout import EXPERT, layout_of
 
@@ -49,15 +50,7 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
      and os.environ.get(_CONNECTIONS) != "1" and not cpu.needed(),
      f"export {_CONNECTIONS}=1 for all ranks; Megatron asks for it on GPUs before Blackwell, and pools may be of both"),
     ("--tp-comm-overlap", lambda args: args.tp_comm_overlap, "leave it out: the schedule overlaps"),
-    ("virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank)",
-     lambda args: args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank,
-     "leave them out: a wave of several microbatches fills a stage"),
-    ("--pipeline-model-parallel-layout", lambda args: args.pipeline_model_parallel_layout,
-     "give --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"),
-    ("a pipeline split that counts embedding or loss as a layer (--account-for-embedding-in-pipeline-split, "
-     "--account-for-loss-in-pipeline-split)",
-     lambda args: args.account_for_embedding_in_pipeline_split or args.account_for_loss_in_pipeline_split,
-     "give --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"),
+    *UNSUPPORTED_STAGES,
     ("--hierarchical-context-parallel-sizes",
      lambda args: getattr(args, "hierarchical_context_parallel_sizes", None), "leave it out"),
     ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
@@ -173,8 +166,8 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
     plan = None
     if shape is not None and flags.enabled:
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        plan = None if _check_stages(args, problems) else \
-            resolve(flags, shape, precision, world_size, problems, parallelism_of(args))
+        if can_be_staged(args, flags, problems):
+            plan = resolve(flags, shape, precision, world_size, problems, parallelism_of(args))
     if plan is not None:
         if plan.step is not None:
             _check_step(args, plan, problems)
@@ -236,34 +229,8 @@ def parallelism_of(args: argparse.Namespace) -> Parallelism:
     """What Megatron's flags, before their validation, say of ranks that share weights or sequences."""
     return Parallelism(
         args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1, args.context_parallel_size,
-        _stage_layers(args),
+        stage_layers(args),
     )
-
-
-def _stage_layers(args: argparse.Namespace) -> tuple[int, ...]:
-    """The layers of each pipeline stage as Megatron divides them (transformer_block.py, get_num_layers_to_build), the rest
-    of a division left out; empty for one stage."""
-    stages = args.pipeline_model_parallel_size
-    if stages <= 1:
-        return ()
-    first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
-    others = stages - (first is not None) - (last is not None)
-    each = (args.num_layers - (first or 0) - (last or 0)) // max(1, others)
-    layers = [each] * stages
-    if first is not None:
-        layers[0] = first
-    if last is not None:
-        layers[-1] = last
-    return tuple(layers)
-
-
-def _check_stages(args: argparse.Namespace, problems: Problems) -> bool:
-    """Whether the number of pipeline stages makes no sense, which is then noted."""
-    stages = args.pipeline_model_parallel_size
-    if 1 <= stages <= args.num_layers:
-        return False
-    problems.add(f"--pipeline-model-parallel-size {stages} with {args.num_layers} layers: it must be from 1 to that")
-    return True
 
 
 def _parse(rest: Sequence[str], problems: Problems, asked: Asked) -> argparse.Namespace:

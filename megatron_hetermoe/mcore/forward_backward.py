@@ -24,7 +24,6 @@ from megatron_hetermoe.mcore.weights import WeightGradients, delay
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.handover import Handover
 from megatron_hetermoe.runtime.marks import Marks
-from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.streams import Observer, streams_for
 from megatron_hetermoe.runtime.stretch import stretched
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
@@ -141,27 +140,28 @@ class ForwardBackward:
     ) -> tuple[list[Any], torch.Tensor]:
         """The tasks of a step whose microbatches are of a sequence length and a number of sequences."""
         session, config = self._session, inputs.config
-        recorder = None if inputs.forward_only else self._meter.recorder
-        transfers = session.transfers(config.hidden_size, checksums=checks.checksums, recorder=recorder)
+        transfers = session.transfers(
+            config.hidden_size, checksums=checks.checksums, recorder=None if inputs.forward_only else self._meter.recorder
+        )
         streams = self._streams if inputs.forward_only else self._recorded
         table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
         if not session.is_attention:
             executor.run(member, stretched(table, self._slow_down), streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
-        handover = self._handover(inputs, batch, recorder) if session.stages else None
+        handover = self._handover(inputs, batch) if session.stages else None
         attention = AttentionTasks(inputs, transfers, checks.numbers, handover, checks.load)
         table |= attention.table() | (handover.table() if handover else {})
         executor.run(member, stretched(table, self._slow_down), streams, self._marks)
         return attention.losses, attention.tokens
 
-    def _handover(self, inputs: StepInputs, batch: tuple[int, int], recorder: Recorder | None) -> Handover:
+    def _handover(self, inputs: StepInputs, batch: tuple[int, int]) -> Handover:
         """The hidden states between stages, as Megatron's pipelines have them (schedules.py, get_tensor_shapes)."""
         session, config = self._session, inputs.config
         parts = session.layout.context * (session.layout.tensor if config.sequence_parallel else 1)
         shape = batch[0] // parts, batch[1], config.hidden_size
         return Handover(
             session.stages, session.stage, len(session.layers), shape, config.pipeline_dtype or config.params_dtype,
-            session.device, recorder,
+            session.device,
         )
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:

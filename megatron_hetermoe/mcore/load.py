@@ -40,14 +40,14 @@ class Load:
         for layer, rows in zip(self._layers, self._rows.tolist()):
             tokens = sum(rows) / topk  # with capacity fewer, since what is dropped reaches no expert
             part = topk / len(rows)
+            holders = self._session.placement.holders[layer - 1]
             found += [
                 (got / tokens, ("expert", layer, expert),
-                 f"expert {expert} of layer {layer}, on {self._of_holder(layer, self._session.placement.holders[layer - 1][expert])}, gets {got / tokens:.0%} of all tokens, "
-                 f"{got / tokens / part:.1f} times its part")
+                 f"expert {expert} of layer {layer}, on {self._of_holder(layer, holders[expert])}, gets "
+                 f"{got / tokens:.0%} of all tokens, {got / tokens / part:.1f} times its part")
                 for expert, got in enumerate(rows) if tokens and got / tokens >= limit(part)
             ]
-            idle = set(self._session.placement.holders_of(layer)) - {
-                holder for holder, got in zip(self._session.placement.holders[layer - 1], rows) if got}
+            idle = set(holders) - {holder for holder, got in zip(holders, rows) if got}
             found += [(0.0, ("holder", layer, holder), f"no token of layer {layer} goes to {self._of_holder(layer, holder)}")
                       for holder in sorted(idle) if tokens]
         return {key: said for _, key, said in sorted(found, key=lambda one: (-one[0], one[1]))}

@@ -80,14 +80,13 @@ class Meter:
                 self._after += span.end - span.start
             elif span.stream == Stream.COMPUTE.value:
                 self._work += span.end - span.start
-            elif span.stream in self._sent:
+            else:
                 self._sent[span.stream] += span.sent
                 task = Task.parse(span.task)
                 if task.kind is Kind.DISPATCH and task.direction is Pass.FORWARD:
-                    layer = self._session.layer_of(task.layer)
-                    held = self._session.held(layer)
+                    held = self._session.held(task.layer)
                     for expert, tokens in zip(held, span.tokens):
-                        self._load[layer - 1][expert] += tokens
+                        self._load[task.layer - 1][expert] += tokens
 
     def _report(self, iteration: int) -> None:
         scalars = {"tokens-per-second": self._tokens / self._seconds}
@@ -126,14 +125,13 @@ class Meter:
         """How uneven experts' tokens are, as the most over the mean: of the experts of a layer, the worst layer's;
         and of the holders, over all layers."""
         worst, holders, at = 1.0, {}, 0
-        stages = [stage for stage in range(self._session.plan.stages) for _ in self._session.plan.layers_of_stage(stage)]
-        for stage, layer in zip(stages, self._session.plan.placement):
+        for layer in self._session.plan.placement:
             counts = tokens[at:at + len(layer)]
             at += len(layer)
             if sum(counts):
                 worst = max(worst, max(counts) * len(counts) / sum(counts))
             for holder, count in zip(layer, counts):
-                holders[stage, holder] = holders.get((stage, holder), 0.0) + count
+                holders[holder] = holders.get(holder, 0.0) + count
         most = max(holders.values(), default=0.0) * len(holders)
         return {"expert-load-most-over-mean": worst,
                 "holder-load-most-over-mean": most / (sum(holders.values()) or 1.0)}

@@ -36,9 +36,9 @@ from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
 LAYERS = 2  # of the model that is built: A tasks with an embedding, with none, and with the head
 HELD = 8  # experts of a layer that are measured together, as a holder runs them
-# Tasks are measured whole, whatever a recipe splits: the planner looks at no tensor or context parallelism.
+# Tasks are measured whole, whatever a recipe splits: the planner looks at no parallelism but of roles.
 _WHOLE = ("--tensor-model-parallel-size", "1", "--expert-tensor-parallel-size", "1",
-          "--context-parallel-size", "1")
+          "--context-parallel-size", "1", "--pipeline-model-parallel-size", "1")
 _ATTENTION, _EXPERT = 0, 1  # ranks of the session, of which only one is there at a time
 _WARM_UP = 2
 

@@ -29,8 +29,8 @@ Submodule = Callable[..., Any]  # of one of Megatron's nodes: called with the no
 def whole_layer(config: TransformerConfig, layer: int) -> bool:
     """Whether all of a layer's tasks are to run again, for a layer from 1 on in its pipeline stage.
 
-    ``block`` recomputes the first layers of a stage. ``uniform`` recomputes all; Megatron then keeps the input of every so many
-    layers, which tasks cannot: what a layer receives from its experts would have to be sent again.
+    ``block`` recomputes the first layers of a stage. ``uniform`` recomputes all; Megatron then keeps the input of every so
+    many layers, which tasks cannot: what a layer receives from its experts would have to be sent again.
     """
     if config.recompute_granularity != "full":
         return False

@@ -33,7 +33,8 @@ class Session:
         control: gloo group over all ranks. All that crosses between the pools and is no token goes over it.
         out, back: this ZP group's channels.
         device: where this rank computes.
-        stages: channel to the ranks at this place of each pipeline stage; None where there is one stage, and on expert ranks.
+        stages: channel to the ranks at this place of each pipeline stage; None where there is one stage, and on expert
+            ranks.
     """
 
     plan: Plan

@@ -193,8 +193,6 @@ def layout_problems(
     """What keeps these numbers from being a layout, one sentence each."""
     if groups < 1:
         return [f"{groups} ZP groups: a layout needs at least one"]
-    if stages < 1:
-        return [f"--pipeline-model-parallel-size {stages}: it must be 1 or more"]
     problems = []
     for name, ranks, shares in (
         ("attention", attention_ranks, (tensor, context)), ("expert", expert_ranks, (expert_tensor,))
