@@ -120,7 +120,7 @@ def test_between_pipeline_stages(tmp_path, variant):
     expected = journey.whole(disaggregated(1, 1))  # from other weights than a pipeline's, which draws them by stage
     legs = [
         (None, disaggregated(1, 1), "start", 3), ("start", disaggregated(2, 2, 1, *first_two, "--hetermoe-wave", "1"), "two", 6),
-        ("two", disaggregated(1, 1), "one", 9), ("two", stock(2, 1, *last_two), "stock", 9),
+        ("two", disaggregated(1, 1), "one", 9), ("two", stock(4, 2, *last_two), "stock", 9),
         ("stock", disaggregated(2, 2, 1, *last_two), "uneven", 12),
     ]
     for source, layout, target, until in legs:
