@@ -52,6 +52,9 @@ PARTS = {
     "mcore/platform/flags.py": "On the CPU, flags that need a GPU are left out and named. No error",
     "runtime/transfers.py": "Two ranks do not agree on what is sent: a fault of this package, or ranks that run different "
                             "versions of it. Please report it",
+    "mcore/stages.py": "The pipeline that Megatron's flags ask for cannot be",
+    "runtime/handover.py": "Two pipeline stages do not agree on what they hand over: a fault of this package, or ranks that "
+                           "run different versions of it. Please report it",
     "runtime/watch.py": "A rank died, stopped or failed, and all others end; see above",
     "cost/cluster.py": "The cluster file cannot be used",
     "cost/profile.py": "A profile cannot be used",

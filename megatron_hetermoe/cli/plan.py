@@ -110,6 +110,9 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
     if max(parallelism.expert_tensor, parallelism.context) > 1:
         problems.add("no plan is made for expert tensor and context parallelism yet, which the recipe asks for: plan "
                      "without them, or give ranks and placement by hand")
+    if parallelism.stage_layers:
+        problems.add(f"no plan is made for pipelines yet, and the recipe asks for {len(parallelism.stage_layers)} stages: "
+                     "plan with --pipeline-model-parallel-size 1, or give ranks and placement by hand")
     problems.raise_if_any()
     vocabulary = vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
     if vocabulary is None:

@@ -30,7 +30,7 @@ class Plan:
         model: the model's shape.
         attention_ranks: attention ranks of all ZP groups together.
         expert_ranks: expert ranks of all ZP groups together.
-        groups: G, the number of ZP groups.
+        groups: G, the number of ZP groups, in each pipeline stage.
         placement: for each layer from 1 on, the holder of each expert (attention ranks 0 to M-1 of a ZP group, then
             its expert ranks from M on, as many together as ``expert_tensor_parallel`` says); empty for a layer without
             experts.
@@ -44,6 +44,7 @@ class Plan:
         context_parallel: tensor-parallel groups of attention ranks that have parts of one sequence.
         expert_tensor_parallel: expert ranks that share the weights of their experts.
         weight_gradients: one of WEIGHT_GRADIENTS: with those of activations, or in tasks of their own after these.
+        stage_layers: how many layers each pipeline stage has; empty where there is one stage.
         pools: for each member of a ZP group, the pool of the cluster file that it is of; empty when no cluster file
             was there.
         step: the step that was planned for, None when nothing was predicted.
@@ -66,10 +67,23 @@ class Plan:
     context_parallel: int = 1
     expert_tensor_parallel: int = 1
     weight_gradients: str = "together"
+    stage_layers: tuple[int, ...] = ()
     pools: tuple[str, ...] = ()
     step: Step | None = None
     predicted: Prediction | None = None
     tasks: TaskSeconds | None = None
+
+    @property
+    def stages(self) -> int:
+        """P, the number of pipeline stages."""
+        return max(1, len(self.stage_layers))
+
+    def layers_of_stage(self, stage: int) -> range:
+        """The layers, from 1 on, of a pipeline stage, from 0 on."""
+        if not self.stage_layers:
+            return range(1, self.model.layers + 1)
+        first = 1 + sum(self.stage_layers[:stage])
+        return range(first, first + self.stage_layers[stage])
 
     @property
     def delayed(self) -> bool:

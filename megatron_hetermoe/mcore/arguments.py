@@ -26,6 +26,7 @@ from megatron_hetermoe.mcore.gpt import check_args
 from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.mcore.session import DTYPES
+from megatron_hetermoe.mcore.stages import UNSUPPORTED_STAGES, can_be_staged, stage_layers
 from megatron_hetermoe.planner.resolve import Parallelism, resolve
 from megatron_hetermoe.topology.layout import EXPERT, layout_of
 
@@ -49,7 +50,7 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
      and os.environ.get(_CONNECTIONS) != "1" and not cpu.needed(),
      f"export {_CONNECTIONS}=1 for all ranks; Megatron asks for it on GPUs before Blackwell, and pools may be of both"),
     ("--tp-comm-overlap", lambda args: args.tp_comm_overlap, "leave it out: the schedule overlaps"),
-    ("--pipeline-model-parallel-size above 1", lambda args: args.pipeline_model_parallel_size > 1, "set it to 1"),
+    *UNSUPPORTED_STAGES,
     ("--hierarchical-context-parallel-sizes",
      lambda args: getattr(args, "hierarchical_context_parallel_sizes", None), "leave it out"),
     ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
@@ -166,7 +167,8 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
     plan = None
     if shape is not None and flags.enabled:
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        plan = resolve(flags, shape, precision, world_size, problems, parallelism_of(args))
+        if can_be_staged(args, flags, problems):
+            plan = resolve(flags, shape, precision, world_size, problems, parallelism_of(args))
     if plan is not None:
         if plan.step is not None:
             _check_step(args, plan, problems)
@@ -227,7 +229,8 @@ def arguments_to_plan_for(
 def parallelism_of(args: argparse.Namespace) -> Parallelism:
     """What Megatron's flags, before their validation, say of ranks that share weights or sequences."""
     return Parallelism(
-        args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1, args.context_parallel_size
+        args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1, args.context_parallel_size,
+        stage_layers(args),
     )
 
 
@@ -370,7 +373,7 @@ def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems
     """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
     if not attention_ranks or not args.micro_batch_size:
         return
-    share = max(1, args.tensor_model_parallel_size * args.context_parallel_size)
+    share = max(1, args.tensor_model_parallel_size * args.context_parallel_size * args.pipeline_model_parallel_size)
     together = args.micro_batch_size * max(1, attention_ranks // share)
     ranks = f"{attention_ranks} attention ranks" + (f" / {share} that share a microbatch" if share > 1 else "")
     start, increment, _ = args.rampup_batch_size or (None, None, None)

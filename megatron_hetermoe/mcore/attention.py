@@ -73,12 +73,12 @@ def route_to_holders(layer_specs: list[Any], session: Session, seed: int) -> lis
     """Megatron's layer specs with every mixture-of-experts layer replaced by a RoutedMoELayer.
 
     Args:
-        layer_specs: of a TransformerBlock; one object may stand for several layers, so each is copied.
+        layer_specs: of a TransformerBlock, this stage's; one object may stand for several layers, so each is copied.
         session: this rank's.
         seed: of the run.
     """
     routed = []
-    for layer, spec in enumerate(layer_specs, start=1):
+    for layer, spec in zip(session.layers, layer_specs, strict=True):
         submodules = moe_submodules(spec)
         if submodules is not None:
             spec = copy(spec)
@@ -121,7 +121,8 @@ class LayerTasks(TransformerLayerSchedulePlan):
     def _recompute(self) -> None:
         """Has nodes run again before their backward, as the flags ask."""
         attend, layer = self.pre_dispatch_computation, self.layer
-        if recompute.whole_layer(layer.config, layer.layer_number):
+        before = self.chunk_state.model.decoder.layers[0].layer_number - 1  # of the stages before this one
+        if recompute.whole_layer(layer.config, layer.layer_number - before):
             if self.has_experts:
                 attend.submodule = recompute.rerun_routing(attend.submodule)
                 self.moe_combine.submodule = recompute.free_residual(self.moe_combine.submodule)

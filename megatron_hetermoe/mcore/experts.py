@@ -119,12 +119,14 @@ class ExpertModel(MegatronModule):
 
     Args:
         config: the transformer's.
+        layers: of this rank's pipeline stage, from 1 on.
         held: the experts that this rank holds, by layer.
         pg_collection: groups of the expert pool.
     """
 
     def __init__(
-        self, config: TransformerConfig, held: dict[int, HeldExperts], pg_collection: ProcessGroupCollection
+        self, config: TransformerConfig, layers: range, held: dict[int, HeldExperts],
+        pg_collection: ProcessGroupCollection,
     ):
         super().__init__(config)
         self.pg_collection = pg_collection
@@ -133,7 +135,8 @@ class ExpertModel(MegatronModule):
         self.vp_stage = None
         self.decoder = torch.nn.Module()
         self.decoder.layers = torch.nn.ModuleList()
-        for layer in range(1, config.num_layers + 1):
+        self._first = layers.start
+        for layer in layers:
             holder = torch.nn.Module()
             holder.mlp = torch.nn.Module()
             if layer in held:
@@ -141,7 +144,7 @@ class ExpertModel(MegatronModule):
             self.decoder.layers.append(holder)
 
     def experts(self, layer: int) -> HeldExperts:
-        """The experts that this rank holds of a layer, from 1 on."""
+        """The experts that this rank holds of a layer, from 1 on in its stage."""
         return self.decoder.layers[layer - 1].mlp.experts
 
     def shared_embedding_or_output_weight(self) -> None:
@@ -160,10 +163,11 @@ class ExpertModel(MegatronModule):
             if not hasattr(holder.mlp, "experts"):
                 continue
             layer_prefix = f"{prefix}decoder.layers.{index}."
-            offsets = () if by_layer else ((0, index, self.config.num_layers),)
+            number = index + self._first - 1
+            offsets = () if by_layer else ((0, number, self.config.num_layers),)
             state = holder.mlp.experts.sharded_state_dict(f"{layer_prefix}mlp.experts.", offsets, metadata)
-            if not by_layer:
-                replace_prefix_for_sharding(state, layer_prefix, f"{prefix}decoder.layers.")
+            of_layer = f"{number}." if by_layer else ""
+            replace_prefix_for_sharding(state, layer_prefix, f"{prefix}decoder.layers.{of_layer}")
             sharded.update(state)
         return sharded
 

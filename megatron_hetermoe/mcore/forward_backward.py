@@ -22,6 +22,7 @@ from megatron_hetermoe.mcore.step_checks import Checker, StepChecks
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
 from megatron_hetermoe.mcore.weights import WeightGradients, delay
 from megatron_hetermoe.runtime import executor
+from megatron_hetermoe.runtime.handover import Handover
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.streams import Observer, streams_for
 from megatron_hetermoe.runtime.stretch import stretched
@@ -61,16 +62,16 @@ class ForwardBackward:
 
     def __call__(
         self, *, forward_step_func: Callable[..., Any], data_iterator: Any, model: Any, num_microbatches: int,
-        forward_only: bool = False, collect_non_loss_data: bool = False, force_all_reduce: bool = False,
-        **unused: Any,
+        seq_length: int, micro_batch_size: int, forward_only: bool = False, collect_non_loss_data: bool = False,
+        force_all_reduce: bool = False, **unused: Any,
     ) -> list[dict[str, torch.Tensor]]:
         """As ``megatron.core.pipeline_parallel.schedules.forward_backward_no_pipelining``.
 
-        What it takes and does not use describes pipelines: shapes and communicators between stages.
+        What it takes and does not use describes Megatron's own communicators between stages.
 
         Returns:
-            On attention ranks what the loss function reports for each microbatch; on expert ranks the same for the
-            whole step, since the last rank prints.
+            On attention ranks of the last pipeline stage what the loss function reports for each microbatch; on expert ranks
+            the same for the whole step, since the last rank prints; elsewhere nothing.
         """
         (wrapped,) = model if isinstance(model, list) else [model]
         config = get_model_config(wrapped)
@@ -87,7 +88,7 @@ class ForwardBackward:
         if not forward_only:
             self._meter.begin_step(num_microbatches)
         try:
-            losses, tokens = self._run(inputs, member, checks)
+            losses, tokens = self._run(inputs, member, checks, (seq_length, micro_batch_size))
             self._checker.after(checks)
             if not forward_only:
                 self._finalize(wrapped, tokens, force_all_reduce)
@@ -134,7 +135,10 @@ class ForwardBackward:
             self._schedules[key] = schedule, schedule.member(self._session.holder)
         return self._schedules[key]
 
-    def _run(self, inputs: StepInputs, member: MemberSchedule, checks: StepChecks) -> tuple[list[Any], torch.Tensor]:
+    def _run(
+        self, inputs: StepInputs, member: MemberSchedule, checks: StepChecks, batch: tuple[int, int]
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The tasks of a step whose microbatches are of a sequence length and a number of sequences."""
         session, config = self._session, inputs.config
         transfers = session.transfers(
             config.hidden_size, checksums=checks.checksums, recorder=None if inputs.forward_only else self._meter.recorder
@@ -144,9 +148,21 @@ class ForwardBackward:
         if not session.is_attention:
             executor.run(member, stretched(table, self._slow_down), streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
-        attention = AttentionTasks(inputs, transfers, checks.numbers, checks.load)
-        executor.run(member, stretched({**table, **attention.table()}, self._slow_down), streams, self._marks)
+        handover = self._handover(inputs, batch) if session.stages else None
+        attention = AttentionTasks(inputs, transfers, checks.numbers, handover, checks.load)
+        table |= attention.table() | (handover.table() if handover else {})
+        executor.run(member, stretched(table, self._slow_down), streams, self._marks)
         return attention.losses, attention.tokens
+
+    def _handover(self, inputs: StepInputs, batch: tuple[int, int]) -> Handover:
+        """The hidden states between stages, as Megatron's pipelines have them (schedules.py, get_tensor_shapes)."""
+        session, config = self._session, inputs.config
+        parts = session.layout.context * (session.layout.tensor if config.sequence_parallel else 1)
+        shape = batch[0] // parts, batch[1], config.hidden_size
+        return Handover(
+            session.stages, session.stage, len(session.layers), shape, config.pipeline_dtype or config.params_dtype,
+            session.device,
+        )
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:
         """What this rank gives to its pool's sum of tokens, so that both pools' sums are the attention pool's.
@@ -155,8 +171,7 @@ class ForwardBackward:
         """
         total = tokens.cpu() * self._session.reports
         dist.all_reduce(total, group=self._session.control)
-        first = self._session.layout.pool(self._session.role)[0]
-        if self._session.is_attention or self._session.rank != first:
+        if self._session.is_attention or not self._session.speaks_in_last_stage:
             return tokens
         return total.to(tokens.device)
 

@@ -27,7 +27,8 @@ class Load:
         self._rows = torch.zeros(len(self._layers), session.plan.model.experts, dtype=torch.int64)
 
     def note(self, layer: int, counts: Sequence[Sequence[int]]) -> None:
-        """An attention rank's rows of one microbatch, as ``Routed.counts``."""
+        """An attention rank's rows of one microbatch, as ``Routed.counts``, in a layer as tasks number it."""
+        layer = self._session.layer_of(layer)
         flat = torch.tensor([rows for of_holder in counts for rows in of_holder])
         self._rows[self._layers.index(layer), list(self._orders[layer])] += flat
 
@@ -39,25 +40,25 @@ class Load:
         for layer, rows in zip(self._layers, self._rows.tolist()):
             tokens = sum(rows) / topk  # with capacity fewer, since what is dropped reaches no expert
             part = topk / len(rows)
+            holders = self._session.placement.holders[layer - 1]
             found += [
                 (got / tokens, ("expert", layer, expert),
-                 f"expert {expert} of layer {layer}, on {self._ranks(layer, expert)}, gets {got / tokens:.0%} of all tokens, "
-                 f"{got / tokens / part:.1f} times its part")
+                 f"expert {expert} of layer {layer}, on {self._of_holder(layer, holders[expert])}, gets "
+                 f"{got / tokens:.0%} of all tokens, {got / tokens / part:.1f} times its part")
                 for expert, got in enumerate(rows) if tokens and got / tokens >= limit(part)
             ]
-            idle = set(self._session.placement.holders_of(layer)) - {
-                holder for holder, got in zip(self._session.placement.holders[layer - 1], rows) if got}
-            found += [(0.0, ("holder", layer, holder), f"no token of layer {layer} goes to {self._of_holder(holder)}")
+            idle = set(holders) - {holder for holder, got in zip(holders, rows) if got}
+            found += [(0.0, ("holder", layer, holder), f"no token of layer {layer} goes to {self._of_holder(layer, holder)}")
                       for holder in sorted(idle) if tokens]
         return {key: said for _, key, said in sorted(found, key=lambda one: (-one[0], one[1]))}
 
-    def _ranks(self, layer: int, expert: int) -> str:
-        return self._of_holder(self._session.placement.holders[layer - 1][expert])
-
-    def _of_holder(self, holder: int) -> str:
-        """A holder's ranks in each ZP group."""
-        layout = self._session.layout
-        ranks = [layout.rank_of(group, member) for group in range(layout.groups) for member in layout.members_of(holder)]
+    def _of_holder(self, layer: int, holder: int) -> str:
+        """A holder's ranks in each ZP group of a layer's stage."""
+        layout, plan = self._session.layout, self._session.plan
+        stage = next(stage for stage in range(plan.stages) if layer in plan.layers_of_stage(stage))
+        ranks = [layout.rank_of(group, member)
+                 for group in range(stage * layout.groups, (stage + 1) * layout.groups)
+                 for member in layout.members_of(holder)]
         word = "rank" if len(ranks) == 1 else "ranks"
         return f"{word} {', '.join(map(str, ranks))} ({layout.role(ranks[0])})"
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MetricEntry, get_moe_metrics_tracker
 
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.topology.layout import ATTENTION
 
 
 def share_losses(losses: list[dict[str, torch.Tensor]], session: Session) -> list[dict[str, torch.Tensor]]:
@@ -16,15 +17,16 @@ def share_losses(losses: list[dict[str, torch.Tensor]], session: Session) -> lis
     takes as it is.
 
     Args:
-        losses: an attention rank's reports, one for each microbatch; empty on expert ranks.
+        losses: an attention rank's reports, one for each microbatch; empty on expert ranks and before the last stage.
         session: this rank's.
 
     Returns:
-        On attention ranks what was given. On expert ranks one report: of sums, the whole on the pool's first rank and
-        zeros on the others; of means, the attention pool's mean.
+        On attention ranks what was given. On expert ranks one report: of sums, the whole on the first rank of the
+        last stage and zeros on the others; of means, the attention pool's mean.
     """
     names = [[(name, value.numel()) for name, value in losses[0].items()] if losses else []]
-    dist.broadcast_object_list(names, src=0, group=session.control)
+    first = session.layout.stage_ranks(ATTENTION, session.layout.stages - 1)[0]
+    dist.broadcast_object_list(names, src=first, group=session.control)
     if not names[0]:
         return losses
     table = torch.zeros(len(names[0]), 2, dtype=torch.float32)
@@ -33,12 +35,11 @@ def share_losses(losses: list[dict[str, torch.Tensor]], session: Session) -> lis
             values = torch.stack([report[name].detach().view(-1).float().cpu() for report in losses])
             row[:numel] = values.sum(dim=0) if numel == 2 else values.mean() / session.layout.replicas
     dist.all_reduce(table, group=session.control)
-    if losses:
+    if session.is_attention:
         return losses
-    is_first = session.rank == session.layout.pool(session.role)[0]
     report = {}
     for row, (name, numel) in zip(table, names[0]):
-        value = row[:numel] if numel == 1 or is_first else torch.zeros(2)
+        value = row[:numel] if numel == 1 or session.speaks_in_last_stage else torch.zeros(2)
         report[name] = value.to(session.device)
     return [report]
 
@@ -64,10 +65,11 @@ def share_aux_losses(session: Session) -> None:
     dist.all_reduce(shared, group=session.control)
     if not session.is_attention:
         for name, values in zip(sizes[0], shared.split(list(sizes[0].values()))):
-            metrics[name].values.copy_(values)
+            # Stages are summed in the expert pool too, and this is the sum already.
+            metrics[name].values.copy_(values if session.in_last_stage else torch.zeros_like(values))
 
 
 def _share_of_log(entry: MetricEntry, session: Session) -> torch.Tensor:
     """What an attention rank adds to the number that is logged, for each layer."""
     summed_over = 1 if entry.reduce_group is None else entry.reduce_group.size()
-    return entry.values.float().cpu() * summed_over / session.layout.attention_ranks
+    return entry.values.float().cpu() * summed_over * session.layout.stages / session.layout.attention_ranks

@@ -50,14 +50,14 @@ class Numbers:
     def first(self) -> str | None:
         """The first place in the model whose results are not finite, or None where all were."""
         for layer, microbatch in sorted(self._sent):
-            where = f"layer {layer}, microbatch {microbatch + 1}"
+            where = f"layer {self._session.layer_of(layer)}, microbatch {microbatch + 1}"
             if not self._sent[layer, microbatch]:
                 return f"{where}: in attention, or before it, on {self._name(self._session.rank)}"
             if (layer, microbatch) in self._came:
                 rows, counts = self._came[layer, microbatch]
                 if not rows.all():
                     expert = self._expert_of(layer, int((~rows).nonzero()[0]), counts)
-                    holder = self._session.placement.holders[layer - 1][expert]
+                    holder = self._session.stage_placement.holders[layer - 1][expert]
                     return f"{where}: in expert {expert}, on {self._name(self._rank_of(holder))}"
         return None
 
@@ -69,7 +69,7 @@ class Numbers:
     def _expert_of(self, layer: int, row: int, counts: list[list[int]]) -> int:
         """The expert that a row came from; rows are in ``Placement.expert_order``."""
         flat = (rows for of_holder in counts for rows in of_holder)
-        for expert, rows in zip(self._session.placement.expert_order(layer), flat):
+        for expert, rows in zip(self._session.stage_placement.expert_order(layer), flat):
             if row < rows:
                 return expert
             row -= rows
@@ -87,9 +87,10 @@ def report(numbers: Numbers, model: Any, session: Session) -> None:
         model: this rank's, for its weights and gradients.
         session: this rank's.
     """
-    first = numbers.first()
+    first, before = numbers.first(), session.layers.start - 1
     parts = [f"first {first}"] if first else []
-    for what, names in (("weights", _not_finite(model, "data")), ("gradients", _not_finite(model, "main_grad"))):
+    for what, names in (("weights", _not_finite(model, "data", before)),
+                        ("gradients", _not_finite(model, "main_grad", before))):
         found = list(names)
         if found:
             more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
@@ -99,20 +100,21 @@ def report(numbers: Numbers, model: Any, session: Session) -> None:
           flush=True)
 
 
-def _not_finite(model: Any, attribute: str) -> Iterator[str]:
+def _not_finite(model: Any, attribute: str, before: int) -> Iterator[str]:
     """The parameters of which a tensor is not finite, experts' as layer and expert."""
     for path, module in unwrap_model(model).named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             tensor = getattr(parameter, attribute, None)
             if tensor is not None and tensor.numel() and not tensor.isfinite().all():
-                yield _described(unwrap_model(model), path, name)
+                yield _described(unwrap_model(model), path, name, before)
 
 
-def _described(model: torch.nn.Module, path: str, name: str) -> str:
+def _described(model: torch.nn.Module, path: str, name: str, before: int) -> str:
+    """A parameter's name; ``before`` are the layers of the stages before this one."""
     parts = path.split(".")
     for end in range(len(parts) - 1):
         module = model.get_submodule(".".join(parts[: end + 1]))
         if isinstance(module, HeldExperts):  # decoder.layers.L.mlp.experts.local_experts.J.linear_fc1
-            layer = int(parts[parts.index("layers") + 1]) + 1
+            layer = before + int(parts[parts.index("layers") + 1]) + 1
             return f"expert {module.held[int(parts[end + 2])]} of layer {layer} ({'.'.join(parts[end + 3:])}.{name})"
     return f"{path}.{name}"

@@ -46,7 +46,8 @@ class PooledOptimizer(ChainedOptimizer):
                 initialise_adam(optimizer.optimizer)
                 # Names this holder's part in the checkpoint; Megatron's index counts holders inside a pool only.
                 if any(group["is_expert_parallel"] for group in optimizer.param_groups):
-                    optimizer.data_parallel_group_idx = session.member
+                    members = session.layout.m + session.layout.n
+                    optimizer.data_parallel_group_idx = session.stage * members + session.member
 
     def _share_scaler(self) -> "_AgreedScaler | None":
         """One loss scale for all optimizers of this rank, updated when all ranks have said what they found."""
@@ -177,7 +178,7 @@ def scale_expert_gradients(model_chunks: list[Any], session: Session) -> None:
     """
     if session.is_attention or model_chunks[0].config.calculate_per_token_loss:
         return  # per-token loss: divided by the tokens of both pools, in finalize_model_grads
-    factor = session.layout.expert_ranks / session.layout.replicas
+    factor = session.layout.expert_ranks / session.layout.stages / session.layout.replicas
     for chunk in model_chunks:
         for group in chunk.expert_parallel_bucket_groups:
             for bucket in group.buckets:

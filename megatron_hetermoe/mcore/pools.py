@@ -35,8 +35,7 @@ def join_pools(plan: Plan) -> Session:
     control = dist.new_group(backend="gloo")
     out = back = None
     options = nccl_options() if dist.get_backend() == "nccl" else None
-    for group in range(layout.groups):
-        ranks = layout.zp_group(group)
+    for ranks in layout.zp_groups():
         pairs = [
             (dist.new_group(ranks, pg_options=options), dist.new_group(ranks, backend="gloo")) for _ in range(2)
         ]
@@ -45,6 +44,7 @@ def join_pools(plan: Plan) -> Session:
             for payload, _ in pairs:
                 # Makes the communicator, which members that send or receive nothing at first would not.
                 dist.all_reduce(torch.zeros(1, device=device), group=payload)
+    stages = _stages(layout, rank, device) if layout.stages > 1 else None
     own: dict[str, object] = {}
     blank = _parallel_state()
     for role in (ATTENTION, EXPERT):
@@ -55,6 +55,7 @@ def join_pools(plan: Plan) -> Session:
             rank_offset=pool.start,
             local_world_size=len(pool),
             tensor_model_parallel_size=len(layout.tensor_parallel(role)[0]),
+            pipeline_model_parallel_size=layout.stages,
             context_parallel_size=len(layout.context_parallel(role)[0]),
             expert_model_parallel_size=len(experts),
             expert_tensor_parallel_size=len(layout.expert_tensor_parallel(role)[0]),
@@ -66,7 +67,18 @@ def join_pools(plan: Plan) -> Session:
     _check_groups(layout, rank)
     # train() counts consumed samples by the data-parallel size; it is the attention pool's, in both pools.
     parallel_state._MPU_DATA_PARALLEL_WORLD_SIZE = layout.microbatches
-    return Session(plan, rank, control, out, back, device)
+    return Session(plan, rank, control, out, back, device, stages=stages)
+
+
+def _stages(layout: Layout, rank: int, device: torch.device) -> Channel | None:
+    """The channel along this rank's pipeline; all ranks call it."""
+    own = None
+    for ranks in layout.pipeline_parallel(ATTENTION):
+        pair = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")
+        if rank in ranks:
+            own = Channel(*pair, ranks, ranks.index(rank))
+            dist.all_reduce(torch.zeros(1, device=device), group=pair[0])  # makes the communicator
+    return own
 
 
 def _parallel_state() -> dict[str, object]:
@@ -88,6 +100,9 @@ def _check_groups(layout: Layout, rank: int) -> None:
     role = layout.role(rank)
     expected = {
         "tensor parallel": (parallel_state.get_tensor_model_parallel_group(), layout.tensor_parallel(role)),
+        "pipeline parallel": (
+            parallel_state.get_pipeline_model_parallel_group(), layout.pipeline_parallel(role)
+        ),
         "context parallel": (parallel_state.get_context_parallel_group(), layout.context_parallel(role)),
         "data parallel": (
             parallel_state.get_data_parallel_group(with_context_parallel=True), layout.data_parallel(role)

@@ -179,8 +179,10 @@ def announce(session: Session) -> None:
     layout, plan = session.layout, session.plan
     ranks = [
         {
-            "rank": rank, "role": layout.role(rank), "group": layout.group_of(rank),
-            "experts": session.placement.experts_held(layout.holder_of(rank)),
+            "rank": rank, "role": layout.role(rank), "group": layout.group_of(rank) % layout.groups,
+            **({"stage": layout.stage_of(rank)} if layout.stages > 1 else {}),
+            "experts": session.placement.of_layers(plan.layers_of_stage(layout.stage_of(rank))).experts_held(
+                layout.holder_of(rank)),
         }
         for rank in range(layout.world_size)
     ]
@@ -233,10 +235,10 @@ def model_provider(model_config: GPTModelConfig, seed: int, session: Session) ->
         config = _of_expert_pool(model_config.transformer, session.plan)
         held = {
             layer: build_held(submodules.experts, config, session, layer, seed, groups)
-            for layer, layer_spec in enumerate(spec.layer_specs, start=1)
+            for layer, layer_spec in zip(session.layers, spec.layer_specs, strict=True)
             if (submodules := moe_submodules(layer_spec)) is not None and session.held(layer)
         }
-        return ExpertModel(config, held, groups)
+        return ExpertModel(config, session.layers, held, groups)
 
     return provide
 

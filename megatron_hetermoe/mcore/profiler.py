@@ -36,9 +36,9 @@ from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
 LAYERS = 2  # of the model that is built: A tasks with an embedding, with none, and with the head
 HELD = 8  # experts of a layer that are measured together, as a holder runs them
-# Tasks are measured whole, whatever a recipe splits: the planner looks at no tensor or context parallelism.
+# Tasks are measured whole, whatever a recipe splits: the planner looks at no parallelism but of roles.
 _WHOLE = ("--tensor-model-parallel-size", "1", "--expert-tensor-parallel-size", "1",
-          "--context-parallel-size", "1")
+          "--context-parallel-size", "1", "--pipeline-model-parallel-size", "1")
 _ATTENTION, _EXPERT = 0, 1  # ranks of the session, of which only one is there at a time
 _WARM_UP = 2
 
@@ -192,7 +192,7 @@ class _Part:
     def __init__(self, args: argparse.Namespace, plan: Plan, device: torch.device, activation_again: bool = False):
         self.args, self.device = args, device
         # No member is there to send to, so there are no channels and no control group.
-        self.session = Session(plan, self.rank, None, None, None, device, activation_again)
+        self.session = Session(plan, self.rank, None, None, None, device, activation_again=activation_again)
         (self.model,) = training.get_model(model_provider(gpt_config_from_args(args), args.seed, self.session))
         self.config = get_model_config(self.model)
         self.config.no_sync_func = self.model.no_sync

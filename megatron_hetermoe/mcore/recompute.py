@@ -28,10 +28,10 @@ Submodule = Callable[..., Any]  # of one of Megatron's nodes: called with the no
 
 
 def whole_layer(config: TransformerConfig, layer: int) -> bool:
-    """Whether all of a layer's tasks are to run again, for a layer from 1 on.
+    """Whether all of a layer's tasks are to run again, for a layer from 1 on in its pipeline stage.
 
-    ``block`` recomputes the first layers. ``uniform`` recomputes all; Megatron then keeps the input of every so many
-    layers, which tasks cannot: what a layer receives from its experts would have to be sent again.
+    ``block`` recomputes the first layers of a stage. ``uniform`` recomputes all; Megatron then keeps the input of every so
+    many layers, which tasks cannot: what a layer receives from its experts would have to be sent again.
     """
     if config.recompute_granularity != "full":
         return False
@@ -39,7 +39,7 @@ def whole_layer(config: TransformerConfig, layer: int) -> bool:
 
 
 def experts_again(config: TransformerConfig, layer: int) -> bool:
-    """Whether the E tasks of a layer, from 1 on, are to run again."""
+    """Whether the E tasks of a layer, from 1 on in its stage, are to run again."""
     selected = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
     return selected or whole_layer(config, layer)
 

@@ -13,7 +13,8 @@ from megatron_hetermoe.runtime.channels import Channel
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.runtime.transfers import Transfers
-from megatron_hetermoe.schedule.orders import Schedule, build
+from megatron_hetermoe.schedule.orders import Schedule
+from megatron_hetermoe.schedule.pipeline import schedule_of
 from megatron_hetermoe.schedule.tasks import Kind
 from megatron_hetermoe.topology.layout import ATTENTION, Layout, layout_of
 from megatron_hetermoe.topology.placement import Placement
@@ -33,6 +34,8 @@ class Session:
         out, back: this ZP group's channels.
         device: where this rank computes.
         activation_again: whether experts compute the output of their activation again in the backward.
+        stages: channel to the ranks at this place of each pipeline stage; None where there is one stage, and on expert
+            ranks.
     """
 
     plan: Plan
@@ -42,6 +45,7 @@ class Session:
     back: Channel
     device: torch.device
     activation_again: bool = False
+    stages: Channel | None = None
 
     @cached_property
     def layout(self) -> Layout:
@@ -50,6 +54,25 @@ class Session:
     @cached_property
     def placement(self) -> Placement:
         return Placement(self.plan.placement, self.layout.holders)
+
+    @property
+    def stage(self) -> int:
+        """The pipeline stage that this rank is in, from 0 on."""
+        return self.layout.stage_of(self.rank)
+
+    @property
+    def layers(self) -> range:
+        """The layers of this rank's stage, from 1 on. Tasks number them from 1 in each stage."""
+        return self.plan.layers_of_stage(self.stage)
+
+    @cached_property
+    def stage_placement(self) -> Placement:
+        """The placement of this stage's layers, as tasks number them."""
+        return self.placement.of_layers(self.layers)
+
+    def layer_of(self, layer: int) -> int:
+        """The number in the model, from 1 on, of a layer that has this number in tasks."""
+        return self.layers[layer - 1]
 
     @property
     def expert_dtype(self) -> torch.dtype:
@@ -81,8 +104,18 @@ class Session:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank reports the losses of its tokens: of a tensor-parallel group, which has the same, one does."""
-        return self.is_attention and self.rank % self.layout.tensor == 0
+        """Whether this rank reports the losses of its tokens: it is of the last stage, and of a tensor-parallel group,
+        which has the same, one does."""
+        return self.is_attention and self.in_last_stage and self.rank % self.layout.tensor == 0
+
+    @property
+    def in_last_stage(self) -> bool:
+        return self.stage == self.layout.stages - 1
+
+    @property
+    def speaks_in_last_stage(self) -> bool:
+        """Whether this rank is the first of its role in the last stage."""
+        return self.rank == self.layout.stage_ranks(self.role, self.layout.stages - 1)[0]
 
     def held(self, layer: int) -> tuple[int, ...]:
         """The experts of a layer, from 1 on, that this rank holds."""
@@ -102,15 +135,14 @@ class Session:
         """This member's transfers of one step, of tokens that are so wide; checksums and recorder as for Transfers."""
         layout = self.layout
         return kind(
-            self.placement, layout.m, self.member, self.out, self.back, hidden, self.wire_dtype, self.device,
+            self.stage_placement, layout.m, self.member, self.out, self.back, hidden, self.wire_dtype, self.device,
             tuple(map(layout.members_of, range(layout.holders))), checksums, recorder=recorder,
         )
 
     def schedule(self, microbatches: int, forward_only: bool) -> Schedule:
         """The ZP group's schedule for so many microbatches of each attention rank."""
-        return build(
-            self.plan.schedule, self.plan.model.layers, self.placement, self.layout.m, microbatches, self.plan.wave,
-            forward_only, self.plan.delayed, self._shared_kinds,
+        return schedule_of(
+            self.plan, self.placement, self.layout.m, self.stage, microbatches, forward_only, self._shared_kinds
         )
 
     @property

@@ -21,6 +21,7 @@ from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.recompute import experts_again, rerun
 from megatron_hetermoe.mcore.weights import WeightGradients
 from megatron_hetermoe.runtime.executor import Table
+from megatron_hetermoe.runtime.handover import Handover
 from megatron_hetermoe.runtime.transfers import Transfers
 from megatron_hetermoe.schedule.orders import Schedule
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
@@ -100,6 +101,7 @@ class AttentionTasks:
         inputs: from the training loop.
         transfers: this member's.
         numbers: shown what goes to experts and comes back.
+        handover: this member's, to and from the stages beside this one; None where there is one stage.
         load: shown how many tokens go to each expert, in a step that is looked at.
         losses: for each microbatch, what the loss function reports, in the order of the heads.
         tokens: those that count in the loss, int.
@@ -108,6 +110,7 @@ class AttentionTasks:
     inputs: StepInputs
     transfers: Transfers
     numbers: Numbers
+    handover: Handover | None = None
     load: Load | None = None
     losses: list[Any] = field(default_factory=list)
 
@@ -115,6 +118,7 @@ class AttentionTasks:
         self.tokens = torch.zeros([], dtype=torch.int, device=self.transfers.device)
         self._microbatches: dict[int, _Microbatch] = {}
         self._planning_model = PlanningModel(self.inputs.model)
+        self._begins, self._ends = self.inputs.model.pre_process, self.inputs.model.post_process
         self._layers = self.inputs.schedule.layers
         self._moe_layers = self.inputs.schedule.moe_layers
 
@@ -133,7 +137,10 @@ class AttentionTasks:
             microbatch = self._microbatches[task.microbatch]
             hidden = self._end_layer(task.layer - 1, task.microbatch)
         if task.layer > self._layers:
-            self._head(microbatch, hidden)
+            if self._ends:
+                self._head(microbatch, hidden)
+            else:
+                self._leave_stage(task, hidden)
             if self.inputs.forward_only:
                 del self._microbatches[task.microbatch]
             return
@@ -148,7 +155,10 @@ class AttentionTasks:
         self.transfers.route(task, layer.dispatch_state.counts, tokens, probs.detach())
 
     def _begin(self, task: Task) -> tuple[_Microbatch, torch.Tensor]:
-        """Reads the microbatch, makes its nodes and runs the embedding."""
+        """Reads the microbatch, makes its nodes and runs the embedding, or takes what the stage before has made of it."""
+        if not self._begins:
+            hidden = self.handover.take(task).requires_grad_(not self.inputs.forward_only)
+            self.inputs.model.set_input_tensor([hidden])
         tasks, loss_function = self.inputs.forward_step(self.inputs.data_iterator, self._planning_model)
         tasks.record_current_stream()
         microbatch = self._microbatches[task.microbatch] = _Microbatch(tasks, loss_function)
@@ -171,6 +181,17 @@ class AttentionTasks:
             outputs, microbatch.hidden = microbatch.hidden, None
         return microbatch.tasks.layer(layer).end.forward(outputs)
 
+    def _leave_stage(self, task: Task, hidden: torch.Tensor) -> None:
+        """What stands for the head where another stage follows: the hidden states go there. Routers' losses are scaled."""
+        inputs = self.inputs
+        if inputs.config.timers is not None:
+            inputs.config.timers("forward-compute", log_level=2).start()  # forward_step_calc_loss stops it
+        forward_step_calc_loss(
+            inputs.model, hidden, None, inputs.config, None, inputs.collect_non_loss_data, inputs.microbatches, [],
+            cp_group_size=inputs.config.context_parallel_size, is_last_stage=False,
+        )
+        self.handover.give(task, hidden.detach())
+
     def _head(self, microbatch: _Microbatch, hidden: torch.Tensor) -> None:
         """Output layer and loss. The loss starts from a leaf, so that its gradient can be handed to the node."""
         inputs = self.inputs
@@ -189,13 +210,16 @@ class AttentionTasks:
         with self.inputs.backward_of(task):
             microbatch = self._microbatches[task.microbatch]
             if task.layer > self._layers:
-                grad = self._head_backward(microbatch)
+                grad = self._head_backward(microbatch) if self._ends else self.handover.take(task)
             else:
                 grad = self._layer_backward(task, microbatch)
             if task.layer > 1:
                 self._end_layer_backward(task.layer - 1, task.microbatch, microbatch, grad)
             else:
-                microbatch.tasks.pre_process.backward(grad)
+                if self._begins:
+                    microbatch.tasks.pre_process.backward(grad)
+                else:
+                    self.handover.give(task, grad)
                 microbatch.tasks.release_state()
                 del self._microbatches[task.microbatch]
 

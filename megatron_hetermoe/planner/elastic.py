@@ -43,6 +43,9 @@ def refit(plan: Plan, attention_ranks: int, expert_ranks: int, microbatches: int
     if plan.context_parallel > 1:
         raise UsageError(["a plan with context parallelism is not fitted to other ranks yet: give ranks and "
                           "placement by hand"])
+    if plan.stages > 1:
+        raise UsageError([f"a plan with {plan.stages} pipeline stages is not fitted to other ranks yet: give ranks and "
+                          "placement by hand"])
     a, n, groups = _layout(plan, attention_ranks, expert_ranks, microbatches)
     # Holders: an attention rank is one, and as many expert ranks together as share their experts' weights.
     together = plan.expert_tensor_parallel

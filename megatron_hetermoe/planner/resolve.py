@@ -26,11 +26,18 @@ PLANNED = {
 
 
 class Parallelism(NamedTuple):
-    """What Megatron's flags say of ranks that share weights or sequences, as ``Layout`` has it."""
+    """What Megatron's flags say of ranks that share weights or sequences, as ``Layout`` has it, and of pipeline stages, as
+    ``Plan`` has them."""
 
     tensor: int = 1
     expert_tensor: int = 1
     context: int = 1
+    stage_layers: tuple[int, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """As ``Layout`` takes them."""
+        return self.tensor, self.expert_tensor, self.context, max(1, len(self.stage_layers))
 
 
 def resolve(
@@ -78,11 +85,11 @@ def _from_flags(
     if flags.attention_ranks is None or flags.expert_ranks is None:
         return None
     groups = flags.groups or 1
-    for problem in layout_problems(flags.attention_ranks, flags.expert_ranks, groups, *parallelism):
+    for problem in layout_problems(flags.attention_ranks, flags.expert_ranks, groups, *parallelism.sizes):
         problems.add(problem)
     _check_world(flags.attention_ranks, flags.expert_ranks, world_size, problems)
     problems.raise_if_any()  # before a placement is made for as many ranks as a slip of a digit asks for
-    layout = Layout(flags.attention_ranks, flags.expert_ranks, groups, *parallelism)
+    layout = Layout(flags.attention_ranks, flags.expert_ranks, groups, *parallelism.sizes)
     placement = even_placement(shape, layout)
     if flags.placement:
         placement = placement_from_document(_read_yaml(flags.placement), shape, layout, flags.placement)
@@ -90,6 +97,7 @@ def _from_flags(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
         flags.wave, precision, flags.expert_precision or precision, flags.attention or "auto", flags.experts or "auto",
         parallelism.tensor, parallelism.context, parallelism.expert_tensor, flags.weight_gradients or "together",
+        parallelism.stage_layers,
     )
 
 
@@ -113,9 +121,13 @@ def _from_file(
         ("--tensor-model-parallel-size", parallelism.tensor, plan.tensor_parallel),
         ("--expert-tensor-parallel-size", parallelism.expert_tensor, plan.expert_tensor_parallel),
         ("--context-parallel-size", parallelism.context, plan.context_parallel),
+        ("--pipeline-model-parallel-size", max(1, len(parallelism.stage_layers)), plan.stages),
     ):
         if said != planned:
             problems.add(f"{flag} {said} disagrees with {planned} in {flags.plan}: change the flag")
+    if parallelism.stage_layers != plan.stage_layers and len(parallelism.stage_layers) == len(plan.stage_layers):
+        problems.add(f"Megatron's flags give the pipeline's stages {list(parallelism.stage_layers)} layers, {flags.plan} "
+                     f"{list(plan.stage_layers)}: change the flags")
     if plan.attention_precision != precision:
         problems.add(f"{flags.plan} has attention in {plan.attention_precision}, Megatron's flags say {precision}: "
                      f"change one")
@@ -126,10 +138,24 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
     """What must hold of a plan whichever way it came."""
     for problem in layout_problems(
         plan.attention_ranks, plan.expert_ranks, plan.groups, plan.tensor_parallel, plan.expert_tensor_parallel,
-        plan.context_parallel,
+        plan.context_parallel, plan.stages,
     ):
         problems.add(problem)
+    if plan.stage_layers and (sum(plan.stage_layers) != plan.model.layers or min(plan.stage_layers) < 1):
+        problems.add(f"pipeline stages of {', '.join(map(str, plan.stage_layers))} layers do not make up the model's "
+                     f"{plan.model.layers}, at least one each: change --pipeline-model-parallel-size or the layers of the "
+                     "first and last stage")
+    elif plan.stage_layers:
+        idle = [str(stage + 1) for stage in range(plan.stages)
+                if not set(plan.layers_of_stage(stage)) & set(plan.model.moe_layers)]
+        if idle:
+            problems.add(f"pipeline stage {' and '.join(idle)} of {plan.stages} has no layer with experts, so its expert "
+                         "ranks would have nothing: divide the layers so that each stage has one "
+                         "(--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers)")
     _check_world(plan.attention_ranks, plan.expert_ranks, world_size, problems)
+    if plan.schedule == "overlapped" and plan.stages > 1:
+        problems.add(f"overlapped waves are not supported with {plan.stages} pipeline stages, where 1F1B has a wave's forward "
+                     "beside another one's backward already: use --hetermoe-schedule zebra")
     if plan.schedule not in SCHEDULES:
         problems.add(f"the plan's schedule is {plan.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
     beside = EXPERT_PRECISIONS.get(plan.attention_precision, ())

@@ -84,8 +84,8 @@ def run(
     # Daemons, since after a failure one may stay blocked in a transfer whose peer is gone.
     channels = [
         threading.Thread(target=follow, args=(stream,), name=f"hetermoe-{stream.value}", daemon=True)
-        for stream in (Stream.OUT, Stream.BACK)
-        if schedule.streams[stream]
+        for stream in (Stream.OUT, Stream.BACK, Stream.STAGES)
+        if schedule.streams.get(stream)
     ]
     for thread in channels:
         thread.start()

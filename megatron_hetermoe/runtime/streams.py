@@ -55,7 +55,7 @@ class CudaStreams:
     def __init__(self, device: torch.device, observe: Observer | None = None):
         self._device = device
         self._observe = observe
-        self._channels = {stream: torch.cuda.Stream(device) for stream in (Stream.OUT, Stream.BACK)}
+        self._channels = {stream: torch.cuda.Stream(device) for stream in (Stream.OUT, Stream.BACK, Stream.STAGES)}
         self._done: dict[Task, torch.cuda.Event] = {}
         self._timed: list[tuple[Stream, Task, torch.cuda.Event, torch.cuda.Event]] = []
         self._origin: tuple[float, torch.cuda.Event] | None = None

@@ -81,13 +81,16 @@ class Schedule:
             if (is_attention if task.kind is Kind.ATTENTION else task.layer in holds)
         )
         transfers = tuple(
-            task for task in self._transfer_order() if is_attention or task.layer in holds
+            task for task in self._transfer_order()
+            if is_attention or task.kind is not Kind.HANDOVER and task.layer in holds
         )
         streams = {
             Stream.COMPUTE: computes,
             Stream.OUT: tuple(task for task in transfers if task.stream is Stream.OUT),
             Stream.BACK: tuple(task for task in transfers if task.stream is Stream.BACK),
         }
+        if handovers := tuple(task for task in transfers if task.stream is Stream.STAGES):
+            streams[Stream.STAGES] = handovers
         return MemberSchedule(streams, self._waits(streams), self._issued_before(streams))
 
     def tasks_of(self, member: int) -> frozenset[Task]:
@@ -95,7 +98,7 @@ class Schedule:
         holds, is_attention = self.placement.layers_of(member), member < self.attention_members
         return frozenset(
             task for task in self.issue_order()
-            if (is_attention if task.kind is Kind.ATTENTION else
+            if (is_attention if task.kind in (Kind.ATTENTION, Kind.HANDOVER) else
                 task.layer in holds or is_attention and task.kind is not Kind.EXPERT)
         )
 
@@ -115,11 +118,15 @@ class Schedule:
         part also hold a layer's experts, all of a wave's attention comes before these, as on their compute stream.
         """
         for wave in self.waves:
-            yield from self._issue_forward(wave)
-            if self.forward_only:
-                yield from (Task(Kind.ATTENTION, Pass.FORWARD, self.layers + 1, microbatch) for microbatch in wave)
-            else:
-                yield from self._issue_backward(wave)
+            yield from self._issue_wave(wave)
+
+    def _issue_wave(self, wave: tuple[int, ...]) -> Iterator[Task]:
+        """The part of ``issue_order`` that is one wave's."""
+        yield from self._issue_forward(wave)
+        if self.forward_only:
+            yield from (Task(Kind.ATTENTION, Pass.FORWARD, self.layers + 1, microbatch) for microbatch in wave)
+        else:
+            yield from self._issue_backward(wave)
 
     def _issue_forward(self, wave: tuple[int, ...]) -> Iterator[Task]:
         """A wave's forward, up to the head."""
@@ -256,7 +263,7 @@ class Schedule:
         """For each transfer of a member, the transfer before it and the last compute task to be queued before it; for
         each shared compute task, the transfer before it."""
         position = {task: index for index, task in enumerate(streams[Stream.COMPUTE])}
-        transfers = {*streams[Stream.OUT], *streams[Stream.BACK]}
+        transfers = {task for stream, order in streams.items() if stream is not Stream.COMPUTE for task in order}
         before: dict[Task, Order] = {}
         transfer: Task | None = None
         compute: Task | None = None

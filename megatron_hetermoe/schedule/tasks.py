@@ -5,6 +5,9 @@ that attention ranks hold; D, dispatch of tokens to the holders of their experts
 have K+1 A tasks: A_k is the end of layer k-1 (combine's sum, residual) with attention and router of layer k; A_1
 starts with the embedding, A_{K+1} is the end of layer K with final norm, head and loss. So the L of the paper's
 optimal order is K+1. A layer without experts has an A task only.
+
+A pipeline stage numbers its own layers from 1 to K. H tasks hand over between stages: H_1 from the stage before to A_1, and
+H_{K+1} from A_{K+1}, which has no head then, to the next; backward the gradients, the other way.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-_WRITTEN = re.compile(r"([ADEC])([FBW])_(\d+),(\d+)")
+_WRITTEN = re.compile(r"([ADECH])([FBW])_(\d+),(\d+)")
 
 
 class Kind(str, Enum):
@@ -23,6 +26,7 @@ class Kind(str, Enum):
     DISPATCH = "D"
     EXPERT = "E"
     COMBINE = "C"
+    HANDOVER = "H"
 
 
 class Pass(str, Enum):
@@ -36,12 +40,14 @@ class Pass(str, Enum):
 class Stream(str, Enum):
     """A queue of a rank: its tasks run one after the other. Streams run beside each other.
 
-    OUT and BACK are the two channels: out from a token's owner to its experts' holders, back to the owner.
+    OUT and BACK are the two channels: out from a token's owner to its experts' holders, back to the owner. STAGES is all
+    that an attention rank hands to its neighbours in the pipeline, and gets from them.
     """
 
     COMPUTE = "compute"
     OUT = "out"
     BACK = "back"
+    STAGES = "stages"
 
 
 @dataclass(frozen=True, order=True)
@@ -51,7 +57,7 @@ class Task:
     Attributes:
         kind: what it does.
         direction: forward, backward, or, for A and E, the weights' part of backward.
-        layer: from 1 on; A tasks go to K+1.
+        layer: from 1 on; A and H tasks go to K+1.
         microbatch: from 0 on, within the step.
     """
 
@@ -75,6 +81,8 @@ class Task:
         """Where it runs. A transfer's backward uses the channel opposite to its forward's."""
         if self.kind in (Kind.ATTENTION, Kind.EXPERT):
             return Stream.COMPUTE
+        if self.kind is Kind.HANDOVER:
+            return Stream.STAGES
         return Stream.OUT if (self.kind is Kind.DISPATCH) == (self.direction is Pass.FORWARD) else Stream.BACK
 
 

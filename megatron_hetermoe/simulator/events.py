@@ -18,6 +18,7 @@ from megatron_hetermoe.schedule.tasks import Stream, Task
 from megatron_hetermoe.schedule.trace import OPTIMIZER, REDUCE, STEP, Span
 
 _CHANNELS = (Stream.OUT, Stream.BACK)
+_STREAMS = (Stream.COMPUTE, *_CHANNELS)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class _Run:
         self.times: dict[int, dict[Task, tuple[float, float]]] = {member: {} for member in members}
         self._costs = costs
         self._orders: dict[int, MemberSchedule] = {member: schedule.member(member) for member in members}
-        self._next = {(member, stream): 0 for member in members for stream in Stream}
+        self._next = {(member, stream): 0 for member in members for stream in _STREAMS}
         self._busy: set[tuple[int, Stream]] = set()
         self._parts: dict[Task, list[int]] = {}
         for member, orders in self._orders.items():
@@ -149,7 +150,7 @@ class _Run:
             AssertionError: when tasks are left that can never start; ``schedule.checks`` proves that none are.
         """
         for member in self.members:
-            for stream in Stream:
+            for stream in _STREAMS:
                 self._try(member, stream, 0.0)
         while self._events:
             now, _, member, task, channel, version = heapq.heappop(self._events)
@@ -192,7 +193,7 @@ class _Run:
         self._busy.remove((member, Stream.COMPUTE))
         self.times[member][task] = (now - self._costs.seconds(member, task), now)
         self._next[member, Stream.COMPUTE] += 1
-        for stream in Stream:
+        for stream in _STREAMS:
             self._try(member, stream, now)
 
     def _finish_transfer(self, channel: Stream, now: float) -> None:
@@ -204,7 +205,7 @@ class _Run:
             self._next[member, channel] += 1
         self._repace(now)
         for member in members:
-            for stream in Stream:
+            for stream in _STREAMS:
                 self._try(member, stream, now)
 
     def _repace(self, now: float) -> None:

@@ -71,6 +71,8 @@ def _check(plan: Plan, cluster: Cluster, origin: str) -> None:
     if max(plan.context_parallel, plan.expert_tensor_parallel) > 1:
         problems.add(f"{origin} has context parallelism, or experts shared by ranks, which nothing prices yet: simulate a "
                      f"plan without that")
+    if plan.stages > 1:
+        problems.add(f"{origin} has {plan.stages} pipeline stages, which nothing prices yet: simulate a plan with one")
     for name in sorted(set(plan.pools) - cluster.pools.keys()):
         problems.add(f"{origin} uses the pool {name}, {cluster.origin} has {', '.join(cluster.pools)}: give the "
                      f"cluster file that it was made for")

@@ -13,11 +13,12 @@ EXPERT = "expert"
 
 @dataclass(frozen=True)
 class Layout:
-    """G ZP groups of M attention and N expert ranks.
+    """G ZP groups of M attention and N expert ranks, in each of P pipeline stages.
 
-    Attention ranks come first in global rank order, then expert ranks, group by group in each pool: nodes are of
-    one kind and launchers number node by node. A *member* is a rank's index inside its ZP group: attention
-    ranks are 0 to M-1, expert ranks M to M+N-1.
+    Attention ranks come first in global rank order, then expert ranks, in each pool stage by stage, as Megatron has
+    them, and there group by group: nodes are of one kind and launchers number node by node. A *member* is a rank's
+    index inside its ZP group: attention ranks are 0 to M-1, expert ranks M to M+N-1. ZP groups are numbered in the
+    same order: stage by stage.
 
     Ranks next to each other share matrices, each with a part of every one: ``tensor`` attention ranks share the dense
     part and a microbatch, ``expert_tensor`` expert ranks share experts, and are one *holder* together. ``context`` such
@@ -25,12 +26,13 @@ class Layout:
     rank is a holder by itself. Holders are numbered like members, attention ranks first.
 
     Attributes:
-        attention_ranks: G x M.
-        expert_ranks: G x N.
-        groups: G.
+        attention_ranks: P x G x M.
+        expert_ranks: P x G x N.
+        groups: G, the ZP groups of a stage.
         tensor: attention ranks of one tensor-parallel group; divides M.
         expert_tensor: expert ranks of one holder; divides N.
         context: tensor-parallel groups that have parts of one sequence; ``tensor`` times it divides M.
+        stages: P; each has a part of the layers.
     """
 
     attention_ranks: int
@@ -39,21 +41,23 @@ class Layout:
     tensor: int = 1
     expert_tensor: int = 1
     context: int = 1
+    stages: int = 1
 
     def __post_init__(self) -> None:
         assert not layout_problems(
-            self.attention_ranks, self.expert_ranks, self.groups, self.tensor, self.expert_tensor, self.context
+            self.attention_ranks, self.expert_ranks, self.groups, self.tensor, self.expert_tensor, self.context,
+            self.stages,
         )
 
     @property
     def m(self) -> int:
         """M: attention ranks of one ZP group."""
-        return self.attention_ranks // self.groups
+        return self.attention_ranks // (self.groups * self.stages)
 
     @property
     def n(self) -> int:
         """N: expert ranks of one ZP group."""
-        return self.expert_ranks // self.groups
+        return self.expert_ranks // (self.groups * self.stages)
 
     @property
     def world_size(self) -> int:
@@ -62,7 +66,7 @@ class Layout:
     @property
     def replicas(self) -> int:
         """Copies of the dense part."""
-        return self.attention_ranks // self.tensor
+        return self.attention_ranks // (self.tensor * self.stages)
 
     @property
     def microbatches(self) -> int:
@@ -84,10 +88,20 @@ class Layout:
         return range(self.attention_ranks) if role == ATTENTION else range(self.attention_ranks, self.world_size)
 
     def group_of(self, rank: int) -> int:
-        """The ZP group that a rank belongs to."""
+        """The ZP group that a rank belongs to, of those of all stages."""
         if self.role(rank) == ATTENTION:
             return rank // self.m
         return (rank - self.attention_ranks) // self.n
+
+    def stage_of(self, rank: int) -> int:
+        """The pipeline stage that a rank is in, from 0 on."""
+        return self.group_of(rank) // self.groups
+
+    def stage_ranks(self, role: str, stage: int) -> range:
+        """The global ranks of a role in one stage."""
+        pool = self.pool(role)
+        size = len(pool) // self.stages
+        return pool[stage * size:(stage + 1) * size]
 
     def member_of(self, rank: int) -> int:
         """A rank's index inside its ZP group."""
@@ -119,7 +133,11 @@ class Layout:
 
     def zp_groups(self) -> tuple[tuple[int, ...], ...]:
         """All ZP groups."""
-        return tuple(self.zp_group(group) for group in range(self.groups))
+        return tuple(self.zp_group(group) for group in range(self.stages * self.groups))
+
+    def pipeline_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
+        """The ranks at one place of each stage: attention ranks hand over to the next of theirs."""
+        return tuple(zip(*(self.stage_ranks(role, stage) for stage in range(self.stages))))
 
     def tensor_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
         """The ranks that share a copy of a role's dense part. An expert rank has none, and is alone."""
@@ -127,8 +145,8 @@ class Layout:
 
     def data_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
         """The ranks that have the same part of a role's dense part, whichever ZP group they are in, since each has
-        its own tokens. Expert ranks have no dense part; the group carries their pool's control."""
-        return tuple(zip(*self.tensor_parallel(role)))
+        its own tokens. Expert ranks have no dense part; the group carries their stage's control."""
+        return self._same_place(role, self.tensor if role == ATTENTION else 1)
 
     def context_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
         """The ranks that have parts of one sequence and the same part of the dense part."""
@@ -151,19 +169,26 @@ class Layout:
     def expert_data_parallel(self, role: str) -> tuple[tuple[int, ...], ...]:
         """For each place of a role in its ZP group, the ranks at this place in all groups: they have the same parts of
         the same experts, so they reduce the experts' gradients with each other."""
-        return tuple(zip(*_runs(self.pool(role), self.n if role == EXPERT else self.m)))
+        return self._same_place(role, self.n if role == EXPERT else self.m)
+
+    def _same_place(self, role: str, length: int) -> tuple[tuple[int, ...], ...]:
+        """For each stage, and each place in its runs of so many ranks, the ranks at that place."""
+        return tuple(
+            ranks for stage in range(self.stages) for ranks in zip(*_runs(self.stage_ranks(role, stage), length))
+        )
 
 
 def layout_of(plan: Plan) -> Layout:
     """The layout that a plan decides."""
     return Layout(
         plan.attention_ranks, plan.expert_ranks, plan.groups, plan.tensor_parallel, plan.expert_tensor_parallel,
-        plan.context_parallel,
+        plan.context_parallel, plan.stages,
     )
 
 
 def layout_problems(
-    attention_ranks: int, expert_ranks: int, groups: int, tensor: int = 1, expert_tensor: int = 1, context: int = 1
+    attention_ranks: int, expert_ranks: int, groups: int, tensor: int = 1, expert_tensor: int = 1, context: int = 1,
+    stages: int = 1,
 ) -> list[str]:
     """What keeps these numbers from being a layout, one sentence each."""
     if groups < 1:
@@ -173,7 +198,7 @@ def layout_problems(
         ("attention", attention_ranks, (tensor, context)), ("expert", expert_ranks, (expert_tensor,))
     ):
         share = math.prod(shares)
-        unit = groups * share
+        unit = stages * groups * share
         if min(shares) < 1:
             problems.append(f"tensor or context parallelism of {min(shares)} {name} ranks: it must be 1 or more")
         elif ranks < 1:
@@ -183,7 +208,9 @@ def layout_problems(
             fits = f"{lower} or {lower + unit}" if lower else str(unit)
             each = f", each of them into groups of {share} that tensor or context parallelism puts together" \
                 if share > 1 else ""
-            problems.append(f"{ranks} {name} ranks do not divide into {groups} ZP groups{each}; take {fits} of them")
+            of_stages = f" in each of {stages} pipeline stages" if stages > 1 else ""
+            problems.append(f"{ranks} {name} ranks do not divide into {groups} ZP groups{of_stages}{each}; take {fits} "
+                            "of them")
     return problems
 
 

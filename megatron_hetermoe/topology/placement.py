@@ -49,6 +49,10 @@ class Placement:
         """The experts of a layer by holder, then by local index: the order of tokens in a dispatch."""
         return tuple(expert for member in self.holders_of(layer) for expert in self.held(layer, member))
 
+    def of_layers(self, layers: range) -> Placement:
+        """The placement of some layers next to each other, which are then its layers from 1 on."""
+        return Placement(self.holders[layers.start - 1:layers.stop - 1], self.members)
+
     def experts_held(self, member: int) -> int:
         """How many (layer, expert) pairs a member holds."""
         return sum(layer.count(member) for layer in self.holders)

@@ -106,6 +106,17 @@ def test_a_plan_with_a_figure_that_nothing_can_be_priced_with(tmp_path, ask, cap
     assert path[-1] in capsys.readouterr().err or path == ("model", "layers")
 
 
+def test_a_pipeline_is_not_priced(tmp_path, ask, capsys):
+    out = tmp_path / "plan.json"
+    assert command.main(["plan", "recipe.yaml", "--cluster", cluster(tmp_path), "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    document["stage_layers"] = [1] * document["model"]["layers"]
+    out.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert command.main(["simulate", str(out), "--cluster", cluster(tmp_path)]) == 2
+    assert "pipeline stages, which nothing prices yet: simulate a plan with one" in capsys.readouterr().err
+
+
 def test_a_plan_for_another_cluster_is_refused(tmp_path, ask, capsys):
     out = tmp_path / "plan.json"
     assert command.main(["plan", "recipe.yaml", "--cluster", cluster(tmp_path), "--out", str(out)]) == 0

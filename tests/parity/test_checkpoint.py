@@ -112,6 +112,22 @@ def test_a_resume_with_tensor_parallelism_is_bit_equal(tmp_path, variant):
     _assert_resumes(run, tmp_path, 4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["fp32", "distributed-optimizer", "fp16-distributed-optimizer"])
+def test_a_resume_with_pipeline_stages_is_bit_equal(tmp_path, parity, variant):
+    """With dropout of attention, whose numbers differ between stages, and an expert on the second stage's attention rank."""
+    placement = placement_file(parity, experts=8, layers={1: {"e0": ["0-7"]}, 2: {"a0": [0], "e0": ["1-7"]}})
+    layout = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2", "--hetermoe-wave", "1",
+              "--hetermoe-placement", placement]
+    flags = {"train_iters": 8, "save_interval": 4, "global_batch_size": 4, "attention_dropout": 0.1,
+             "pipeline_model_parallel_size": 2, **VARIANTS[variant]}
+
+    def run(**others):
+        return run_ranks([*layout, *tiny(**flags, **others)], 4, cwd=tmp_path).check()
+
+    _assert_resumes(run, tmp_path, 4)
+
+
 def _assert_resumes(run, tmp_path, world: int) -> None:
     """Eight steps in one go against four and four."""
     unbroken = run(save=tmp_path / "unbroken")

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 from models import tiny
-from ranks import run_ranks
+from ranks import Run, run_ranks
 
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
@@ -33,9 +33,20 @@ SHARED = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "moe_route
 def test_the_log_is_stock_megatrons(parity, sizes):
     """Losses that routers record on attention ranks reach the expert rank that prints."""
     flags = dict(moe_z_loss_coeff=0.01, log_throughput=True, eval_interval=10, eval_iters=1, **sizes)
-    reference = logged(parity.stock(2, **flags).output[-1])
-    run = parity.disaggregated(2, 2, **flags)
-    ours = logged(run.output[-1])
+    assert_same_log(parity.disaggregated(2, 2, **flags), parity.stock(2, **flags))
+
+
+@pytest.mark.slow
+def test_the_log_of_a_pipeline(parity):
+    """The last rank is of the last stage, and prints what routers of all stages record."""
+    flags = dict(moe_z_loss_coeff=0.01, log_throughput=True, eval_interval=10, eval_iters=1, num_layers=4)
+    run = parity.disaggregated(2, 2, pipeline_model_parallel_size=2, **flags)
+    assert_same_log(run, parity.stock(1, **flags))
+
+
+def assert_same_log(run: Run, stock: Run) -> None:
+    """Twenty iterations, from the last rank alone."""
+    ours, reference = logged(run.output[-1]), logged(stock.output[-1])
     assert len(ours) == len(reference) == 20
     assert all(len(line) == len(FIELDS) for line in reference)
     for mine, other in zip(ours, reference):
@@ -45,7 +56,7 @@ def test_the_log_is_stock_megatrons(parity, sizes):
                 name == "grad norm"), name
     assert not any(logged(output) for output in run.output[:-1]), "one rank prints"
     assert run.output[-1].count("throughput per GPU") == 20
-    assert run.output[-1].count("validation loss at") == reference_count(parity.stock(2, **flags).output[-1])
+    assert run.output[-1].count("validation loss at") == reference_count(stock.output[-1])
 
 
 def reference_count(output: str) -> int:

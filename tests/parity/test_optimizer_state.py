@@ -36,11 +36,11 @@ class Journey:
         return run_ranks([*words, *tiny(**self.flags)], world, cwd=self.folder).check().steps[0]
 
     def leg(self, source: str | None, layout: tuple[list[str], int], target: str, until: int) -> list[Step]:
-        """Goes on from a checkpoint, if one is named, until a step, and saves."""
+        """Goes on from a checkpoint, if one is named, until a step, and saves. The last rank knows the loss in any layout."""
         words, world = layout
         load = {"load": self.folder / source} if source else {}
         flags = tiny(**self.flags, **load, save_interval=100, save=self.folder / target, exit_interval=until)
-        return run_ranks([*words, *flags], world, cwd=self.folder).check().steps[0]
+        return run_ranks([*words, *flags], world, cwd=self.folder).check().steps[-1]
 
 
 def disaggregated(m: int, n: int, g: int = 1, *more: str) -> tuple[list[str], int]:
@@ -102,6 +102,26 @@ def test_between_tensor_parallel_sizes(tmp_path, variant):
     legs = [
         (None, disaggregated(2, 2), "start", 3), ("start", disaggregated(2, 2, 1, *tensor, "2"), "split", 6),
         ("split", stock(2, 2, *tensor, "1"), "stock", 9), ("stock", disaggregated(2, 2, 1, "--context-parallel-size", "2"), "whole", 12),
+    ]
+    for source, layout, target, until in legs:
+        steps = journey.leg(source, layout, target, until)
+        assert_same_steps(steps, expected[until - 3:until], rel=rel)
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name != "distributed-adam" else []) for name in VARIANTS]
+)
+def test_between_pipeline_stages(tmp_path, variant):
+    """From one stage to two, to one and to stock Megatron's two, and to uneven ones of another size."""
+    journey = Journey(tmp_path, num_layers=3, **VARIANTS[variant])
+    rel = 1e-5 if "fp16" not in variant else 1e-3
+    first_two = ["--pipeline-model-parallel-size", "2", "--decoder-first-pipeline-num-layers", "2"]
+    last_two = ["--pipeline-model-parallel-size", "2", "--decoder-last-pipeline-num-layers", "2"]
+    expected = journey.whole(disaggregated(1, 1))  # from other weights than a pipeline's, which draws them by stage
+    legs = [
+        (None, disaggregated(1, 1), "start", 3), ("start", disaggregated(2, 2, 1, *first_two, "--hetermoe-wave", "1"), "two", 6),
+        ("two", disaggregated(1, 1), "one", 9), ("two", stock(4, 2, *last_two), "stock", 9),
+        ("stock", disaggregated(2, 2, 1, *last_two), "uneven", 12),
     ]
     for source, layout, target, until in legs:
         steps = journey.leg(source, layout, target, until)

@@ -113,6 +113,41 @@ def test_a_plan_file_decides_and_flags_may_only_agree(tmp_path):
         assert problem in said
 
 
+def test_pipeline_stages_are_part_of_the_plan(tmp_path):
+    """Which layers are in which stage; a plan file and Megatron's flags must say the same."""
+    problems = Problems()
+    four = shape(layers=4)
+    plan = resolve(BASE, four, "fp32", 4, problems, Parallelism(stage_layers=(1, 3)))
+    assert not problems and plan.placement == ((1,) * 8,) * 4
+    assert [list(plan.layers_of_stage(stage)) for stage in range(plan.stages)] == [[1], [2, 3, 4]]
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json())
+    from_file = Flags(True, plan=str(path))
+    assert resolve(from_file, four, "fp32", 4, problems, Parallelism(stage_layers=(1, 3))) == plan
+    for stage_layers in ((2, 2), (), (1, 2)):
+        assert resolve(from_file, four, "fp32", 4, problems, Parallelism(stage_layers=stage_layers)) is None
+    with pytest.raises(UsageError) as caught:
+        problems.raise_if_any()
+    assert "stages [2, 2] layers" in caught.value.message()
+    assert "--pipeline-model-parallel-size 1 disagrees with 2" in caught.value.message()
+
+
+@pytest.mark.parametrize("stage_layers, said", [
+    ((2, 2), "overlapped waves are not supported with 2 pipeline stages"),
+    ((2, 1), "stages of 2, 1 layers do not make up the model's 4"), ((4, 0), "stages of 4, 0 layers"),
+    ((1, 3), "pipeline stage 1 of 2 has no layer with experts"),
+    ((1, 1, 2), "2 attention ranks do not divide into 1 ZP groups in each of 3 pipeline stages"),
+])
+def test_pipelines_that_cannot_be(stage_layers, said):
+    problems = Problems()
+    dense_first = dataclasses.replace(shape(layers=4), moe_layers=(2, 3, 4))
+    overlapped = dataclasses.replace(BASE, schedule="overlapped")
+    assert resolve(overlapped, dense_first, "fp32", 4, problems, Parallelism(stage_layers=stage_layers)) is None
+    with pytest.raises(UsageError) as caught:
+        problems.raise_if_any()
+    assert said in caught.value.message()
+
+
 def test_tensor_parallelism_is_part_of_the_plan(tmp_path):
     """Two expert ranks are one holder; a plan file and Megatron's flags must say the same."""
     problems = Problems()

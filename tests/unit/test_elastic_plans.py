@@ -129,3 +129,8 @@ def test_ranks_that_share_weights_stay_together():
     Placement(grown.placement, Layout(8, 6, grown.groups, 2, 2).holders)
     with pytest.raises(UsageError, match="2 and 2 of them, which share weights, are needed"):
         refit(before, 1, 4, 8)
+
+
+def test_a_pipeline_is_not_refitted():
+    with pytest.raises(UsageError, match="a plan with 2 pipeline stages is not fitted to other ranks yet"):
+        refit(plan(4, 4, stage_layers=(1, 1)), 2, 2, 8)

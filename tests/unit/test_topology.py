@@ -17,15 +17,15 @@ sizes = st.integers(1, 7)
 @st.composite
 def layouts(draw):
     groups, tensor, expert_tensor = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    context = draw(st.integers(1, 3))
-    attention, expert = (draw(sizes) * groups * share for share in (tensor * context, expert_tensor))
-    return Layout(attention, expert, groups, tensor, expert_tensor, context)
+    context, stages = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    attention, expert = (draw(sizes) * stages * groups * share for share in (tensor * context, expert_tensor))
+    return Layout(attention, expert, groups, tensor, expert_tensor, context, stages)
 
 
 @given(layouts())
 def test_every_rank_has_one_place(layout):
     places = {(layout.group_of(rank), layout.member_of(rank)) for rank in range(layout.world_size)}
-    assert places == {(g, member) for g in range(layout.groups) for member in range(layout.m + layout.n)}
+    assert places == {(g, member) for g in range(layout.stages * layout.groups) for member in range(layout.m + layout.n)}
     for rank in range(layout.world_size):
         assert layout.rank_of(layout.group_of(rank), layout.member_of(rank)) == rank
         assert layout.role(rank) == (ATTENTION if layout.member_of(rank) < layout.m else EXPERT)
@@ -37,12 +37,16 @@ def test_groups_partition_their_pools(layout):
         pool = list(layout.pool(role))
         for groups in (
             layout.tensor_parallel(role), layout.context_parallel(role), layout.data_parallel(role), layout.expert_tensor_parallel(role),
-            layout.expert_parallel(role), layout.expert_data_parallel(role),
+            layout.expert_parallel(role), layout.expert_data_parallel(role), layout.pipeline_parallel(role),
         ):
             assert sorted(rank for group in groups for rank in group) == pool
         for group in layout.expert_data_parallel(role):
             assert len({layout.member_of(rank) for rank in group}) == 1
-            assert sorted(layout.group_of(rank) for rank in group) == list(range(layout.groups))
+            first = layout.stage_of(group[0]) * layout.groups
+            assert sorted(layout.group_of(rank) for rank in group) == list(range(first, first + layout.groups))
+        for ranks in layout.pipeline_parallel(role):
+            assert [layout.stage_of(rank) for rank in ranks] == list(range(layout.stages))
+            assert len({layout.member_of(rank) for rank in ranks}) == 1
     assert sorted(rank for group in layout.zp_groups() for rank in group) == list(range(layout.world_size))
 
 
@@ -53,6 +57,16 @@ def test_process_groups_of_two_zp_groups_by_hand():
     assert layout.expert_parallel(EXPERT) == ((4, 5, 6), (7, 8, 9))
     assert layout.expert_data_parallel(EXPERT) == ((4, 7), (5, 8), (6, 9))
     assert layout.expert_data_parallel(ATTENTION) == ((0, 2), (1, 3))
+
+
+def test_process_groups_of_two_stages_by_hand():
+    """Two stages of two ZP groups, each of one attention and two expert ranks."""
+    layout = Layout(attention_ranks=4, expert_ranks=8, groups=2, stages=2)
+    assert layout.zp_groups() == ((0, 4, 5), (1, 6, 7), (2, 8, 9), (3, 10, 11))
+    assert layout.data_parallel(ATTENTION) == ((0, 1), (2, 3))
+    assert layout.pipeline_parallel(ATTENTION) == ((0, 2), (1, 3))
+    assert layout.expert_data_parallel(EXPERT) == ((4, 6), (5, 7), (8, 10), (9, 11))
+    assert (layout.replicas, layout.microbatches) == (2, 2)
 
 
 def test_process_groups_with_tensor_parallelism_by_hand():
@@ -92,7 +106,8 @@ def test_every_member_is_a_part_of_one_holder(layout):
      ((1, 4, 4), "1 attention ranks do not divide into 4 ZP groups; take 4"),
      ((6, 4, 2, 2), "into 2 ZP groups, each of them into groups of 2 that tensor or context parallelism puts together; take 4 or 8"),
      ((4, 3, 1, 2, 2), "3 expert ranks do not divide into 1 ZP groups, each of them into groups of 2"),
-     ((4, 4, 1, 0), "parallelism of 0 attention ranks")],
+     ((4, 4, 1, 0), "parallelism of 0 attention ranks"),
+     ((6, 8, 2, 1, 1, 1, 2), "6 attention ranks do not divide into 2 ZP groups in each of 2 pipeline stages; take 4 or 8")],
 )
 def test_layouts_that_cannot_be(numbers, said):
     assert said in " ".join(layout_problems(*numbers))

@@ -1,0 +1,83 @@
+"""H tasks: what an attention rank hands to its neighbours in the pipeline, and gets from them, outside autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_hetermoe.runtime.channels import Channel, Message
+from megatron_hetermoe.runtime.executor import Table
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
+
+
+@dataclass
+class Handover:
+    """The H tasks of one member.
+
+    Forward a stage gives the hidden states of its last layer to the next one, backward their gradients to the one before.
+    All have one shape, so nothing travels in front of them.
+
+    Attributes:
+        channel: to the ranks at this place of each stage.
+        stage: this one, from 0 on, also the member of the channel.
+        layers: K of this stage.
+        shape: of hidden states, [sequence, microbatch, hidden], as they are on this rank.
+        dtype: of hidden states.
+        device: where buffers are.
+        leaving, arrived: by task, hidden states or gradients for A tasks to fill and take.
+    """
+
+    channel: Channel
+    stage: int
+    layers: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    leaving: dict[Task, torch.Tensor] = field(default_factory=dict)
+    arrived: dict[Task, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Buffers are made on the handovers' stream and freed by compute, which the allocator must know.
+        self._compute = torch.cuda.current_stream() if torch.empty(0, device=self.device).is_cuda else None
+
+    def table(self) -> Table:
+        """What the executor calls for H tasks."""
+        return {(Kind.HANDOVER, Pass.FORWARD): self._hand_over, (Kind.HANDOVER, Pass.BACKWARD): self._hand_over}
+
+    def give(self, task: Task, tensor: torch.Tensor) -> None:
+        """Hands over an A task's result for the H task that follows, which frees its storage."""
+        self.leaving[_handover(task)] = tensor
+
+    def take(self, task: Task) -> torch.Tensor:
+        """What came for an A task."""
+        return self.arrived.pop(_handover(task))
+
+    @torch.no_grad()
+    def _hand_over(self, task: Task) -> None:
+        neighbour = self.stage + (1 if task.layer > self.layers else -1)
+        if (task.direction is Pass.FORWARD) == (neighbour > self.stage):
+            self._give(task, neighbour)
+        else:
+            buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            if self._compute is not None:
+                buffer.record_stream(self._compute)
+            self.channel.exchange((), [Message(neighbour, 0, buffer)])
+            self.arrived[task] = buffer
+
+    def _give(self, task: Task, neighbour: int) -> None:
+        tensor = self.leaving.pop(task)
+        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+            raise RuntimeError(
+                f"stage {self.stage + 1} has {list(tensor.shape)} of {tensor.dtype} for {task}, its neighbour awaits "
+                f"{list(self.shape)} of {self.dtype}"
+            )
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream())
+        self.channel.exchange([Message(neighbour, 0, tensor.contiguous())])
+        # Only its shape is read from here on, by the backward of the task that made it.
+        tensor.untyped_storage().resize_(0)
+
+
+def _handover(task: Task) -> Task:
+    return Task(Kind.HANDOVER, task.direction, task.layer, task.microbatch)

@@ -1,0 +1,98 @@
+"""Pipeline stages, one ZP group each: the losses are those of stock Megatron without a pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from parity_cases import placement_file
+from ranks import Run, assert_same_steps
+
+SHORT = {"num_layers": 4, "global_batch_size": 4}
+
+
+def check(parity, m: int, n: int, g: int = 1, hetermoe=(), stages: int = 2, split=(), rel: float = 1e-5, **model) -> Run:
+    """M and N of each stage. The last stage's ranks have the loss, all have the gradient norm."""
+    model = {**SHORT, **model}
+    reference = parity.stock(m * g, **model)
+    run = parity.disaggregated(
+        m * stages, n * stages, g, hetermoe, pipeline_model_parallel_size=stages, **dict(split), **model
+    )
+    losses = 0
+    for rank, steps in enumerate(run.steps):
+        pool, first = (m * g, 0) if rank < m * g * stages else (n * g, m * g * stages)
+        if (rank - first) // pool == stages - 1:
+            losses += 1
+            assert_same_steps(steps, reference.steps[0], rel=rel)
+            for ours, theirs in zip(run.evals[rank], reference.evals[0], strict=True):
+                assert ours.loss == pytest.approx(theirs.loss, rel=rel)
+        else:
+            assert_same_steps([replace(step, loss={}) for step in steps],
+                              [replace(step, loss={}) for step in reference.steps[0]], rel=rel)
+    assert losses == (m + n) * g
+    return run
+
+
+@pytest.mark.parametrize("wave", [1, 2, pytest.param(None, marks=pytest.mark.slow)])
+def test_waves(parity, wave):
+    """1F1B of single microbatches, of pairs, and one wave of a step."""
+    check(parity, 1, 1, hetermoe=["--hetermoe-wave", str(wave)] if wave else [])
+
+
+UNEVEN = {"decoder_first_pipeline_num_layers": 2}
+
+
+def test_uneven_stages_tied_embeddings_distributed_optimizer(parity):
+    """The first stage has two layers, one of them dense, the last one; both have the embedding, and add up its
+    gradients."""
+    check(
+        parity, 1, 1, hetermoe=["--hetermoe-wave", "1"], split=UNEVEN, num_layers=3,
+        untie_embeddings_and_output_weights=False, use_distributed_optimizer=True, overlap_grad_reduce=True,
+        overlap_param_gather=True, moe_layer_freq="([0,1,1])", eval_iters=2, eval_interval=10,
+        calculate_per_token_loss=True, log_params_norm=True, log_num_zeros_in_grad=True,
+    )
+
+
+def test_experts_on_attention_ranks_in_a_stage(parity):
+    placement = placement_file(
+        parity, experts=8, layers={"all": {"e0": ["0-7"]}, 2: {"a0": [0, 5], "e0": [1, 2, 3, 4, 6, 7]}, 3: {"a0": ["0-7"]}}
+    )
+    check(parity, 1, 1, hetermoe=["--hetermoe-placement", placement, "--hetermoe-wave", "2"],
+          moe_router_load_balancing_type="seq_aux_loss", moe_z_loss_coeff=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["delayed", "recompute", "sequential", "expert-bias", "fp16", "self-check"])
+def test_beside(parity, name):
+    hetermoe, model, rel = {
+        "delayed": (["--hetermoe-weight-gradients", "delayed", "--hetermoe-wave", "2"], {}, 1e-5),
+        "recompute": ([], {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}, 1e-5),
+        "sequential": (["--hetermoe-schedule", "sequential"], {"num_query_groups": 4}, 1e-5),
+        "expert-bias": ([], {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}, 1e-5),
+        "fp16": ([], {"fp16": True, "initial_loss_scale": 2.0**16}, 3e-3),
+        "self-check": (["--hetermoe-self-check", "2"], {}, 1e-5),
+    }[name]
+    check(parity, 1, 1, hetermoe=hetermoe, rel=rel, **model)
+
+
+@pytest.mark.slow
+def test_three_stages(parity):
+    check(parity, 1, 1, stages=3, hetermoe=["--hetermoe-wave", "1"], split={"decoder_last_pipeline_num_layers": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m, n, g", [(1, 1, 2), (2, 1, 1), (1, 2, 1)])
+def test_layouts(parity, m, n, g):
+    """ZP groups that are data-parallel, and any M and N in each stage."""
+    check(parity, m, n, g, hetermoe=["--hetermoe-wave", "1"], use_distributed_optimizer=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [{"tensor_model_parallel_size": 2, "sequence_parallel": True}, {"context_parallel_size": 2}])
+def test_beside_shared_attention(parity, shared):
+    check(parity, 2, 1, hetermoe=["--hetermoe-wave", "2"], **shared)
+
+
+@pytest.mark.slow
+def test_beside_shared_experts(parity):
+    check(parity, 1, 2, expert_tensor_parallel_size=2)
