@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -17,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_hetermoe.mcore.activation import expert_again
+
+_NOTHING = "no experts"  # in the state of a rank that holds none
 
 
 class HeldExperts(SequentialMLP):
@@ -85,7 +88,12 @@ class HeldExperts(SequentialMLP):
                 # A replica is the same holder of another ZP group.
                 tensor.replica_id = (*tensor.replica_id[:2], self.dp_group.rank())
             sharded.update(state)
-        return sharded
+        # Megatron reads a model's part of what it loaded, and what is empty is not there.
+        return sharded or {f"{prefix}{_NOTHING}": LocalNonpersistentObject(None)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's."""
+        return super().load_state_dict({name: value for name, value in state_dict.items() if name != _NOTHING}, strict, assign)
 
 
 def _initialise(
@@ -169,7 +177,12 @@ class ExpertModel(MegatronModule):
             of_layer = f"{number}." if by_layer else ""
             replace_prefix_for_sharding(state, layer_prefix, f"{prefix}decoder.layers.{of_layer}")
             sharded.update(state)
-        return sharded
+        # Megatron reads a model's part of what it loaded, and what is empty is not there.
+        return sharded or {f"{prefix}{_NOTHING}": LocalNonpersistentObject(None)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's."""
+        return super().load_state_dict({name: value for name, value in state_dict.items() if name != _NOTHING}, strict, assign)
 
 
 def _layers_in_keys(config: TransformerConfig, metadata: dict | None) -> bool:

@@ -136,3 +136,16 @@ def _assert_resumes(run, tmp_path, world: int) -> None:
     for rank in range(world):
         assert_same_steps(first.steps[rank], unbroken.steps[rank][:4])
         assert_same_steps(rest.steps[rank], unbroken.steps[rank][4:])
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}],
+                         ids=["adam", "distributed"])
+def test_an_expert_rank_that_holds_no_expert_resumes(tmp_path, parity, optimizer):
+    """A placement may leave a rank without experts in all layers; it then has nothing in the checkpoint either."""
+    placement = placement_file(parity, experts=8, layers={"all": {"a0": [0], "e0": ["1-7"]}})
+    layout = [*LAYOUT, "--hetermoe-placement", placement]
+    flags = {"train_iters": 4, "global_batch_size": 4, "save": tmp_path / "saved", "save_interval": 2, **optimizer}
+    whole = run_ranks([*layout, *tiny(**flags)], 4, cwd=tmp_path).check().steps[0]
+    run = run_ranks([*layout, *tiny(**flags, load=tmp_path / "saved", ckpt_step=2)], 4, cwd=tmp_path).check()
+    for steps in run.steps:
+        assert_same_steps(steps, whole[2:], rel=0)
