@@ -15,8 +15,11 @@ from megatron_hetermoe.cost.devices import device_table
 from megatron_hetermoe.cost.estimate import Estimate
 from megatron_hetermoe.cost.profile import Profile, Profiled, read_profile
 from megatron_hetermoe.cost.slurm import slurm_options
+from megatron_hetermoe.topology.layout import MOST_RANKS
 
 Kind = Estimate | Profiled
+
+_MOST = 1e12  # in whatever unit; a float holds it, and so does all that is reckoned with it
 
 EXAMPLE = "pools: {new: {kind: A40, nodes: 3, gpus_per_node: 2, memory_gb: 48, " \
           "intra_node: {gb_per_s: 20, latency_us: 10}, inter_node: {gb_per_s: 12.5, latency_us: 20}}, old: {...}}"
@@ -211,8 +214,10 @@ def _kind(kind: Any, where: str, folder: Path, problems: Problems) -> str:
 def _figure(entry: dict, key: str, where: str, problems: Problems, whole: bool = False, zero: bool = False) -> float:
     value = entry.get(key)
     is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not is_number or not (0 if zero else 1e-12) <= value < float("inf"):
-        wanted = "a whole number from 1 on" if whole else "a number from 0 on" if zero else "a positive number"
+    most = MOST_RANKS if whole else _MOST
+    if not is_number or not (0 if zero else 1e-12) <= value <= most:
+        least = "a whole number from 1" if whole else "a number from 0" if zero else "a positive number"
+        wanted = f"{least} up to {most:,.0f}"
         problems.add(f"{where}: {key} is {'missing' if value is None else repr(value)}; it must be {wanted}")
         return 0.0
     return float(value)

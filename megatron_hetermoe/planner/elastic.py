@@ -6,6 +6,7 @@ wave, how experts are shared between roles and kinds of GPU) and moves few exper
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import costs_of_plan
 from megatron_hetermoe.planner.memory import in_flight, member_memory, usable
+from megatron_hetermoe.topology.layout import layout_problems
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ def refit(plan: Plan, attention_ranks: int, expert_ranks: int, microbatches: int
     Raises:
         UsageError: when no layout is possible with them.
     """
+    wrong = layout_problems(plan.attention_ranks, plan.expert_ranks, plan.groups, plan.tensor_parallel,
+                            plan.expert_tensor_parallel, plan.context_parallel, plan.stages)
+    if wrong:
+        raise UsageError([f"the plan to start from is none: {problem}" for problem in wrong])
     if plan.context_parallel > 1:
         raise UsageError(["a plan with context parallelism is not fitted to other ranks yet: give ranks and "
                           "placement by hand"])
@@ -135,7 +141,8 @@ def _placed(
         survivors: from members before to those now.
         before, now: M and N.
     """
-    held = [holders.count(member) for member in range(sum(before))]
+    counts = Counter(holders)
+    held = [counts[member] for member in range(sum(before))]
     on_attention = min(len(holders), round(sum(held[:before[0]]) * now[0] / before[0]))
     targets = []
     for total, start, size, offset, count in (

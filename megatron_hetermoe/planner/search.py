@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,9 @@ from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.simulator.events import simulate
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
-_QUICK = 24  # options that are simulated, in the order of what they could reach at best
+_QUICK = 40  # options that are simulated
+_FEW = 12  # of them, where only a figure to compare with is asked for
+_OVERLAPPED = 1.4  # times as fast, that filling the ramps of waves may make a step: more than it did on any plan that ships
 _WORTH_A_DELAY = 0.99  # of a step's time; W tasks are more kernels than prices know of
 _THOROUGH = 3  # of these, the best ones whose placement is searched in full
 
@@ -117,7 +120,7 @@ class Found:
         best: the fastest plan first, then the best of each other layout that was simulated.
         considered: options that the batch allows.
         fitting: those of them that fit.
-        simulated: those of them that were simulated; the others cannot be faster than the best or came after _QUICK.
+        simulated: those of them that were simulated; the others cannot be faster than the best or came after the most that were asked for.
     """
 
     best: tuple[Priced, ...]
@@ -128,13 +131,13 @@ class Found:
 
 def search(
     question: Question, cluster: Cluster, kinds: Mapping[str, Kind], thorough: bool = True,
-    tell: Callable[[str], None] = lambda what: None,
+    tell: Callable[[str], None] = lambda what: None, most: int = _QUICK,
 ) -> Found:
     """Finds the fastest plan that fits.
 
-    Every option has a bound on its throughput that no placement can beat; options are simulated from the highest on,
-    with placements that differ by layer only in what does not divide, until no bound is above the best that was
-    found. The best few get the full search of ``asym_ea.balance``.
+    Every option has a bound on its throughput that no placement can beat. Options, of each sort some, are simulated from
+    the highest on, with placements that differ by layer only in what does not divide, until no bound is above the best that
+    was found. The best few get the full search of ``asym_ea.balance``.
 
     Args:
         question: what is to be trained.
@@ -142,23 +145,25 @@ def search(
         kinds: what its GPUs cost.
         thorough: whether placements are searched in full.
         tell: called with what comes next, in words.
+        most: options that are simulated.
     """
     tell("listing layouts")
     considered = list(options(question, cluster, kinds))
     fitting = [option for option in considered if option.fits(1)]
     # Copies of a layout with more ZP groups have the same bound; the smaller groups waste less on what does not divide.
     fitting.sort(key=lambda option: (-float(f"{option.bound:.2g}"), option.group.members, -option.bound))
+    fitting = _by_turns(fitting)
     priced: list[Priced] = []
     simulated = 0
     reached = 0.0
     for option in fitting:
-        if simulated == _QUICK:
+        if simulated == most:
             break
         if option.bound <= reached:
             continue
         simulated += 1
-        tell(f"simulating layout {simulated} of at most {min(len(fitting), _QUICK)}: {option.describe()}")
-        found = _best_wave(option, question.schedules)
+        tell(f"simulating layout {simulated} of at most {min(len(fitting), most)}: {option.describe()}")
+        found = _best_wave(option, question.schedules, reached)
         priced += found
         reached = max([reached, *(one.tokens_per_second for one in found)])
     priced.sort(key=_fastest)
@@ -172,6 +177,23 @@ def search(
     if thorough and best and "delayed" in question.weight_gradients:
         best[0] = _with_delay(best[0])
     return Found(tuple(best), len(considered), len(fitting), simulated)
+
+
+def _by_turns(fitting: list[Option]) -> list[Option]:
+    """By their bounds, and by turns with these the first option of each sort, then the second ones, and so on.
+
+    Bounds of alike layouts are close to each other and far above what any of them reaches where ramps are long, so by
+    bounds alone all that are simulated may be of one sort. A sort is which pools do what, and how many ranks share a
+    microbatch.
+    """
+    seen: Counter[tuple] = Counter()
+    turns = {}
+    for option in fitting:
+        sort = (tuple(name for name, _ in option.attention), tuple(name for name, _ in option.expert), option.group.tensor)
+        turns[id(option)] = seen[sort]
+        seen[sort] += 1
+    sorts = sorted(fitting, key=lambda option: turns[id(option)])
+    return list({id(option): option for pair in zip(fitting, sorts) for option in pair}.values())
 
 
 def _with_delay(one: Priced) -> Priced:
@@ -204,17 +226,19 @@ def _fastest(one: Priced) -> tuple[float, int, bool]:
     return -one.tokens_per_second, sum(one.option.used().values()), one.schedule != "zebra"
 
 
-def _best_wave(option: Option, schedules: tuple[str, ...]) -> list[Priced]:
+def _best_wave(option: Option, schedules: tuple[str, ...], to_beat: float) -> list[Priced]:
     """The option with the largest wave that fits and with smaller ones, while these are faster: a smaller wave has more
     ramps, but leaves more room for experts where they are done sooner. Each also with the ramps filled by the next
-    wave, where there is one and its first layer fits beside."""
+    wave, where there is one, its first layer fits beside, and that could make it faster than ``to_beat``, in tokens a
+    second."""
     total = option.group.step.microbatches
     priced: list[Priced] = []
     reached = 0.0
     # Waves are as equal as can be, so only these sizes differ.
     for wave in sorted({-(-total // count) for count in range(-(-total // option.wave), total + 1)}, reverse=True):
-        found = [one for schedule in (schedules if wave < total else ("zebra",))
-                 if (one := _price(option, wave, schedule, thorough=False))]
+        found = [one] if (one := _price(option, wave, "zebra", thorough=False)) else []
+        if wave < total and "overlapped" in schedules and (not one or one.tokens_per_second * _OVERLAPPED > to_beat):
+            found += filter(None, [_price(option, wave, "overlapped", thorough=False)])
         if not found:
             continue
         priced += found
@@ -280,11 +304,12 @@ def left_out(found: Found, cluster: Cluster) -> list[LeftOut]:
 def after_losing_a_node(
     question: Question, cluster: Cluster, kinds: Mapping[str, Kind]
 ) -> dict[str, Priced | None]:
-    """For each pool, the best plan when one of its nodes is gone; None when nothing fits then."""
+    """For each pool, a good plan when one of its nodes is gone, of fewer layouts than ``search`` looks at; None when nothing
+    fits then."""
     result = {}
     for name in cluster.pools:
         rest = cluster.without_node(name)
-        found = search(question, rest, kinds, thorough=False)
+        found = search(replace(question, schedules=("zebra",)), rest, kinds, thorough=False, most=_FEW)
         result[name] = found.best[0] if found.best else None
     return result
 

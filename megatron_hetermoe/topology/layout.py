@@ -9,6 +9,7 @@ from megatron_hetermoe.config.plan import Plan
 
 ATTENTION = "attention"
 EXPERT = "expert"
+MOST_RANKS = 1_000_000  # of a role; more are a slip of the pen, and would be listed one by one
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ def layout_problems(
             problems.append(f"tensor or context parallelism of {min(shares)} {name} ranks: it must be 1 or more")
         elif ranks < 1:
             problems.append(f"a layout needs at least one {name} rank")
+        elif ranks > MOST_RANKS:
+            problems.append(f"{ranks} {name} ranks: a layout has at most {MOST_RANKS:,}")
         elif ranks % unit:
             lower = ranks // unit * unit
             fits = f"{lower} or {lower + unit}" if lower else str(unit)

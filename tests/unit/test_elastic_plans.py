@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pricing
 import pytest
@@ -134,3 +135,11 @@ def test_ranks_that_share_weights_stay_together():
 def test_a_pipeline_is_not_refitted():
     with pytest.raises(UsageError, match="a plan with 2 pipeline stages is not fitted to other ranks yet"):
         refit(plan(4, 4, stage_layers=(1, 1)), 2, 2, 8)
+
+
+@pytest.mark.parametrize("field, value, said", [
+    ("groups", 0, "0 ZP groups"), ("attention_ranks", 2**63, "at most 1,000,000"), ("expert_ranks", 3, "do not divide"),
+])
+def test_a_plan_that_is_none_is_refused(field, value, said):
+    with pytest.raises(UsageError, match=said):
+        refit(replace(plan(4, 4, 2), **{field: value}), 2, 2, 8)

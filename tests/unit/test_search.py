@@ -16,7 +16,7 @@ from megatron_hetermoe.planner.advice import alone, baselines, nothing_fits
 from megatron_hetermoe.planner.asym_ea import Limits, counts_of, feasible, long_step_seconds, placement_of
 from megatron_hetermoe.planner.memory import expert_row_bytes, in_flight, member_memory, usable
 from megatron_hetermoe.planner.options import Question, options
-from megatron_hetermoe.planner.search import after_losing_a_node, left_out, search
+from megatron_hetermoe.planner.search import _by_turns, after_losing_a_node, left_out, search
 from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.simulator.baselines import expert_parallel_tokens_per_second, spread
@@ -54,6 +54,20 @@ def test_the_best_is_the_fastest_and_no_faster_than_its_bound():
     assert all(one.tokens_per_second <= one.option.bound * (1 + 1e-9) for one in found.best)
     best = found.best[0]
     assert {name for name, _ in best.option.attention} == {"new"}  # attention is five times slower on "old"
+
+
+def test_options_of_each_sort_are_looked_at():
+    """Whatever their bounds are, some of each sort are among the first; and none is lost."""
+    on = cluster(4, 4)
+    found = sorted(options(question(), on, kinds(on)), key=lambda option: -option.bound)
+    first = _by_turns(found)
+    assert sorted(map(id, first)) == sorted(map(id, found)) and first[0] is found[0]
+
+    def sort(option):
+        return [name for name, _ in option.attention], [name for name, _ in option.expert]
+
+    sorts = {str(sort(option)) for option in found}
+    assert len(sorts) > 2 and {str(sort(option)) for option in first[:2 * len(sorts)]} == sorts
 
 
 def test_the_plan_of_the_best_says_what_the_simulator_says():
