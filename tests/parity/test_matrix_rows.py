@@ -29,12 +29,13 @@ def test_all_pairs_stand_somewhere_in_fp32():
     assert missing == IMPLIED
 
 
-def test_each_option_and_precision_stands_twice_and_once_in_the_sample():
+def test_each_option_stands_twice_and_once_in_the_sample():
     options = {(axis, option) for axis in matrix.AXES for option in matrix.AXES[axis]}
     options |= {("precision", precision) for precision in (matrix.FP32, *matrix.HALVES)}
     times = Counter(option for row in matrix.rows() for option in row.items())
     assert set(times) == options and min(times.values()) >= 2
-    assert {option for row in matrix.sample() for option in row.items()} == options
+    in_half = {("precision", precision) for precision in matrix.HALVES}
+    assert {option for row in matrix.sample() for option in row.items()} == options - in_half
     assert len(matrix.sample()) <= 12
 
 
