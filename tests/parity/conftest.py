@@ -8,6 +8,7 @@ from pathlib import Path
 import matrix
 import pytest
 from models import tiny
+from parity_cases import REL
 from ranks import Run, assert_same_steps, run_ranks
 
 # Flags that shape the weights; what else a case changes starts from the same checkpoint.
@@ -18,7 +19,6 @@ SHAPE = (
     "position_embedding_type", "normalization", "add_qkv_bias", "swiglu", "squared_relu", "quick_geglu",
     "no_bias_gelu_fusion", "moe_ffn_hidden_size", "group_query_attention",
 )
-REL = 1e-5
 
 
 class Parity:

@@ -1,10 +1,12 @@
-"""Files that parity cases need."""
+"""What parity cases share: the bound, and the files that they need."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import yaml
+
+REL = 1e-5  # of loss and gradient norm, in fp32
 
 
 def placement_file(parity, experts: int, layers: Mapping) -> str:

@@ -12,8 +12,7 @@ from itertools import combinations
 
 import matrix
 import pytest
-from conftest import REL
-from parity_cases import placement_file
+from parity_cases import REL, placement_file
 from ranks import Run, assert_same_steps, largest_differences
 
 OURS = "hetermoe_"
