@@ -1,4 +1,4 @@
-"""``hetermoe data``: text in Megatron's indexed format, as bytes or by one of Megatron's tokenisers."""
+"""``hetermoe data``: text in Megatron's indexed format, as bytes or by one of Megatron's tokenizers."""
 
 from __future__ import annotations
 
@@ -62,20 +62,16 @@ def _tokenise(args: argparse.Namespace) -> int:
         if path.exists() and not args.force:
             problems.add(f"{path} is there already; --overwrite writes it anew")
     files: list[Path] = []
-    try:
+    with problems.taking():
         files = documents.files_of(data.sources(args.paths, args.glob or "*"), args.paths, keys)
-    except UsageError as error:
-        problems.extend(error)
     given = load_recipe(args.recipe, os.environ).argv if args.recipe else []
     print("importing Megatron ...", flush=True)
     with quiet():
         from megatron_hetermoe.mcore import tokenized
 
-        try:
+        with problems.taking():
             tokenizer = tokenized.tokenizer_arguments(given, args.overrides)
             tokenized.build(tokenizer)
-        except UsageError as error:
-            problems.extend(error)
     problems.raise_if_any()
     with _progress(files) as advance, quiet():
         totals = tokenized.write(tokenized.Job(tokenizer, keys, args.append_eod), files, prefixes, workers, advance)

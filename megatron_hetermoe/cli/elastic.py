@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hetermoe.cli.words import resumed, value_of
+from megatron_hetermoe.cli.words import has_saved, resumed, value_of
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.plan import Plan, read_plan
 from megatron_hetermoe.config.recipe import Recipe, load_recipe, override
@@ -91,9 +91,8 @@ def write_plan(plan: Plan, path: str | Path) -> None:
 
 def _before(recipe: Recipe, argv: Sequence[str]) -> Plan:
     """What a job that is started again begins from: its own checkpoint's plan, or the recipe's while it has saved none."""
-    again = resumed(argv)
-    if again != list(argv):
-        return _of_checkpoint(again)
+    if has_saved(argv):
+        return _of_checkpoint(resumed(argv))
     from megatron_hetermoe.cli.recipe_plan import plan_of
 
     problems = Problems()

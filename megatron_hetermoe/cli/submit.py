@@ -73,10 +73,8 @@ def batch_script(args: argparse.Namespace) -> str:
 
     problems = Problems()
     cluster = None
-    try:
+    with problems.taking():
         cluster = read_cluster(args.cluster)
-    except UsageError as error:
-        problems.extend(error)
     if args.container and not any(args.container.startswith(kind) and args.container != kind for kind in _CONTAINERS):
         problems.add(f"--container is {args.container!r}; write pyxis:IMAGE or apptainer:IMAGE")
     if args.hetermoe and not _splits(args.hetermoe):

@@ -15,8 +15,8 @@ from megatron_hetermoe.planner.resolve import PLANNED
 _OF_THE_FIRST_START = ("--finetune", "--no-load-optim", "--no-load-rng", "--ckpt-step", "--pretrained-checkpoint")
 
 
-def resumed(argv: Sequence[str]) -> list[str]:
-    """The command line that goes on from the folder it saves to, or the same one while nothing is there.
+def has_saved(argv: Sequence[str]) -> bool:
+    """Whether a checkpoint is in the folder that a command line saves to.
 
     Raises:
         UsageError: when it saves nowhere.
@@ -24,8 +24,18 @@ def resumed(argv: Sequence[str]) -> list[str]:
     folder = value_of(argv, "--save")
     if folder is None:
         raise UsageError(["--resume needs --save: without it there is nothing to go on from"])
-    if not Path(folder, TRACKER).is_file():
+    return Path(folder, TRACKER).is_file()
+
+
+def resumed(argv: Sequence[str]) -> list[str]:
+    """The command line that goes on from the folder it saves to, or the same one while nothing is there.
+
+    Raises:
+        UsageError: when it saves nowhere.
+    """
+    if not has_saved(argv):
         return list(argv)
+    folder = value_of(argv, "--save")
     names = {word.partition("=")[0] for word in argv}
     return override(argv, ["--load", folder], [flag for flag in _OF_THE_FIRST_START if flag in names])
 

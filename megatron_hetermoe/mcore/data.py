@@ -1,4 +1,4 @@
-"""Text files as bytes in Megatron's indexed format: a data set that every machine has, without a tokeniser to fetch.
+"""Text files as bytes in Megatron's indexed format: a data set that every machine has, without a tokenizer to fetch.
 
 A token is a byte, 0 to 255; a document ends with END_OF_DOCUMENT. Megatron's NullTokenizer ends a document with the
 last id of its vocabulary, so this data is trained with ``--tokenizer-type NullTokenizer --vocab-size 257``.

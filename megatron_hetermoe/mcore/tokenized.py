@@ -1,4 +1,4 @@
-"""Documents through one of Megatron's tokenisers, by several processes, into indexed data sets.
+"""Documents through one of Megatron's tokenizers, by several processes, into indexed data sets.
 
 What is written is byte for byte what Megatron-LM's tools/preprocess_data.py writes for the same documents, whatever the
 number of processes.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.mcore.data import Totals, import_builder
-from megatron_hetermoe.mcore.documents import INSTALL, Chunk, chunks, texts
+from megatron_hetermoe.mcore.documents import Chunk, chunks, texts
 from megatron_hetermoe.mcore.staged import Staged
 
 MOST_PROBLEMS = 20  # named in one message
@@ -38,9 +38,9 @@ class Job:
     """What every process has to know.
 
     Attributes:
-        tokenizer: Megatron's arguments about its tokeniser.
+        tokenizer: Megatron's arguments about its tokenizer.
         keys: whose texts become a data set each.
-        append_eod: whether a document ends with the tokeniser's end of document.
+        append_eod: whether a document ends with the tokenizer's end of document.
     """
 
     tokenizer: argparse.Namespace
@@ -49,14 +49,14 @@ class Job:
 
 
 def tokenizer_arguments(of_recipe: Sequence[str], flags: Sequence[str]) -> argparse.Namespace:
-    """Megatron's arguments about its tokeniser.
+    """Megatron's arguments about its tokenizer.
 
     Args:
-        of_recipe: flags of a recipe, of which only those about the tokeniser count.
-        flags: the user's, which replace the recipe's; all have to be about the tokeniser.
+        of_recipe: flags of a recipe, of which only those about the tokenizer count.
+        flags: the user's, which replace the recipe's; all have to be about the tokenizer.
 
     Raises:
-        UsageError: with what is no flag of Megatron's tokenisers, and what the chosen tokeniser lacks.
+        UsageError: with what is no flag of Megatron's tokenizers, and what the chosen tokenizer lacks.
     """
     from megatron.training.arguments import _add_tokenizer_args
 
@@ -71,7 +71,7 @@ def tokenizer_arguments(of_recipe: Sequence[str], flags: Sequence[str]) -> argpa
         problems.add("which tokenizer? Give Megatron's --tokenizer-type after --, or a --recipe that has it")
     library = _LIBRARIES.get(args.tokenizer_type)
     if library and not importlib.util.find_spec(library):
-        problems.add(f"--tokenizer-type {args.tokenizer_type} needs {library}: {INSTALL}")
+        problems.add(f"--tokenizer-type {args.tokenizer_type} needs {library}: pip install {library}")
     if args.tokenizer_type == "NullTokenizer" and not args.vocab_size:
         problems.add("--tokenizer-type NullTokenizer needs --vocab-size")
     for name in ("tokenizer_model", "vocab_file", "merge_file"):
@@ -93,7 +93,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build(args: argparse.Namespace):
-    """Megatron's tokeniser.
+    """Megatron's tokenizer.
 
     Raises:
         UsageError: with what it or its library says, if it cannot be made.
@@ -134,6 +134,7 @@ def write(job: Job, files: Sequence[Path], prefixes: Sequence[str], workers: int
                 with problems.taking():
                     wrong.raise_if_any()
                 if len(problems) >= MOST_PROBLEMS:
+                    problems.add("there may be more: these are the first ones")
                     break
                 for row in encoded if not problems else ():
                     for builder, (ids, lengths) in zip(builders, row, strict=True):

@@ -230,6 +230,21 @@ def test_a_job_that_has_saved_nothing_fits_the_recipe_s_own_plan(tmp_path, capsy
     assert words == ["--hetermoe", "--lr", "1", "--hetermoe-plan", "plan.json"]
 
 
+def test_a_job_that_has_saved_fits_its_own_plan(tmp_path, capsys, monkeypatch):
+    """Not the recipe's, though the last flag is to load from the same folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        recipe_of(tiny(save=tmp_path / "saved"), {"attention-ranks": 2, "expert-ranks": 2}))
+    asked = ["elastic", "r.yaml", "--resume", "--attention-ranks", "2", "--expert-ranks", "3", "--out", "plan.json",
+             "--", "--load", str(tmp_path / "saved")]
+    assert main(asked) == 0 and "3 expert ranks in place of 2" in capsys.readouterr().out
+    folder = tmp_path / "saved" / "iter_0000004"
+    folder.mkdir(parents=True)
+    (tmp_path / "plan.json").rename(folder / "hetermoe-plan.json")
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("4")
+    assert main(asked) == 0 and "nothing changes" in capsys.readouterr().out
+
+
 def test_submitting_without_slurm(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert "sbatch is not on PATH" in Job(tmp_path).script(capsys, "--yes", code=2)
