@@ -109,7 +109,7 @@ def _measure(args: argparse.Namespace, flags: Flags, rest: Sequence[str], proble
         progress.update(task, total=len(sizes.lengths) + len(sizes.expert_tokens) + 1)
         return profiler.measure(
             parsed, plan, args.kind or ("CPU" if on_cpu else torch.cuda.get_device_name()), sizes,
-            lambda what: progress.update(task, advance=1, description=what))
+            lambda what: progress.update(task, advance=1, description=what), flags.cuda_graphs)
 
 
 def _sizes(args: argparse.Namespace, parsed: argparse.Namespace) -> Any:

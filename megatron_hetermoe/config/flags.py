@@ -40,6 +40,7 @@ class Flags:
         stall_timeout: seconds within which all ranks end after one has died or stopped.
         self_check: training steps from one comparison of what was sent with what came to the next.
         on_save_failure: one of ON_SAVE_FAILURE, "stop" where nothing was said.
+        cuda_graphs: attention ranks replay what they compute between transfers.
     """
 
     enabled: bool = False
@@ -60,6 +61,7 @@ class Flags:
     stall_timeout: int | None = None
     self_check: int | None = None
     on_save_failure: str | None = None
+    cuda_graphs: bool = False
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +98,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        "sent to each other with what came (default: never)")
     group.add_argument("--hetermoe-on-save-failure", metavar="|".join(ON_SAVE_FAILURE), help="end the run (default), "
                        "or go on training, when a checkpoint cannot be written")
+    group.add_argument("--hetermoe-cuda-graphs", action="store_true", help="attention ranks queue what they compute between "
+                       "transfers by one launch, for short sequences on fast GPUs")
 
 
 def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]:

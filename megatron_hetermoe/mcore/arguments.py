@@ -23,6 +23,8 @@ from megatron_hetermoe.config.recipe import by_flag, hint
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.mcore.devices import capabilities_here, device_problems
 from megatron_hetermoe.mcore.gpt import check_args
+from megatron_hetermoe.mcore.graphs import FLAG as GRAPHS
+from megatron_hetermoe.mcore.graphs import graph_problems
 from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.mcore.session import DTYPES
@@ -63,7 +65,8 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     ("--delay-wgrad-compute", lambda args: args.delay_wgrad_compute, "leave it out"),
     ("--fp8-format", lambda args: args.fp8, "leave it out"),
     ("--fp4-format", lambda args: getattr(args, "fp4", None), "leave it out"),
-    ("CUDA graphs", lambda args: getattr(args, "cuda_graph_impl", "none") != "none", "use --cuda-graph-impl none"),
+    ("CUDA graphs", lambda args: getattr(args, "cuda_graph_impl", "none") != "none", "use --cuda-graph-impl none, and "
+     f"{GRAPHS} in its place"),
     ("--use-megatron-fsdp", lambda args: args.use_megatron_fsdp, "leave it out"),
     ("--use-torch-fsdp2", lambda args: args.use_torch_fsdp2, "leave it out"),
     ("--num-distributed-optimizer-instances above 1", lambda args: args.num_distributed_optimizer_instances > 1,
@@ -184,6 +187,10 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
                          f"{args.transformer_impl}: change one")
         if args.loss_scale and plan.expert_precision == "fp32" != plan.attention_precision:
             problems.add("--loss-scale is not supported with experts in fp32: leave it out")
+        if plan.delayed and flags.cuda_graphs:
+            problems.add(f"--hetermoe-weight-gradients delayed is not supported with {GRAPHS}: leave one out")
+    if flags.cuda_graphs:
+        graph_problems(args, problems)
     _check_saves(args, flags, problems)
     _check_batch(args, plan.attention_ranks if plan else flags.attention_ranks, problems)
     _check_divisible(args, problems)

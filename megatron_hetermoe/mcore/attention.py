@@ -109,6 +109,7 @@ class LayerTasks(TransformerLayerSchedulePlan):
         self.has_experts = isinstance(self.layer.mlp, MoELayer)
         if self.has_experts:
             self.dispatch_state = DispatchState()
+            self.attend = self.pre_dispatch_computation.submodule  # without this microbatch's state
             for node in (self.pre_dispatch_computation, self.moe_combine):
                 node.submodule = _with_state(node.submodule, self.layer.mlp.token_dispatcher, self.dispatch_state)
         if self.layer.config.sequence_parallel:

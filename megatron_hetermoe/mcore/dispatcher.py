@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,6 +28,10 @@ class DispatchState:
     counts: Callable[[], list[list[int]]] | None = None
     mapping: torch.Tensor | None = None
     hidden_shape: torch.Size | None = None
+
+    def count(self, per_expert: torch.Tensor, experts_of_holder: Sequence[int]) -> None:
+        """Takes the tokens for each expert, in the order of holders; the host learns them while the device goes on."""
+        self.counts = _counts_on_host(per_expert, experts_of_holder)
 
 
 class AsymmetricDispatcher(MoETokenDispatcher):
@@ -77,7 +81,7 @@ class AsymmetricDispatcher(MoETokenDispatcher):
         state = self._state
         state.hidden_shape = tokens.shape
         routing_map, probs = routing_map[:, self._order], probs[:, self._order]
-        state.counts = self._counts_on_host(routing_map.sum(dim=0))
+        state.count(routing_map.sum(dim=0), self._experts_of_holder)
         rows = routing_map.shape[0] * self.config.moe_router_topk
         if self.config.moe_expert_capacity_factor is not None:  # tokens are dropped, so only the device knows how many
             rows = sum(map(sum, state.counts()))
@@ -86,21 +90,6 @@ class AsymmetricDispatcher(MoETokenDispatcher):
             fused=self.config.moe_permute_fusion,
         )
         return routed, routed_probs
-
-    def _counts_on_host(self, counts: torch.Tensor) -> Callable[[], list[list[int]]]:
-        """Starts a copy of [experts] to the host; what is returned waits for it and splits it by holder."""
-        copied = None
-        if counts.is_cuda:
-            counts = torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-
-        def on_host() -> list[list[int]]:
-            if copied is not None:
-                copied.synchronize()
-            return [part.tolist() for part in counts.split(self._experts_of_holder)]
-
-        return on_host
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The identity: D tasks carry tokens."""
@@ -124,3 +113,19 @@ class AsymmetricDispatcher(MoETokenDispatcher):
         shape = torch.Size((state.hidden_shape[:-1].numel(), state.hidden_shape[-1]))
         summed = unpermute(hidden_states, state.mapping, restore_shape=shape, fused=self.config.moe_permute_fusion)
         return summed.view(state.hidden_shape)
+
+
+def _counts_on_host(counts: torch.Tensor, experts_of_holder: Sequence[int]) -> Callable[[], list[list[int]]]:
+    """Starts a copy of [experts] to the host; what is returned waits for it and splits it by holder."""
+    copied = None
+    if counts.is_cuda:
+        counts = torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+    def on_host() -> list[list[int]]:
+        if copied is not None:
+            copied.synchronize()
+        return [part.tolist() for part in counts.split(experts_of_holder)]
+
+    return on_host

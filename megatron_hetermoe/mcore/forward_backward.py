@@ -14,6 +14,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_hetermoe.mcore.dry_run import Measurements
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
+from megatron_hetermoe.mcore.graphs import AttentionGraphs
 from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
 from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, report
@@ -42,11 +43,13 @@ class ForwardBackward:
         measurements: of a dry run, told of tasks too.
         slow_down: how many times as long this rank's tasks take, by kind; only without a GPU.
         self_check: training steps from one comparison of what was sent with what came to the next; None for never.
+        graphs: of an attention rank; None without them.
     """
 
     def __init__(
         self, session: Session, marks: Marks, meter: Meter, measurements: Measurements | None = None,
         slow_down: Mapping[Kind, float] | None = None, self_check: int | None = None,
+        graphs: AttentionGraphs | None = None,
     ):
         self._session = session
         self._checker = Checker(session, marks, self_check)
@@ -54,6 +57,7 @@ class ForwardBackward:
         self._meter = meter
         self._measurements = measurements
         self._slow_down = slow_down or {}
+        self._graphs = graphs
         self._streams = streams_for(session.device)
         observers = [one.observe for one in (meter.recorder, measurements) if one]
         self._recorded = streams_for(session.device, partial(_tell, observers)) if observers else self._streams
@@ -82,10 +86,13 @@ class ForwardBackward:
             unwrap_model(wrapped), config, schedule, forward_step_func,
             data_iterator[0] if isinstance(data_iterator, list) else data_iterator,
             forward_only, collect_non_loss_data, None if forward_only else self._delayed(wrapped),
+            None if forward_only else self._graphs,
         )
         self._marks.enter("evaluation" if forward_only else "a training step")
         checks = self._checker.evaluation_step() if forward_only else self._checker.training_step()
         if not forward_only:
+            if self._graphs is not None:
+                self._graphs.begin_step(member)
             self._meter.begin_step(num_microbatches)
         try:
             losses, tokens = self._run(inputs, member, checks, (seq_length, micro_batch_size))

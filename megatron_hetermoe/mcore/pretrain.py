@@ -33,6 +33,7 @@ from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, going_on, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
+from megatron_hetermoe.mcore.graphs import AttentionGraphs
 from megatron_hetermoe.mcore.grouped import build_held
 from megatron_hetermoe.mcore.meeting import join_world, meet
 from megatron_hetermoe.mcore.meter import Meter
@@ -42,6 +43,7 @@ from megatron_hetermoe.mcore.pools import join_pools
 from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.trust import SWITCH, load_weights_only
+from megatron_hetermoe.runtime.graphs import graphs_for
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.watch import Watch
@@ -256,7 +258,8 @@ def _replacements(
 ) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
     forward_backward = ForwardBackward(
-        session, marks, meter, measurements, slow_down(flags, session), flags.self_check
+        session, marks, meter, measurements, slow_down(flags, session), flags.self_check,
+        AttentionGraphs(graphs_for(session.device)) if flags.cuda_graphs and session.is_attention else None,
     )
 
     def schedule(original: Any) -> Any:

@@ -41,6 +41,7 @@ _WHOLE = ("--tensor-model-parallel-size", "1", "--expert-tensor-parallel-size", 
           "--context-parallel-size", "1", "--pipeline-model-parallel-size", "1")
 _ATTENTION, _EXPERT = 0, 1  # ranks of the session, of which only one is there at a time
 _WARM_UP = 2
+_HOST_CYCLES = 30_000_000  # of a GPU: some 15 ms, longer than the host takes to queue any task
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def arguments(rest: Sequence[str], flags: Flags, problems: Problems) -> tuple[ar
 
 
 def measure(
-    args: argparse.Namespace, plan: Plan, kind: str, sizes: Sizes, advance: Callable[[str], None]
+    args: argparse.Namespace, plan: Plan, kind: str, sizes: Sizes, advance: Callable[[str], None], graphs: bool
 ) -> Profile:
     """Measures on this process's device.
 
@@ -88,6 +89,7 @@ def measure(
         kind: name of what is measured.
         sizes: what to measure at.
         advance: told what comes next.
+        graphs: attention will be queued by CUDA graphs, so what counts is the GPU's time and not the host's.
 
     Returns:
         The profile: seconds of one sequence's attention, with and without recomputation of its core, of one expert,
@@ -100,9 +102,9 @@ def measure(
     parts: dict[str, Points] = {}
     memory: dict[str, float] = {}
     args.recompute_granularity, args.recompute_modules = "selective", ["core_attn"]
-    again = _Attention(args, plan, device)
+    again = _Attention(args, plan, device, graphs)
     args.recompute_granularity, args.recompute_modules = None, None
-    attention = _Attention(args, plan, device)
+    attention = _Attention(args, plan, device, graphs)
     for length in sizes.lengths:
         advance(f"attention at {length:,} tokens")
         found = attention.measure(length, sizes.repeats)
@@ -163,16 +165,24 @@ class _Answered(Transfers):
 
 
 class _Clock:
-    """Runs tasks one by one on the compute stream, and collects their seconds."""
+    """Runs tasks one by one on the compute stream, and collects their seconds.
 
-    def __init__(self, device: torch.device):
+    Args:
+        device: to run on.
+        ahead: the host queues a task before the GPU begins it, so that the GPU never waits for the host.
+    """
+
+    def __init__(self, device: torch.device, ahead: bool = False):
         self._seconds: dict[tuple[int, Pass], list[float]] = {}
         self._streams = streams_for(device, self._observe)
+        self._ahead = ahead and torch.empty(0, device=device).is_cuda
 
     def _observe(self, stream: Stream, task: Task, start: float, end: float) -> None:
         self._seconds.setdefault((task.layer, task.direction), []).append(end - start)
 
     def run(self, task: Task, call: Callable[[Task], None]) -> None:
+        if self._ahead:
+            torch.cuda._sleep(_HOST_CYCLES)
         with self._streams.task(Stream.COMPUTE, task, ()):
             call(task)
 
@@ -216,10 +226,14 @@ class _Attention(_Part):
     bytes_per_token = 0.0
     probs_dtype = torch.float32
 
+    def __init__(self, args: argparse.Namespace, plan: Plan, device: torch.device, graphs: bool):
+        super().__init__(args, plan, device)
+        self._graphs = graphs
+
     def measure(self, length: int, repeats: int) -> dict[str, tuple[float, float]]:
         """Seconds, forward and backward, of the parts of one sequence."""
         self.args.seq_length = length
-        clock = _Clock(self.device)
+        clock = _Clock(self.device, self._graphs)
         transfers = self.session.transfers(self.config.hidden_size, _Answered)
         for _ in range(_WARM_UP + repeats):
             table = AttentionTasks(

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 
 from megatron_hetermoe.mcore.attention import ModelTasks, PlanningModel
 from megatron_hetermoe.mcore.experts import HeldExperts
+from megatron_hetermoe.mcore.graphs import AttentionGraphs
 from megatron_hetermoe.mcore.load import Load
 from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.recompute import experts_again, rerun
@@ -40,6 +41,7 @@ class StepInputs:
         forward_only: evaluation.
         collect_non_loss_data: passed through to the loss function.
         delayed: what W tasks do; None without them.
+        graphs: of an attention rank in training; None without them.
     """
 
     model: Any
@@ -50,6 +52,7 @@ class StepInputs:
     forward_only: bool
     collect_non_loss_data: bool
     delayed: WeightGradients | None = None
+    graphs: AttentionGraphs | None = None
 
     @property
     def microbatches(self) -> int:
@@ -161,6 +164,8 @@ class AttentionTasks:
             self.inputs.model.set_input_tensor([hidden])
         tasks, loss_function = self.inputs.forward_step(self.inputs.data_iterator, self._planning_model)
         tasks.record_current_stream()
+        if self.inputs.graphs is not None:
+            self.inputs.graphs.attach(tasks, self._moe_layers, task.microbatch)
         microbatch = self._microbatches[task.microbatch] = _Microbatch(tasks, loss_function)
         return microbatch, tasks.pre_process.forward()
 

@@ -1,0 +1,71 @@
+"""A piece of work that is queued by one call: a CUDA graph, or on the CPU the work itself."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+Work = Callable[[], None]
+
+
+class HostGraphs:
+    """On the CPU there is nothing to queue: the work runs again each time, on the same tensors."""
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """The context in which work is captured."""
+        yield
+
+    def capture(self, work: Work) -> Work:
+        """What does the work."""
+        return work
+
+
+class CudaGraphs:
+    """Captures what work queues on the GPU, and queues it again in one launch.
+
+    All graphs have one memory pool. What a graph leaves behind for later ones must therefore be held by whoever captured it;
+    all else is memory that the next graphs use too, so all must be replayed on one stream.
+
+    Args:
+        device: the rank's.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """The context in which work is captured. Nothing may be under way on the device that waits for other ranks."""
+        torch.cuda.synchronize(self._device)
+        gc.collect()
+        # What was kept for work that graphs do from here on: they have memory of their own.
+        torch.cuda.empty_cache()
+        was_enabled = gc.isenabled()
+        gc.disable()  # it might free tensors in the middle of a capture
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            if was_enabled:
+                gc.enable()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def capture(self, work: Work) -> Work:
+        """What queues again all that the work queues now. It is not done yet."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process, such as NCCL's, may go on asking the device what they ask.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        work()
+        graph.capture_end()
+        return graph.replay
+
+
+def graphs_for(device: torch.device) -> HostGraphs | CudaGraphs:
+    """The graphs of a device. A tensor is asked, since on the CPU platform devices are called CUDA's."""
+    return CudaGraphs(device) if torch.empty(0, device=device).is_cuda else HostGraphs()
