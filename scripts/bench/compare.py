@@ -35,7 +35,7 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
 
 SHARE, KERNELS = 25, {FAST: "flash", SLOW: "efficient"}  # percent of the GPU; attention kernel of each pool
-STEPS, WARM_UP = 12, 6  # routing is uneven at first
+STEPS, WARM_UP = 11, 5  # routing is uneven at first, and graphs are captured
 VOCABULARY = 32_000
 
 # The paper's models: layers, width, experts. Its file names no more; widths inside an expert are Mixtral's 3.5 x hidden.
@@ -68,15 +68,15 @@ def disaggregated(fast: Sequence[str], slow: Sequence[str], *flags: str) -> Syst
     return System((*fast, *slow), lambda kernel: (*layout, "--hetermoe-attention", kernel, *flags))
 
 
-def systems(fast: int, slow: int) -> dict[str, System]:
-    """What needs no plan, with so many ranks of each pool."""
+def systems(fast: int, slow: int, ours: Sequence[str] = ()) -> dict[str, System]:
+    """What needs no plan, with so many ranks of each pool, and flags of all that are ours."""
     pools = (FAST,) * fast, (SLOW,) * slow
     return {
         "EP, all ranks": stock((*pools[0], *pools[1])),
         "EP, fast pool alone": stock(pools[0]),
         "EP, slow pool alone": stock(pools[1]),
-        "naive disaggregation": disaggregated(*pools, "--hetermoe-schedule", "sequential"),
-        "zebra": disaggregated(*pools),
+        "naive disaggregation": disaggregated(*pools, "--hetermoe-schedule", "sequential", *ours),
+        "zebra": disaggregated(*pools, *ours),
     }
 
 
@@ -85,14 +85,14 @@ PLANNED = ("zebra, Asym-EA", "zebra, planned")
 NAMES = (*systems(1, 1), *PLANNED)
 
 
-def planned(plan: Plan, folder: Path) -> System:
+def planned(plan: Plan, folder: Path, ours: Sequence[str]) -> System:
     """A plan's layout; each rank gets the GPU of the pool that the plan took it from."""
     paths = {kernel: folder / f"{kernel}.json" for kernel in KERNELS.values()}
     for kernel, path in paths.items():
         path.write_text(replace(plan, attention_kernel=kernel).to_json())
     m = plan.attention_ranks // plan.groups
     pools = (*plan.pools[:m] * plan.groups, *plan.pools[m:] * plan.groups)
-    return System(pools, lambda kernel: ("--hetermoe", "--hetermoe-plan", str(paths[kernel])))
+    return System(pools, lambda kernel: ("--hetermoe", "--hetermoe-plan", str(paths[kernel]), *ours))
 
 
 def model_flags(model: str, length: int, batch: int) -> dict[str, object]:
@@ -169,6 +169,7 @@ def main() -> int:
                         help="that a rank of each pool may take, for the planner")
     parser.add_argument("--profile-lengths", nargs="+", type=int, help="to profile at (default: --lengths)")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="record the tasks of disaggregated cells there")
+    parser.add_argument("--no-graphs", action="store_true", help="disaggregated cells without CUDA graphs")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a cell may take")
     args = parser.parse_args()
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
@@ -192,13 +193,21 @@ def main() -> int:
 
 def _cell(args: argparse.Namespace, priced: Prices, model: str, length: int, name: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        system = planned(priced.plans[name], Path(folder)) if name in PLANNED else systems(*args.ranks)[name]
+        if name in PLANNED:
+            system = planned(priced.plans[name], Path(folder), _ours(args))
+        else:
+            system = systems(*args.ranks, _ours(args))[name]
         flags = words(model_flags(model, length, args.batch))
         if args.trace and "--hetermoe" in system.flags(KERNELS[FAST]):
             cell = f"{model}-{length}-{'-'.join(map(str, args.ranks))}-{name.replace(', ', '-')}"
             flags += ["--hetermoe-trace", str(args.trace / cell)]
         figures = measure(system, flags, args.slow_share, args.limit)
     return {**figures, "pools": system.pools}
+
+
+def _ours(args: argparse.Namespace) -> tuple[str, ...]:
+    """Flags of all disaggregated cells."""
+    return () if args.no_graphs else ("--hetermoe-cuda-graphs",)
 
 
 def _prices(args: argparse.Namespace, model: str, length: int) -> Prices:
@@ -210,7 +219,7 @@ def _prices(args: argparse.Namespace, model: str, length: int) -> Prices:
     flags = model_flags(model, lengths[-1], args.batch)
     memory = {pool: size * 1e9 for pool, size in zip((FAST, SLOW), args.memory_gb)}
     cluster = take_profiles(
-        args.out.with_name(f"{args.out.stem}-{model}-{fast}-{slow}"), flags, ranks, lengths, memory, args.limit)
+        args.out.with_name(f"{args.out.stem}-{model}-{fast}-{slow}"), flags, ranks, lengths, memory, args.limit, _ours(args))
     return price(cluster, model_shape(model, length), args.batch, VOCABULARY)
 
 

@@ -40,7 +40,7 @@ class Prices:
 
 def take_profiles(
     folder: Path, model_flags: dict[str, object], ranks: Sequence[lab.Rank], lengths: Sequence[int],
-    memory: Mapping[str, float], limit: float,
+    memory: Mapping[str, float], limit: float, flags: Sequence[str] = (),
 ) -> Path:
     """Profiles every rank while all run, and the channel between the pools; returns the cluster file.
 
@@ -51,6 +51,7 @@ def take_profiles(
         lengths: of sequences.
         memory: bytes of a rank of each pool.
         limit: seconds for each of the two measurements.
+        flags: ours, beyond the kernel of attention.
     """
     folder.mkdir(parents=True, exist_ok=True)
     recipe, cluster, measured = folder / "recipe.yaml", folder / "cluster.yaml", folder / "measured.yaml"
@@ -59,8 +60,8 @@ def take_profiles(
     recipe.write_text(yaml.safe_dump({"MODEL_ARGS": model_flags}))
     outs = [folder / f"{rank.pool}.{index}.json" for index, rank in enumerate(ranks)]
     _succeed(lab.run(ranks, lambda index: [
-        "-m", "megatron_hetermoe", "profile", recipe, "--out", outs[index], "--kind", ranks[index].pool,
-        "--lengths", *lengths, "--", "--hetermoe", "--hetermoe-attention", ranks[index].kernel], limit))
+        Path(__file__).with_name("fused.py"), "profile", recipe, "--out", outs[index], "--kind", ranks[index].pool,
+        "--lengths", *lengths, "--", "--hetermoe", "--hetermoe-attention", ranks[index].kernel, *flags], limit))
     link = {"gb_per_s": 100, "latency_us": 20}
     pools = {}
     for index, rank in enumerate(ranks):

@@ -1,7 +1,8 @@
 """One rank of a benchmark: ``rank.py RECORD KERNEL SECONDS FLAGS...`` trains and writes the seconds and loss of each step.
 
 With ``--hetermoe`` among the flags it is the plugin's run, without it stock Megatron's, whose own attention is replaced by
-KERNEL, which the plugin's flags name, and whose experts by ours, so that no kernel of ours is measured against none.
+KERNEL, which the plugin's flags name, and whose experts by ours, so that no kernel of ours is measured against none. Both have
+the same optimizer (``fused.py``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from fused import fuse_adam
 from megatron.core.enums import ModelType
 from megatron.training import pretrain, training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -99,6 +101,7 @@ def main() -> int:
     # A hang ends with the stacks of all threads in the log.
     faulthandler.dump_traceback_later(float(limit), exit=True)
     record_steps(Path(f"{record}.{os.environ['RANK']}"))
+    fuse_adam()
     if "--hetermoe" in flags:
         return pretrain_gpt.main(flags)
     run_stock(flags, kernel)
