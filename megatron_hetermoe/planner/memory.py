@@ -143,13 +143,16 @@ def expert_row_bytes(group: GroupCosts, member: int) -> float:
 
 
 def _row_bytes_until_weights(group: GroupCosts) -> float:
-    """What a holder keeps of a row from its backward until a W task for the wave, beside what it kept before: gradients of
-    both products, what ran again for them, and in the W task a copy of one product's rows in the experts' order."""
+    """What a holder keeps of a row from its backward until a W task for the wave, beyond what it kept before: the second
+    product's gradient, what the backward has made again, and in the W task a copy of that product's rows and gradient in
+    the experts' order. The first product's gradient comes as what it was made from goes, where that was kept."""
     shape, step = group.shape, group.step
-    inner = (2 if shape.gated else 1) * shape.expert_ffn
-    again = shape.hidden + shape.expert_ffn if step.recompute == "full" else shape.expert_ffn * step.activation_again
-    copied = shape.hidden + max(inner, shape.expert_ffn)
-    return BYTES[group.precision] * (shape.hidden + inner + again + copied)
+    row = shape.hidden + (shape.hidden + shape.expert_ffn)
+    if step.recompute == "full":
+        row += shape.hidden + (3 if shape.gated else 2) * shape.expert_ffn
+    elif step.activation_again:
+        row += shape.expert_ffn
+    return BYTES[group.precision] * row
 
 
 def attention_token_bytes(group: GroupCosts, member: int) -> float:

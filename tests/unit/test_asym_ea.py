@@ -131,12 +131,12 @@ def test_memory_counts_what_a_rank_holds():
 
 
 def test_memory_counts_what_waits_for_a_waves_weights():
-    """Of six experts in three layers, for each row of a wave: gradients of both products (64 and 2 x 128), which wait, and
-    a copy of one product's rows and gradients (64 and 2 x 128), all in bf16; more where the backward makes rows again."""
+    """Of six experts in three layers, in bf16, for each row of a wave: the second product's gradient (64) and a copy of its
+    rows and gradient (128 and 64); more where the backward makes rows again."""
     priced = group(2, 2, microbatches=4)
     rows = 4 * 2 * 1.25 * priced.expert_tokens
-    for step, size in ((priced.step, 2 * 640), (replace(priced.step, activation_again=True), 2 * (640 + 128)),
-                       (replace(priced.step, recompute="full"), 2 * (640 + 128 + 64))):
+    for step, size in ((priced.step, 2 * 256), (replace(priced.step, activation_again=True), 2 * (256 + 128)),
+                       (replace(priced.step, recompute="full"), 2 * (256 + 64 + 3 * 128))):
         of = replace(priced, step=step)
         merged, plain = (member_memory(of, 2, 6, 4, weight_gradients=how) for how in ("merged", "together"))
         assert merged.total - plain.total == pytest.approx(rows * size)
