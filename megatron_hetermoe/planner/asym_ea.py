@@ -49,13 +49,11 @@ class Limits:
 
 def limits_of(group: GroupCosts, wave: float) -> Limits:
     """The bounds with that many microbatches on their way, as ``memory.in_flight`` counts them."""
-    known: dict[tuple[bool, str], int] = {}
-    pairs = []
-    for member, seat in enumerate(group.seats):
-        key = (member < group.attention_members, seat.pool.name)
-        if key not in known:
-            known[key] = most_experts(group, member, wave)
-        pairs.append(known[key])
+    pairs = [0] * group.members
+    for members in group.alike.values():
+        most = most_experts(group, members[0], wave)
+        for member in members:
+            pairs[member] = most
     return Limits(tuple(pairs))
 
 

@@ -157,11 +157,23 @@ def attention_token_bytes(group: GroupCosts, member: int) -> float:
 def most_experts(group: GroupCosts, member: int, wave: float) -> int:
     """The most (layer, expert) pairs that fit on a member; -1 when not even none does."""
     limit = usable(group, member)
-    low, high = -1, group.shape.experts * len(group.shape.moe_layers)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if member_memory(group, member, middle, wave).total <= limit:
-            low = middle
+
+    def total(experts: int) -> float:
+        return member_memory(group, member, experts, wave).total
+
+    low, high = 0, group.shape.experts * len(group.shape.moe_layers)
+    low_total, high_total = total(low), total(high)
+    if low_total > limit:
+        return -1
+    if high_total <= limit:
+        return high
+    guessing = True  # by turns, since what a layer's experts need at once makes steps
+    while high - low > 1:
+        share = (limit - low_total) / (high_total - low_total) if guessing else 0.5
+        middle = min(high - 1, max(low + 1, low + int(share * (high - low))))
+        if (found := total(middle)) <= limit:
+            low, low_total = middle, found
         else:
-            high = middle - 1
+            high, high_total = middle, found
+        guessing = not guessing
     return low

@@ -100,19 +100,20 @@ class Option:
         """Tokens a second that the option cannot exceed, whatever the placement: no ramp, all work spread perfectly,
         and the channels' bytes of the experts that attention ranks cannot take."""
         group = self.group
-        attention = [[sum(pair) for pair in zip(*passes)] for passes in group.attention]
-        worst = [max(layer) for layer in zip(*attention)]
+        attention = {members: [sum(pair) for pair in zip(*group.attention[members[0]])]
+                     for (is_attention, _), members in group.alike.items() if is_attention}
+        worst = sum(max(layer) for layer in zip(*attention.values()))
         speeds = [1 / sum(pair) if sum(pair) else float("inf") for pair in group.expert]
         experts = group.shape.experts
         layers = len(group.shape.moe_layers)
         sent = self._channel_seconds
-        free = sum(speed * sum(rest) for speed, rest in zip(speeds, attention))
+        free = sum(len(members) * speeds[members[0]] * sum(rest) for members, rest in attention.items())
         # All layers together, each rank always busy: sum(speed) * T = work, with attention first. An E task may run
         # beside another layer's attention, so only the sums over layers bind.
         balanced = (experts * layers + free) / sum(speeds)
-        moved_share = max(0.0, balanced - sum(worst)) * sum(speeds[:self.m]) / (experts * layers)
-        seconds = max(balanced, sum(worst), sent * layers * max(0.0, 1 - moved_share))
-        once = max(group.optimizer(member, 0) for member in range(group.members))
+        moved_share = max(0.0, balanced - worst) * sum(speeds[:self.m]) / (experts * layers)
+        seconds = max(balanced, worst, sent * layers * max(0.0, 1 - moved_share))
+        once = max(group.optimizer(members[0], 0) for members in group.alike.values())
         return self.tokens / (seconds * group.step.microbatches + once)
 
     @cached_property
