@@ -35,7 +35,7 @@ from megatron_hetermoe.config.plan import MERGED, Plan
 from megatron_hetermoe.config.shape import ModelShape
 
 SHARE, KERNELS = 25, {FAST: "flash", SLOW: "efficient"}  # percent of the GPU; attention kernel of each pool
-STEPS, WARM_UP = 11, 5  # routing is uneven at first, and graphs are captured
+STEPS, WARM_UP = 9, 4  # routing is uneven at first, and graphs are captured
 VOCABULARY = 32_000
 
 # The paper's models: layers, width, experts. Its file names no more; widths inside an expert are Mixtral's 3.5 x hidden.
