@@ -54,3 +54,21 @@ def test_weights_that_are_apart():
     [(runs, errors)] = run_function(_products, 1, "apart")
     assert runs == [(0, 3), (3, 3), (3, 8), (8, 12), (12, 12)]
     assert max(errors) < 1e-5
+
+
+def _errors_of_parts(rank: int, world: int) -> list[float]:
+    """Gradients of weights from the rows of three microbatches at once, one of them without any, against the sum of each."""
+    from megatron_hetermoe.mcore import grouped
+
+    weights = [torch.nn.Parameter(weight) for weight in torch.randn(len(COUNTS), 16, 8)]
+    parts = [(torch.randn(sum(counts), 16), torch.randn(sum(counts), 8),
+              grouped._Groups.of(torch.tensor(counts), torch.device("cpu")))
+             for counts in (COUNTS, [0] * len(COUNTS), [1, 2, 0, 3, 0])]
+    ours = grouped._weight_grads_of(weights, parts)
+    one_by_one = map(sum, zip(*(grouped._weight_grads(*part, weights) for part in parts)))
+    return [(a - b).abs().max().item() for a, b in zip(ours, one_by_one, strict=True)]
+
+
+def test_rows_of_several_microbatches_are_one_product():
+    [errors] = run_function(_errors_of_parts, 1)
+    assert len(errors) == len(COUNTS) and max(errors) < 1e-5
