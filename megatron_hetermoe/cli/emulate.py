@@ -15,12 +15,12 @@ from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
 from megatron_hetermoe.config.plan import read_plan
 from megatron_hetermoe.config.shares import ROLES, Shares
+from megatron_hetermoe.planner.diagnosis import NCCL_SHARING
 from megatron_hetermoe.runtime import seen_gpu
 from megatron_hetermoe.runtime.mps import Service, defaults, share
 from megatron_hetermoe.runtime.mps_keeper import CONTROL
 from megatron_hetermoe.runtime.seen_gpu import SeenGpu
 
-NCCL = (2, 30)  # the first that takes several ranks on one GPU
 _SHARES = (7, 0)  # compute capability from which on the service limits multiprocessors: Volta
 TRUSTED = 25  # percent; with less of an H200, 28 of 132 multiprocessors, products by cuBLAS were wrong for some shapes
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -170,11 +170,11 @@ def _modes(uuid: str) -> tuple[str, bool]:
 
 def _nccl_problems(found: SeenGpu) -> list[str]:
     """What keeps ranks that share a GPU from talking."""
-    if found.nccl >= NCCL or (found.problem and not found.nccl):  # a process that failed has not come to it
+    if found.nccl >= NCCL_SHARING or (found.problem and not found.nccl):  # a process that failed has not come to it
         return []
     if not found.nccl:
         return ["--emulate needs NCCL, and this torch has none: install a build of torch with it"]
-    version, needed = ".".join(map(str, found.nccl)), ".".join(map(str, NCCL))
+    version, needed = ".".join(map(str, found.nccl)), ".".join(map(str, NCCL_SHARING))
     return [f"--emulate needs NCCL {needed} or newer, which takes several ranks on one GPU, and {version} is loaded "
             f"({found.nccl_file or 'of torch'}): pip install --no-deps --target DIR 'nvidia-nccl-cu13>={needed}' (cu12 for a "
             "torch of CUDA 12), and start this with LD_PRELOAD=DIR/nvidia/nccl/lib/libnccl.so.2"]
