@@ -19,6 +19,7 @@ from megatron_hetermoe.config.flags import PREFIX, Flags, parse_flags
 from megatron_hetermoe.config.plan import read_plan
 from megatron_hetermoe.config.recipe import Recipe, load_recipe, located, locating, override, places_left
 from megatron_hetermoe.config.shares import EXAMPLE, parse_shares
+from megatron_hetermoe.runtime.mps import LOGS
 
 OWN_ENTRY = "megatron_hetermoe.pretrain_gpt"
 SCRIPT_ENTRY = "megatron_hetermoe.script"
@@ -212,4 +213,6 @@ def _train(job: Job, command: list[str], overrides: list[str]) -> int:
     if code != EXIT_CODE:
         errors.print(f"rank {ranks.failed} ended with exit code {code}; all of its output is in "
                      f"{ranks.log(ranks.failed)}")
+        if job.emulation is not None:
+            errors.print(f"what the Multi-Process Service logged is in {' and '.join(str(job.logs / name) for name in LOGS)}")
     return code

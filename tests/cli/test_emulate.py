@@ -159,7 +159,9 @@ def test_each_rank_has_its_share_of_one_gpu_and_the_user_his_other_service(comma
 
 def test_a_rank_that_fails(command):
     process = command.start("fail", "--emulate", SHARES)
-    assert "rank 1 ended with exit code 7" in process.communicate(timeout=60)[1] and process.returncode == 7
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 7 and "rank 1 ended with exit code 7" in errors
+    assert "logs/control.log and logs/server.log" in errors
     command.is_over()
 
 
