@@ -16,7 +16,7 @@ from megatron_hetermoe.cli.emulate import gpu_to_divide
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.runtime.mps import Service, defaults, share
 
-ROOT = Path(__file__).parents[2]
+_PATH = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{os.environ.get('PYTHONPATH', '')}"}
 
 
 class Rank(NamedTuple):
@@ -65,7 +65,7 @@ def run(
             **defaults(os.environ), "WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(20000 + hash(name) % 10000), "LOCAL_RANK": "0", "PYTHONWARNINGS": "ignore",
             "OMP_NUM_THREADS": "4", **os.environ, **service.variables,
-            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+            **_PATH,
         }
         if blocks:
             environment["NCCL_MAX_CTAS"] = str(blocks)
@@ -95,6 +95,6 @@ def run(
 def _gpu() -> str:
     """The GPU's name in CUDA_VISIBLE_DEVICES, when ranks can share it."""
     problems = Problems()
-    gpu = gpu_to_divide(os.environ, problems)
+    gpu = gpu_to_divide({**os.environ, **_PATH}, problems)
     problems.raise_if_any()
     return gpu.uuid

@@ -49,7 +49,8 @@ def start(folder: Path, gpu: str, *words: str, **model: object) -> subprocess.Po
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(recipe_of(tiny(**{**MODEL, **model}), LAYOUT))
     # Without shares ranks may be several on a GPU too, which they then have in turns.
-    environment = {**mps.defaults(os.environ), **os.environ, "CUDA_VISIBLE_DEVICES": gpu, "PYTHONPATH": str(ROOT)}
+    environment = {**mps.defaults(os.environ), **os.environ, "CUDA_VISIBLE_DEVICES": gpu,
+                   "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_hetermoe", "train", "recipe.yaml", "--keep-logs", "logs", *words], cwd=folder,
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
