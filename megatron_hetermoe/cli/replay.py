@@ -33,7 +33,7 @@ def ways(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> dict[str, t
 
     def schedule(name: str, costs: TaskCosts, wave: int | None) -> Schedule:
         return build(name, plan.model.layers, costs.placement, group.attention_members, group.step.microbatches, wave,
-                     delayed=costs.delayed)
+                     weight_gradients=costs.weight_gradients)
 
     return {
         "the plan": (schedule(plan.schedule, planned, plan.wave), planned),

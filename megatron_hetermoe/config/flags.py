@@ -85,7 +85,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hetermoe-expert-precision", metavar="|".join(PRECISIONS), help="of the experts beside "
                        "attention in bf16, for GPUs without bf16 (default: that of all else)")
     group.add_argument("--hetermoe-weight-gradients", metavar="|".join(WEIGHT_GRADIENTS), help="with those of "
-                       "activations (default), or after these have gone out")
+                       "activations (default); or delayed, after these have gone out; or merged, those of experts only, one "
+                       "product for all microbatches of a layer and wave, for which their rows are kept")
     group.add_argument("--hetermoe-plan", metavar="FILE", help="plan.json of an earlier run or of `hetermoe plan`")
     group.add_argument("--hetermoe-trace", metavar="DIR", help="record every task's start and end there")
     group.add_argument("--hetermoe-dry-run", action="store_true", help="train three steps, print what the plan predicted "

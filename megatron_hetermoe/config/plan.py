@@ -18,7 +18,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 EXPERT_PRECISIONS = {"fp32": ("fp32",), "bf16": ("bf16", "fp16", "fp32"), "fp16": ("fp16",)}  # beside attention's
 ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
 EXPERT_KERNELS = ("auto", "sequential", "grouped")
-WEIGHT_GRADIENTS = ("together", "delayed")
+WEIGHT_GRADIENTS = TOGETHER, DELAYED, MERGED = ("together", "delayed", "merged")
 _PARTS = {part.__name__: part for part in (ModelShape, Step, Prediction, TaskSeconds)}  # of a plan, mappings in its file
 
 
@@ -43,7 +43,8 @@ class Plan:
         tensor_parallel: attention ranks that share the dense weights and a microbatch.
         context_parallel: tensor-parallel groups of attention ranks that have parts of one sequence.
         expert_tensor_parallel: expert ranks that share the weights of their experts.
-        weight_gradients: one of WEIGHT_GRADIENTS: with those of activations, or in tasks of their own after these.
+        weight_gradients: one of WEIGHT_GRADIENTS: with those of activations; or in tasks of their own after these; or the
+            experts' alone in tasks of their own, one for a layer and a wave, and all others with those of activations.
         stage_layers: how many layers each pipeline stage has; empty where there is one stage.
         pools: for each member of a ZP group, the pool of the cluster file that it is of; empty when no cluster file
             was there.
@@ -66,7 +67,7 @@ class Plan:
     tensor_parallel: int = 1
     context_parallel: int = 1
     expert_tensor_parallel: int = 1
-    weight_gradients: str = "together"
+    weight_gradients: str = TOGETHER
     stage_layers: tuple[int, ...] = ()
     pools: tuple[str, ...] = ()
     step: Step | None = None
@@ -84,11 +85,6 @@ class Plan:
             return range(1, self.model.layers + 1)
         first = 1 + sum(self.stage_layers[:stage])
         return range(first, first + self.stage_layers[stage])
-
-    @property
-    def delayed(self) -> bool:
-        """Whether schedules have W tasks."""
-        return self.weight_gradients == "delayed"
 
     @property
     def has_loss_scale(self) -> bool:

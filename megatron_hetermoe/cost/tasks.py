@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.plan import DELAYED, TOGETHER, Plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import Step, TaskSeconds
 from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Kind, Link
@@ -124,11 +124,13 @@ class GroupCosts:
             for seat in self.seats[:self.attention_members]
         )
 
-    @cached_property
-    def expert_weights(self) -> tuple[float, ...]:
-        """For each member, what a W task takes of an expert's backward, in seconds."""
-        work = feed_forward_work(self.shape, self.shape.expert_ffn, self.expert_tokens)
-        return tuple(self._weights(seconds, work) for seconds in self.expert)
+    def expert_weights(self, member: int, microbatches: int = 1) -> float:
+        """What a W task of a member takes of an expert's backward on its tokens of so many microbatches, in seconds.
+
+        The backward of all these at once reads and adds to the weights' gradients once, so it takes less than that many."""
+        tokens = microbatches * self.expert_tokens
+        return self._weights(self._expert(self.seats[member], tokens), feed_forward_work(
+            self.shape, self.shape.expert_ffn, tokens))
 
     def _weights(self, seconds: tuple[float, float], work: Work) -> float:
         """The weights' part of a backward, by its share of the operations: nothing measures the two apart."""
@@ -138,12 +140,12 @@ class GroupCosts:
     @cached_property
     def expert(self) -> tuple[tuple[float, float], ...]:
         """For each member, seconds of one expert on its tokens of one microbatch, forward and backward."""
-        result = []
-        for seat in self.seats:
-            forward, backward = seat.kind.expert(self.expert_tokens, self.step.recompute)
-            again = seat.kind.activation_again(self.expert_tokens) if self.step.activation_again else 0.0
-            result.append((forward, backward + again))
-        return tuple(result)
+        return tuple(self._expert(seat, self.expert_tokens) for seat in self.seats)
+
+    def _expert(self, seat: Seat, tokens: float) -> tuple[float, float]:
+        """Seconds of one expert on so many tokens, forward and backward."""
+        forward, backward = seat.kind.expert(tokens, self.step.recompute)
+        return forward, backward + (seat.kind.activation_again(tokens) if self.step.activation_again else 0.0)
 
     def _attention_task(self, seat: Seat, layer: int) -> tuple[float, float]:
         """Seconds of A_k, forward and backward.
@@ -311,34 +313,40 @@ class TaskCosts:
     Args:
         group: the group's costs.
         placement: who holds which expert.
-        delayed: gradients of weights are W tasks, no part of B tasks.
+        weight_gradients: as in a plan; those that are W tasks are no part of B tasks.
     """
 
-    def __init__(self, group: GroupCosts, placement: Placement, delayed: bool = False):
+    def __init__(self, group: GroupCosts, placement: Placement, weight_gradients: str = TOGETHER):
         self.group = group
         self.placement = placement
-        self.delayed = delayed
+        self.weight_gradients = weight_gradients
         self._counts = [
             tuple(holders.count(member) for member in range(group.members)) for holders in placement.holders
         ]
         self._transfers: dict[tuple[TaskKind, Stream, tuple[int, ...]], Transfer] = {}
+        self._expert_weights: dict[tuple[int, int], float] = {}
 
-    def seconds(self, member: int, task: Task) -> float:
-        """Of an A or E task on a member."""
+    def seconds(self, member: int, task: Task, microbatches: int = 1) -> float:
+        """Of an A or E task on a member; of a W task that is one for several microbatches, with their number."""
         if task.direction is Pass.WEIGHT:
-            return self._weights(member, task)
+            return self._weights(member, task, microbatches)
         way = 0 if task.direction is Pass.FORWARD else 1
         if task.kind is TaskKind.ATTENTION:
             seconds = self.group.attention[member][way][task.layer - 1]
         else:
             seconds = self._counts[task.layer - 1][member] * self.group.expert[member][way]
-        return seconds - self._weights(member, task) if self.delayed and way else seconds
+        apart = self.weight_gradients == DELAYED or \
+            self.weight_gradients != TOGETHER and task.kind is TaskKind.EXPERT
+        return seconds - self._weights(member, task) if apart and way else seconds
 
-    def _weights(self, member: int, task: Task) -> float:
-        """Seconds of the weights' part of a task's backward."""
+    def _weights(self, member: int, task: Task, microbatches: int = 1) -> float:
+        """Seconds of the weights' part of a task's backward, or of one for so many microbatches."""
         if task.kind is TaskKind.ATTENTION:
             return self.group.attention_weights[member][task.layer - 1]
-        return self._counts[task.layer - 1][member] * self.group.expert_weights[member]
+        key = member, microbatches
+        if key not in self._expert_weights:
+            self._expert_weights[key] = self.group.expert_weights(*key)
+        return self._counts[task.layer - 1][member] * self._expert_weights[key]
 
     def transfer(self, task: Task) -> Transfer:
         """Of a D or C task."""
@@ -410,4 +418,4 @@ def costs_of_plan(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> Ta
     attention = plan.attention_ranks // plan.groups
     group = GroupCosts(
         plan.model, plan.step, seats, attention, plan.groups, plan.attention_precision, plan.tensor_parallel)
-    return TaskCosts(group, Placement(plan.placement, len(seats)), plan.delayed)
+    return TaskCosts(group, Placement(plan.placement, len(seats)), plan.weight_gradients)

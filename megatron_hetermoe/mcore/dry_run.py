@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from itertools import repeat
 
 import torch
 import torch.distributed as dist
@@ -199,12 +201,12 @@ def typical(ranks: Sequence[_OfRank]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     transfers: dict[tuple[Task, int], list[float]] = {}
     for rank in ranks:
+        weights = _weights(rank)
         for task, seconds in rank.tasks.items():
             if task.direction is Pass.WEIGHT:
                 continue
-            # Prices are of a whole backward.
-            weights = rank.tasks.get(replace(task, direction=Pass.WEIGHT), []) if task.direction is Pass.BACKWARD else []
-            seconds = list(map(sum, zip(seconds, weights))) if weights else seconds
+            if task.direction is Pass.BACKWARD:  # prices are of a whole one
+                seconds = [sum(both) for both in zip(seconds, weights.get((task.kind, task.layer), repeat(0.0)))]
             name = {Kind.ATTENTION: "attention", Kind.EXPERT: "expert" if rank.role == EXPERT else "moved"}.get(task.kind)
             if name:
                 found.setdefault(f"{name}_{_PASSES[task.direction]}", []).extend(seconds)
@@ -215,6 +217,16 @@ def typical(ranks: Sequence[_OfRank]) -> dict[str, float]:
         name = "dispatch" if task.kind is Kind.DISPATCH else "combine"
         found.setdefault(f"{name}_{_PASSES[task.direction]}", []).append(min(seconds))
     return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+def _weights(rank: _OfRank) -> dict[tuple[Kind, int], list[float]]:
+    """By kind and layer, what W tasks took for each microbatch, in each step: one may be for several microbatches."""
+    found: dict[tuple[Kind, int], list[list[float]]] = {}
+    for task, seconds in rank.tasks.items():
+        if task.direction is Pass.WEIGHT:
+            found.setdefault((task.kind, task.layer), []).append(seconds)
+    backwards = Counter((task.kind, task.layer) for task in rank.tasks if task.direction is Pass.BACKWARD)
+    return {of: [sum(step) / backwards[of] for step in zip(*tasks)] for of, tasks in found.items()}
 
 
 def _is_gpu(session: Session) -> bool:

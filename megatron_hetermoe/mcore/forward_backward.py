@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 from megatron.core.utils import get_model_config, unwrap_model
 
+from megatron_hetermoe.config.plan import MERGED, TOGETHER
 from megatron_hetermoe.mcore.dry_run import Measurements
 from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
 from megatron_hetermoe.mcore.graphs import AttentionGraphs
@@ -21,7 +22,7 @@ from megatron_hetermoe.mcore.numbers import UNEXPECTED, report
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.step_checks import Checker, StepChecks
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
-from megatron_hetermoe.mcore.weights import WeightGradients, delay
+from megatron_hetermoe.mcore.weights import WeightGradients, delay, delay_experts
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.handover import Handover
 from megatron_hetermoe.runtime.marks import Marks
@@ -115,9 +116,10 @@ class ForwardBackward:
 
     def _delayed(self, wrapped: Any) -> WeightGradients | None:
         """What W tasks do, if there are any. The model is told once, when it has all its wrappers."""
-        if self._session.plan.delayed and self._weights is None:
+        how = self._session.plan.weight_gradients
+        if how != TOGETHER and self._weights is None:
             self._weights = WeightGradients()
-            delay(unwrap_model(wrapped), self._weights)
+            (delay_experts if how == MERGED else delay)(unwrap_model(wrapped), self._weights)
         return self._weights
 
     def _finalize(self, wrapped: Any, tokens: torch.Tensor, force_all_reduce: bool) -> None:

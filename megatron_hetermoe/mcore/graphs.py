@@ -143,13 +143,17 @@ class _Buffers:
 class _Part:
     """One layer's function for one of the microbatches that are on the way together, as two graphs.
 
+    The forwards of a slot share memory: from one layer's forward to its backward only later layers' forwards run there, which
+    were captured later. Backwards, of which other slots' run in between, share other memory, where nothing stays.
+
     Args:
         sample: of the layer.
+        slot: which of these microbatches.
         graphs: captures.
         buffers: of all parts.
     """
 
-    def __init__(self, sample: _Sample, graphs: HostGraphs | CudaGraphs, buffers: _Buffers):
+    def __init__(self, sample: _Sample, slot: int, graphs: HostGraphs | CudaGraphs, buffers: _Buffers):
         self._sample = sample
         self._buffers = buffers
         self._hidden = torch.empty_like(sample.hidden, requires_grad=True)
@@ -157,8 +161,8 @@ class _Part:
         self._saved: list[torch.Tensor] = []
         self._results: tuple[torch.Tensor, ...] = ()
         self._state = _CapturedState()
-        self._forward: Work = graphs.capture(self._run_forward)
-        self._backward: Work = graphs.capture(self._run_backward)
+        self._forward: Work = graphs.capture(self._run_forward, slot)
+        self._backward: Work = graphs.capture(self._run_backward, "backward")
         if isinstance(graphs, CudaGraphs):
             # What the backward reads is held by _saved; routed tokens are in a buffer by now, and need not be.
             self._results = ()
@@ -245,7 +249,7 @@ class AttentionGraphs:
         """Before a training step's first task: captures what the step needs and is not there yet."""
         self._steps += 1
         self._slots = on_the_way(member)
-        missing = [(layer, slot) for layer in self._samples for slot in range(self._slots)
+        missing = [(layer, slot) for slot in range(self._slots) for layer in sorted(self._samples)
                    if (layer, slot) not in self._parts]
         if self._steps <= WARM_UP or not missing:
             return
@@ -253,7 +257,7 @@ class AttentionGraphs:
             for layer in dict.fromkeys(layer for layer, _ in missing):
                 _run_once(self._samples[layer])
             for layer, slot in missing:
-                self._parts[layer, slot] = _Part(self._samples[layer], self._graphs, self._buffers)
+                self._parts[layer, slot] = _Part(self._samples[layer], slot, self._graphs, self._buffers)
 
     def attach(self, tasks: ModelTasks, layers: Sequence[int], microbatch: int) -> None:
         """Has a microbatch's nodes replay, or in the first steps show how they are called.

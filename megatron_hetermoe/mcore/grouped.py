@@ -30,7 +30,7 @@ from megatron_hetermoe.mcore.session import Session
 # sizes to the host, for which the host then waits.
 _CAPABILITIES = (9, 10)
 _ALIGNMENT = 16  # bytes, of a row
-Leave = Callable[[Sequence[torch.nn.Parameter], Callable[[], Sequence[torch.Tensor]]], None]
+Leave = Callable[[Sequence[torch.nn.Parameter], Callable[[Sequence[Any]], Sequence[torch.Tensor]], Any], None]
 
 
 def grouped_obstacle(plan: Plan, has_biases: bool, capability: tuple[int, int] | None) -> str | None:
@@ -150,6 +150,10 @@ class _Groups:
         """The first row of an expert, or one past the last of those before."""
         return self.ends[expert - 1] if expert else 0
 
+    def rows_of(self, expert: int) -> slice:
+        """An expert's rows."""
+        return slice(self.start(expert), self.ends[expert])
+
 
 class _GroupedLinear(torch.nn.Module):
     """The linear layers of all experts, as Megatron calls one; without biases."""
@@ -168,7 +172,7 @@ class _GroupedLinear(torch.nn.Module):
         output = _GroupedProduct.apply(rows, groups, *(weight.detach() for weight in weights))
         rows = kept(rows)
         output.register_hook(
-            lambda grad: leave(weights, partial(_weight_grads, grad.contiguous(), rows(), groups, weights)))
+            lambda grad: leave(weights, partial(_weight_grads_of, weights), (grad.contiguous(), rows(), groups)))
         return output, None
 
 
@@ -180,7 +184,7 @@ class _GroupedProduct(torch.autograd.Function):
         """[rows, in] and [out, in] for each group to [rows, out]."""
         ctx.save_for_backward(rows, *weights)
         ctx.groups = groups
-        return _joined([
+        return joined([
             _product(rows[part], stacked.transpose(1, 2), ends) for part, ends, stacked in _runs(groups, weights)
         ])
 
@@ -192,7 +196,24 @@ class _GroupedProduct(torch.autograd.Function):
         row_grads = [_product(grad[part], stacked, ends) for part, ends, stacked in _runs(groups, weights)]
         wanted = any(ctx.needs_input_grad[2:])
         weight_grads = _weight_grads(grad, rows, groups, weights) if wanted else [None] * len(weights)
-        return _joined(row_grads), None, *weight_grads
+        return joined(row_grads), None, *weight_grads
+
+
+@torch.no_grad()
+def _weight_grads_of(
+    weights: Sequence[torch.Tensor], parts: Sequence[tuple[torch.Tensor, torch.Tensor, _Groups]]
+) -> list[torch.Tensor]:
+    """``_weight_grads`` of the rows of several microbatches, whose gradients, rows and groups are a part each."""
+    if len(parts) == 1:
+        return _weight_grads(*parts[0], weights)
+    ends = torch.tensor([groups.ends for _, _, groups in parts]).sum(dim=0)
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+
+    def of_all(which: int) -> torch.Tensor:
+        return torch.cat([part[which][part[2].rows_of(expert)] for expert in range(len(weights)) for part in parts])
+
+    grad, rows = of_all(0), of_all(1)
+    return _weight_grads(grad, rows, _Groups.of(counts, rows.device), weights)
 
 
 @torch.no_grad()
@@ -216,7 +237,8 @@ def _product(rows: torch.Tensor, stacked: torch.Tensor, ends: torch.Tensor) -> t
     return grouped_mm(rows, stacked, offs=ends) if rows.shape[0] else rows.new_empty(0, stacked.shape[-1])
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """[rows, width] of each part to those of all; one part as it is."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -40,7 +40,7 @@ class StepInputs:
         data_iterator: of this rank; None on expert ranks.
         forward_only: evaluation.
         collect_non_loss_data: passed through to the loss function.
-        delayed: what W tasks do; None without them.
+        delayed: what B tasks leave to W tasks; None without these.
         graphs: of an attention rank in training; None without them.
     """
 
@@ -73,7 +73,7 @@ class StepInputs:
     def weights(self, task: Task) -> None:
         """A W task."""
         with self.gradient_sync(task):
-            self.delayed.run(task)
+            self.delayed.run(self.schedule.left_to(task))
 
 
 @dataclass

@@ -89,7 +89,8 @@ def within_memory(found: Refit, cluster: Cluster, kinds: Mapping[str, Kind]) -> 
     def lacking(wave: int) -> dict[int, float]:
         """Bytes over what a plan may fill, by member."""
         there = in_flight(plan.schedule, wave, plan.step.microbatches, plan.model.layers)
-        over = {member: member_memory(costs.group, member, held[member], there).total - usable(costs.group, member)
+        over = {member: member_memory(costs.group, member, held[member], there, weight_gradients=plan.weight_gradients).total
+                - usable(costs.group, member)
                 for member in range(costs.group.members)}
         return {member: size for member, size in over.items() if size > 0}
 

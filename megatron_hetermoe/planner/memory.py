@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_hetermoe.config.plan import MERGED, TOGETHER
 from megatron_hetermoe.cost.tasks import BYTES, GRADIENT_BYTES, GroupCosts
 from megatron_hetermoe.cost.work import dense_parameters
 
@@ -57,7 +58,9 @@ def in_flight(schedule: str, wave: int, microbatches: int, layers: int) -> float
     return wave * (1 + 1 / layers) if schedule == "overlapped" and wave < microbatches else float(wave)
 
 
-def member_memory(group: GroupCosts, member: int, experts: int, wave: float, imbalance: float = IMBALANCE) -> Memory:
+def member_memory(
+    group: GroupCosts, member: int, experts: int, wave: float, imbalance: float = IMBALANCE, weight_gradients: str = TOGETHER
+) -> Memory:
     """Bytes of a member.
 
     Args:
@@ -66,6 +69,7 @@ def member_memory(group: GroupCosts, member: int, experts: int, wave: float, imb
         experts: all (layer, expert) pairs that it holds.
         wave: the microbatches on their way together, as ``in_flight`` counts them.
         imbalance: rows that the member's experts get, over those of balanced routing.
+        weight_gradients: as in a plan.
     """
     shape, step = group.shape, group.step
     figures = group.seats[member].kind.memory_figures
@@ -81,6 +85,8 @@ def member_memory(group: GroupCosts, member: int, experts: int, wave: float, imb
         per_layer = -(-experts // len(shape.moe_layers))
         size = BYTES[group.precision]
         transient = rows * size * (3 * per_layer * shape.hidden + 4 * shape.expert_ffn)
+        if weight_gradients == MERGED:
+            transient += wave * per_layer * rows * _row_bytes_until_weights(group)
     if dense:
         tokens = group.rank_tokens
         activations += wave * tokens * shape.layers * attention_token_bytes(group, member)
@@ -134,6 +140,19 @@ def expert_row_bytes(group: GroupCosts, member: int) -> float:
     shape, size = group.shape, BYTES[group.precision]
     inside = 0 if group.step.recompute == "full" else ((3 if shape.gated else 2) - again) * shape.expert_ffn
     return size * (shape.hidden + inside) + 4
+
+
+def _row_bytes_until_weights(group: GroupCosts) -> float:
+    """What a holder keeps of a row from its backward until a W task for the wave, beyond what it kept before: the second
+    product's gradient, what the backward has made again, and in the W task a copy of that product's rows and gradient in
+    the experts' order. The first product's gradient comes as what it was made from goes, where that was kept."""
+    shape, step = group.shape, group.step
+    row = shape.hidden + (shape.hidden + shape.expert_ffn)
+    if step.recompute == "full":
+        row += shape.hidden + (3 if shape.gated else 2) * shape.expert_ffn
+    elif step.activation_again:
+        row += shape.expert_ffn
+    return BYTES[group.precision] * row
 
 
 def attention_token_bytes(group: GroupCosts, member: int) -> float:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.plan import DELAYED, TOGETHER, Plan
 from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
@@ -40,7 +40,7 @@ class Priced:
     wave: int
     assignment: Assignment
     tokens_per_second: float
-    weight_gradients: str = "together"
+    weight_gradients: str = TOGETHER
     schedule: str = "zebra"
 
     @property
@@ -174,7 +174,7 @@ def search(
     for one in priced:
         by_layout.setdefault((one.option.attention, one.option.expert, one.option.groups, one.option.group.tensor), one)
     best = list(by_layout.values())
-    if thorough and best and "delayed" in question.weight_gradients:
+    if thorough and best and DELAYED in question.weight_gradients:
         best[0] = _with_delay(best[0])
     return Found(tuple(best), len(considered), len(fitting), simulated)
 
@@ -202,12 +202,12 @@ def _with_delay(one: Priced) -> Priced:
     if group.shape.layers * group.step.microbatches > LONG or group.tensor > 1:
         return one
     orders = build(one.schedule, group.shape.layers, placement, group.attention_members, group.step.microbatches,
-                   one.wave, delayed=True)
-    seconds = simulate(orders, TaskCosts(group, placement, delayed=True)).seconds
+                   one.wave, weight_gradients=DELAYED)
+    seconds = simulate(orders, TaskCosts(group, placement, weight_gradients=DELAYED)).seconds
     if seconds > _WORTH_A_DELAY * one.assignment.seconds:
         return one
     assignment = replace(one.assignment, seconds=seconds)
-    return replace(one, assignment=assignment, tokens_per_second=one.option.tokens / seconds, weight_gradients="delayed")
+    return replace(one, assignment=assignment, tokens_per_second=one.option.tokens / seconds, weight_gradients=DELAYED)
 
 
 def _thoroughly(priced: list[Priced]) -> list[Priced]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ class HostGraphs:
         """The context in which work is captured."""
         yield
 
-    def capture(self, work: Work) -> Work:
+    def capture(self, work: Work, memory: Hashable) -> Work:
         """What does the work."""
         return work
 
@@ -27,8 +29,9 @@ class HostGraphs:
 class CudaGraphs:
     """Captures what work queues on the GPU, and queues it again in one launch.
 
-    All graphs have one memory pool. What a graph leaves behind for later ones must therefore be held by whoever captured it;
-    all else is memory that the next graphs use too, so all must be replayed on one stream.
+    Graphs may share memory. What one leaves behind for others must be held by whoever captured it; all else of its memory
+    is used by graphs that are captured after it, so while their results are needed it must not be replayed. All are
+    replayed on one stream.
 
     Args:
         device: the rank's.
@@ -36,7 +39,7 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pools: dict[Hashable, Any] = defaultdict(torch.cuda.graph_pool_handle)
         self._stream = torch.cuda.Stream(device)
 
     @contextmanager
@@ -56,11 +59,16 @@ class CudaGraphs:
                 gc.enable()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def capture(self, work: Work) -> Work:
-        """What queues again all that the work queues now. It is not done yet."""
+    def capture(self, work: Work, memory: Hashable) -> Work:
+        """What queues again all that the work queues now. It is not done yet.
+
+        Args:
+            work: to be captured.
+            memory: the same for graphs that share it.
+        """
         graph = torch.cuda.CUDAGraph()
         # Other threads of the process, such as NCCL's, may go on asking the device what they ask.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=self._pools[memory], capture_error_mode="thread_local")
         work()
         graph.capture_end()
         return graph.replay

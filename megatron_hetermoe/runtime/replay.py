@@ -38,7 +38,7 @@ def priced(schedule: Schedule, costs: TaskCosts, scale: float = 1.0) -> Case:
     """A schedule with prices, multiplied by ``scale``. A transfer has the price that it has alone on its links."""
     def price(member: int, task: Task) -> float:
         if task.stream is Stream.COMPUTE:
-            return scale * costs.seconds(member, task)
+            return scale * costs.seconds(member, task, schedule.microbatches_of(task))
         transfer = costs.transfer(task)
         return scale * (transfer.latency + transfer.seconds)
 

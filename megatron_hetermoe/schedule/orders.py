@@ -7,10 +7,11 @@ both.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, zip_longest
+from itertools import chain, pairwise, zip_longest
 
+from megatron_hetermoe.config.plan import DELAYED, MERGED, TOGETHER
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task, dependencies
 from megatron_hetermoe.topology.placement import Placement
 
@@ -44,7 +45,8 @@ class Schedule:
         attention_members: M; members from M on are expert ranks.
         waves: the microbatches of each wave, in order.
         forward_only: evaluation, which has no backward.
-        delayed: weights' gradients are W tasks, after the gradients of activations have gone out.
+        weight_gradients: as in a plan: part of B tasks; or W tasks, after the gradients of activations have gone out; or
+            W tasks of experts only, one for a layer and a wave.
         shared: kinds of compute tasks that several ranks run together, each with a part of the weights, and talk
             to each other while they do (tensor parallelism).
     """
@@ -54,7 +56,7 @@ class Schedule:
     attention_members: int
     waves: tuple[tuple[int, ...], ...]
     forward_only: bool
-    delayed: bool = False
+    weight_gradients: str = TOGETHER
     shared: frozenset[Kind] = frozenset()
 
     @cached_property
@@ -104,7 +106,20 @@ class Schedule:
 
     def dependencies(self, task: Task) -> Order:
         """The tasks of the ZP group whose results a task reads."""
+        if task.direction is Pass.WEIGHT:
+            return self.left_to(task)
         return dependencies(task, self.layers, self.moe_layers)
+
+    def left_to(self, task: Task) -> Order:
+        """The B tasks whose products for weights a W task does: one, or all of a wave's."""
+        assert task.direction is Pass.WEIGHT
+        merged = self.weight_gradients == MERGED
+        microbatches = next(wave for wave in self.waves if task.microbatch in wave) if merged else (task.microbatch,)
+        return tuple(Task(task.kind, Pass.BACKWARD, task.layer, microbatch) for microbatch in microbatches)
+
+    def microbatches_of(self, task: Task) -> int:
+        """How many microbatches' rows a task takes."""
+        return len(self.left_to(task)) if task.direction is Pass.WEIGHT else 1
 
     def issue_order(self) -> Iterator[Task]:
         """All tasks of the ZP group in an order in which one after the other could run.
@@ -142,9 +157,9 @@ class Schedule:
     def _issue_weights(self, wave: tuple[int, ...]) -> Iterator[Task]:
         """A wave's W tasks. They carry nothing; no transfer is queued behind one that is not before it in compute's
         order."""
-        for layer in range(self.layers + 1, 0, -1) if self.delayed else ():
+        for layer in range(self.layers + 1, 0, -1):
             for kind in (Kind.ATTENTION, Kind.EXPERT):
-                yield from self._block(kind, Pass.WEIGHT, layer, wave)
+                yield from self._weights(kind, layer, wave)
 
     def _issue_layer(self, direction: Pass, layer: int, experts: int, wave: Sequence[int]) -> Iterator[Task]:
         """A layer's attention in one direction, and the experts that it goes on to."""
@@ -182,7 +197,8 @@ class Schedule:
 
         A W task follows its B task at once: the same order as without W tasks, so never slower, and what was waited for
         leaves earlier. In the first layer with experts, whose backward is an expert rank's last, W tasks come after all
-        B tasks: attention ranks still need these, and W tasks fill the time that they need then.
+        B tasks: attention ranks still need these, and W tasks fill the time that they need then. A W task for a whole
+        wave comes after the B tasks of its layer anyway.
         """
         yield from self._forward_layers(wave)
         yield from self._head(wave)
@@ -214,12 +230,19 @@ class Schedule:
 
     def _backward(self, kind: Kind, layer: int, wave: tuple[int, ...], together: bool = False) -> Iterator[Task]:
         """A layer's B tasks of a kind with their W tasks, one by one or together at the end."""
-        for task in self._block(kind, Pass.BACKWARD, layer, wave):
-            yield task
-            if self.delayed and not together:
-                yield replace(task, direction=Pass.WEIGHT)
-        if self.delayed and together:
-            yield from self._block(kind, Pass.WEIGHT, layer, wave)
+        tasks, weights = self._block(kind, Pass.BACKWARD, layer, wave), self._weights(kind, layer, wave)
+        if together or len(weights) < len(tasks):
+            yield from (*tasks, *weights)
+        else:
+            yield from chain.from_iterable(zip(tasks, weights))
+
+    def _weights(self, kind: Kind, layer: int, wave: tuple[int, ...]) -> Order:
+        """A wave's W tasks of one kind and layer. One for all has the number of the last microbatch."""
+        if self.weight_gradients == DELAYED:
+            return self._block(kind, Pass.WEIGHT, layer, wave)
+        if self.weight_gradients == MERGED and kind is Kind.EXPERT:
+            return self._block(kind, Pass.WEIGHT, layer, wave[-1:])
+        return ()
 
     def _transfer_order(self) -> Iterator[Task]:
         """All transfers, each directly after the compute task whose result it carries."""
@@ -344,7 +367,7 @@ class Overlapped(Schedule):
 
 def zebra(
     layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
-    forward_only: bool = False, delayed: bool = False, shared: frozenset[Kind] = frozenset(),
+    forward_only: bool = False, weight_gradients: str = TOGETHER, shared: frozenset[Kind] = frozenset(),
 ) -> Schedule:
     """Zebra parallelism: a wave's microbatches go through the model together, layer by layer.
 
@@ -356,20 +379,20 @@ def zebra(
         wave: R, the most microbatches on the way together; None for all. Waves are as equal as can be, since a short
             one at the end would have the longest bubbles.
         forward_only: no backward.
-        delayed: gradients of weights are W tasks.
+        weight_gradients: as ``Schedule.weight_gradients``.
         shared: as ``Schedule.shared``.
     """
     waves = _waves(microbatches, wave)
-    return Schedule(layers, placement, attention_members, waves, forward_only, delayed, shared)
+    return Schedule(layers, placement, attention_members, waves, forward_only, weight_gradients, shared)
 
 
 def overlapped(
     layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
-    forward_only: bool = False, delayed: bool = False, shared: frozenset[Kind] = frozenset(),
+    forward_only: bool = False, weight_gradients: str = TOGETHER, shared: frozenset[Kind] = frozenset(),
 ) -> Schedule:
     """Zebra with overlapped waves; arguments as for ``zebra``, which it is where a step has one wave."""
     waves = _waves(microbatches, wave)
-    return Overlapped(layers, placement, attention_members, waves, forward_only, delayed, shared)
+    return Overlapped(layers, placement, attention_members, waves, forward_only, weight_gradients, shared)
 
 
 def _waves(microbatches: int, wave: int | None) -> tuple[tuple[int, ...], ...]:
@@ -381,22 +404,22 @@ def _waves(microbatches: int, wave: int | None) -> tuple[tuple[int, ...], ...]:
 
 def sequential(
     layers: int, placement: Placement, attention_members: int, microbatches: int, forward_only: bool = False,
-    delayed: bool = False, shared: frozenset[Kind] = frozenset(),
+    weight_gradients: str = TOGETHER, shared: frozenset[Kind] = frozenset(),
 ) -> Schedule:
     """Naive disaggregation: one microbatch at a time, so one pool always waits for the other."""
-    return zebra(layers, placement, attention_members, microbatches, 1, forward_only, delayed, shared)
+    return zebra(layers, placement, attention_members, microbatches, 1, forward_only, weight_gradients, shared)
 
 
 def build(
     name: str, layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
-    forward_only: bool = False, delayed: bool = False, shared: frozenset[Kind] = frozenset(),
+    forward_only: bool = False, weight_gradients: str = TOGETHER, shared: frozenset[Kind] = frozenset(),
 ) -> Schedule:
     """The schedule that a plan names (``config.plan.SCHEDULES``)."""
     if name == "sequential":
-        return sequential(layers, placement, attention_members, microbatches, forward_only, delayed, shared)
+        return sequential(layers, placement, attention_members, microbatches, forward_only, weight_gradients, shared)
     assert name in ("zebra", "overlapped")
     make = overlapped if name == "overlapped" else zebra
-    return make(layers, placement, attention_members, microbatches, wave, forward_only, delayed, shared)
+    return make(layers, placement, attention_members, microbatches, wave, forward_only, weight_gradients, shared)
 
 
 def transfers_between(schedule: Schedule, stream: Stream, members: Sequence[int]) -> tuple[Order, ...]:

@@ -163,12 +163,12 @@ def schedule_of(
     layers = plan.layers_of_stage(stage)
     schedule = build(
         plan.schedule, len(layers), placement.of_layers(layers), attention_members, microbatches, plan.wave, forward_only,
-        plan.delayed, shared,
+        plan.weight_gradients, shared,
     )
     if plan.stages == 1:
         return schedule
     return StageSchedule(
-        schedule.layers, schedule.placement, attention_members, schedule.waves, forward_only, plan.delayed, shared, stage,
+        schedule.layers, schedule.placement, attention_members, schedule.waves, forward_only, plan.weight_gradients, shared, stage,
         plan.stages,
     )
 

@@ -58,7 +58,7 @@ class Task:
         kind: what it does.
         direction: forward, backward, or, for A and E, the weights' part of backward.
         layer: from 1 on; A and H tasks go to K+1.
-        microbatch: from 0 on, within the step.
+        microbatch: from 0 on, within the step; the last one's of a W task for several.
     """
 
     kind: Kind
@@ -92,10 +92,11 @@ def dependencies(task: Task, layers: int, moe_layers: frozenset[int]) -> tuple[T
     A transfer or an E task waits for all ranks that take part in the one before it.
 
     Args:
-        task: the task that waits.
+        task: the task that waits, no W task; these read what B tasks left (``Schedule.left_to``).
         layers: K.
         moe_layers: the layers with experts.
     """
+    assert task.direction is not Pass.WEIGHT
     kind, direction, layer, microbatch = task.kind, task.direction, task.layer, task.microbatch
     forward, backward = Pass.FORWARD, Pass.BACKWARD
 
@@ -110,8 +111,6 @@ def dependencies(task: Task, layers: int, moe_layers: frozenset[int]) -> tuple[T
             return (before, other(Kind.COMBINE, forward, layer - 1)) if layer - 1 in moe_layers else (before,)
         previous = {Kind.DISPATCH: Kind.ATTENTION, Kind.EXPERT: Kind.DISPATCH, Kind.COMBINE: Kind.EXPERT}
         return (other(previous[kind], forward, layer),)
-    if direction is Pass.WEIGHT:
-        return (other(kind, backward, layer),)
     if kind is Kind.ATTENTION:
         own = other(Kind.ATTENTION, forward, layer)
         if layer == layers + 1:

@@ -78,7 +78,7 @@ def simulate(schedule: Schedule, costs: TaskCosts) -> Result:
         schedule: its tasks and their orders.
         costs: the price of each, for the schedule's placement and with W tasks where it has them.
     """
-    assert schedule.placement == costs.placement and schedule.delayed == costs.delayed
+    assert schedule.placement == costs.placement and schedule.weight_gradients == costs.weight_gradients
     alike = members_alike(schedule, costs)
     run = _Run(schedule, costs, [members[0] for members in alike])
     run.go()
@@ -128,6 +128,7 @@ class _Run:
     def __init__(self, schedule: Schedule, costs: TaskCosts, members: Sequence[int]):
         self.members = members
         self.times: dict[int, dict[Task, tuple[float, float]]] = {member: {} for member in members}
+        self._schedule = schedule
         self._costs = costs
         self._orders: dict[int, MemberSchedule] = {member: schedule.member(member) for member in members}
         self._next = {(member, stream): 0 for member in members for stream in _STREAMS}
@@ -176,7 +177,7 @@ class _Run:
             return
         if stream is Stream.COMPUTE:
             self._busy.add(key)
-            end = now + self._costs.seconds(member, task)
+            end = now + self._seconds(member, task)
             # Its end is known, but it counts as done from then on only, so times gets it when the event comes.
             self._push(end, member, task, None, 0)
             return
@@ -189,9 +190,12 @@ class _Run:
             self._active[stream] = _Active(task, price, now, 1.0, now, 0.0)
             self._repace(now)
 
+    def _seconds(self, member: int, task: Task) -> float:
+        return self._costs.seconds(member, task, self._schedule.microbatches_of(task))
+
     def _finish_compute(self, member: int, task: Task, now: float) -> None:
         self._busy.remove((member, Stream.COMPUTE))
-        self.times[member][task] = (now - self._costs.seconds(member, task), now)
+        self.times[member][task] = (now - self._seconds(member, task), now)
         self._next[member, Stream.COMPUTE] += 1
         for stream in _STREAMS:
             self._try(member, stream, now)

@@ -57,7 +57,7 @@ def predict(plan: Plan, cluster: Cluster, origin: str, notes: Notes) -> Predicte
     layout = layout_of(plan)
     schedule = build(
         plan.schedule, plan.model.layers, costs.placement, layout.m, plan.step.microbatches, plan.wave,
-        delayed=plan.delayed,
+        weight_gradients=plan.weight_gradients,
     )
     return Predicted(simulate(schedule, costs), costs, layout)
 

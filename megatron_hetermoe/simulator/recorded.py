@@ -37,7 +37,8 @@ def results_of(spans: Iterable[Span], plan: Plan) -> list[Result]:
     microbatches = 1 + max((task.microbatch for task in tasks.values() if task), default=0)
     placement = Placement(plan.placement, layout.holders)
     schedule = build(
-        plan.schedule, plan.model.layers, placement, layout.m, microbatches, plan.wave, delayed=plan.delayed
+        plan.schedule, plan.model.layers, placement, layout.m, microbatches, plan.wave,
+        weight_gradients=plan.weight_gradients,
     )
     times: dict[int, dict[Task, tuple[float, float]]] = {rank: {} for rank in range(layout.world_size)}
     after: dict[tuple[int, str], tuple[float, float]] = {}

@@ -41,7 +41,7 @@ class Prices:
     attention: float
     expert: float
     transfer_seconds: float
-    delayed: bool = False
+    weight_gradients: str = "together"
 
     @property
     def group(self) -> SimpleNamespace:
@@ -50,7 +50,7 @@ class Prices:
             seats=[SimpleNamespace(pool=SimpleNamespace(name=str(member))) for member in range(self.placement.members)]
         )
 
-    def seconds(self, member: int, task: Task) -> float:
+    def seconds(self, member: int, task: Task, microbatches: int) -> float:
         """Backward takes twice as long; an attention rank's experts are as fast as an expert rank's."""
         passes = 2 if task.direction is Pass.BACKWARD else 1
         if task.kind is Kind.ATTENTION:

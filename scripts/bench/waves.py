@@ -30,7 +30,7 @@ def seconds(costs: TaskCosts, schedule: str, wave: int) -> float:
     if group.shape.layers * group.step.microbatches > LONG:
         return float(long_step_seconds(group, counts_of(costs.placement), wave, schedule)[0])
     orders = build(schedule, group.shape.layers, costs.placement, group.attention_members, group.step.microbatches, wave,
-                   delayed=costs.delayed)
+                   weight_gradients=costs.weight_gradients)
     return simulate(orders, costs).seconds
 
 
@@ -38,7 +38,8 @@ def fullest(costs: TaskCosts, schedule: str, wave: int) -> tuple[float, float]:
     """Bytes of the fullest attention and expert rank."""
     group = costs.group
     there = in_flight(schedule, wave, group.step.microbatches, group.shape.layers)
-    of = [member_memory(group, member, costs.placement.experts_held(member), there).total
+    of = [member_memory(group, member, costs.placement.experts_held(member), there,
+                        weight_gradients=costs.weight_gradients).total
           for member in range(group.members)]
     return max(of[:group.attention_members]), max(of[group.attention_members:])
 

@@ -103,6 +103,8 @@ def test_placements(tmp_path, placement, document, said):
         ([*OURS, "--hetermoe-expert-precision", "fp32", *tiny(bf16=True, loss_scale=8)], "--loss-scale is not supported"),
         ([*OURS, "--hetermoe-weight-gradients", "delayed", *tiny(transformer_impl="inference_optimized")],
          "--hetermoe-weight-gradients delayed is for --transformer-impl local, this is inference_optimized"),
+        ([*OURS, "--hetermoe-weight-gradients", "merged", *tiny(transformer_impl="inference_optimized")],
+         "--hetermoe-weight-gradients merged is for --transformer-impl local, this is inference_optimized"),
         ([*OURS, "--hetermoe-schedule", "sequential", "--hetermoe-wave", "2", *tiny()], "contradicts"),
     ],
 )

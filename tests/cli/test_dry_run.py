@@ -59,6 +59,15 @@ def test_a_transfer_counts_from_when_the_last_rank_came():
     assert found == {"dispatch_forward": 2.0, "moved_forward": 8.0, "expert_forward": 3.0}
 
 
+def test_a_backward_has_its_part_of_what_w_tasks_took():
+    """One for each of its microbatches, or one for both."""
+    backward = {Task(Kind.EXPERT, Pass.BACKWARD, 1, number): [2.0, 4.0] for number in (0, 1)}
+    first, second = (Task(Kind.EXPERT, Pass.WEIGHT, 1, number) for number in (0, 1))
+    for weights in ({first: [1.0, 1.0], second: [3.0, 3.0]}, {second: [4.0, 4.0]}):
+        found = typical([_OfRank("expert", {**backward, **weights}, 0.0, 0.0)])
+        assert found == {"expert_backward": 5.0}
+
+
 def test_the_command_reads_the_lines_that_rank_0_prints():
     assert DRY_RUN == LINE
 

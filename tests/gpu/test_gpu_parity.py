@@ -91,6 +91,8 @@ CASES = {
     "bf16": (BF16, ["--hetermoe-experts", "sequential"], DISTRIBUTED, 5e-3),
     "grouped": (BF16, GROUPED, DISTRIBUTED, 5e-3),
     "delayed": (BF16, [*GROUPED, "--hetermoe-weight-gradients", "delayed"], DISTRIBUTED, 5e-3),
+    "merged": (BF16, [*GROUPED, "--hetermoe-weight-gradients", "merged", "--hetermoe-wave", "2", "--hetermoe-cuda-graphs"],
+               DISTRIBUTED, 5e-3),
     "fp16-experts": ({**BF16, "loss_scale": 1024}, ["--hetermoe-expert-precision", "fp16"], DISTRIBUTED, 5e-3),
     "graphs": (BF16, [*GROUPED, "--hetermoe-cuda-graphs"], DISTRIBUTED, 5e-3),
     "graphs-fp32": ({}, ["--hetermoe-cuda-graphs", "--hetermoe-wave", "3"], {}, 1e-4),

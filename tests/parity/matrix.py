@@ -202,6 +202,10 @@ def flags(row: Mapping[str, str]) -> dict[str, object]:
     given: dict[str, object] = {"global_batch_size": BATCH}
     for axis, option in row.items():
         given.update(HALVES.get(option, {}) if axis == "precision" else AXES[axis][option])
+    if "loss_scale" in given and row["loss"] == "of tokens":
+        # Gradients then are sums over a step's tokens, up to 24 sequences of 32, until they are divided by these: scaled by
+        # as much as means are by the scale, and beyond fp16 by both, in stock Megatron too.
+        given["loss_scale"] = 1
     return given
 
 

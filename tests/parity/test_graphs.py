@@ -8,7 +8,7 @@ from ranks import assert_same_steps
 
 GRAPHS = ["--hetermoe-cuda-graphs"]
 MODELS = {
-    "waves of three": (["--hetermoe-wave", "3"], {"global_batch_size": 16}),
+    "waves of three": (["--hetermoe-wave", "3", "--hetermoe-weight-gradients", "merged"], {"global_batch_size": 16}),
     "sequential": (["--hetermoe-schedule", "sequential"], {}),
     # What routers count, a shared expert, dense layers, and a loss that is scaled.
     "router": ([], {

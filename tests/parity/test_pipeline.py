@@ -62,10 +62,11 @@ def test_experts_on_attention_ranks_in_a_stage(parity):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["delayed", "recompute", "sequential", "expert-bias", "fp16", "self-check"])
+@pytest.mark.parametrize("name", ["delayed", "merged", "recompute", "sequential", "expert-bias", "fp16", "self-check"])
 def test_beside(parity, name):
     hetermoe, model, rel = {
         "delayed": (["--hetermoe-weight-gradients", "delayed", "--hetermoe-wave", "2"], {}, 1e-5),
+        "merged": (["--hetermoe-weight-gradients", "merged", "--hetermoe-wave", "2"], {}, 1e-5),
         "recompute": ([], {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}, 1e-5),
         "sequential": (["--hetermoe-schedule", "sequential"], {"num_query_groups": 4}, 1e-5),
         "expert-bias": ([], {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}, 1e-5),

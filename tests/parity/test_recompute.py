@@ -88,10 +88,11 @@ ACTIVATION = {"recompute_granularity": "selective", "recompute_modules": ["core_
          {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
         pytest.param("sequential", ["--hetermoe-weight-gradients", "delayed", "--hetermoe-wave", "2"], {},
                      marks=pytest.mark.slow),
+        pytest.param("grouped", ["--hetermoe-weight-gradients", "merged", "--hetermoe-wave", "2"], {}, marks=pytest.mark.slow),
         pytest.param("grouped", [], {"bf16": True}, marks=pytest.mark.slow),
         ("sequential", [], {"swiglu": None, "no_bias_gelu_fusion": True}),
     ],
-    ids=["grouped-delayed", "sequential-delayed", "bf16", "gelu"],
+    ids=["grouped-delayed", "sequential-delayed", "grouped-merged", "bf16", "gelu"],
 )
 def test_activation_of_experts(parity, experts, ours, model):
     """What runs again gives what was there: bit-equal to a run that keeps it, with experts on attention ranks too."""

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hetermoe.config.plan import WEIGHT_GRADIENTS
 from megatron_hetermoe.schedule.checks import violations
 from megatron_hetermoe.schedule.orders import zebra
 from megatron_hetermoe.schedule.pipeline import StageSchedule, Unit, handover_violations, units
@@ -28,7 +29,8 @@ def pipelines(draw):
     experts = draw(st.integers(1, 3))
     holders = st.lists(st.integers(0, m + n - 1), min_size=experts, max_size=experts).map(tuple)
     placements = st.lists(st.just(()) | holders, min_size=1, max_size=3).map(lambda of: Placement(tuple(of), m + n))
-    step = draw(st.integers(1, 7)), draw(st.none() | st.integers(1, 8)), draw(st.booleans()), draw(st.booleans())
+    step = draw(st.integers(1, 7)), draw(st.none() | st.integers(1, 8)), draw(st.booleans()), \
+        draw(st.sampled_from(WEIGHT_GRADIENTS))
     shared = frozenset(draw(st.sets(st.sampled_from([Kind.ATTENTION, Kind.EXPERT]))))
     return [stage_of(stage, stages, draw(placements), m, *step, shared) for stage in range(stages)]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hetermoe.config.plan import SCHEDULES
+from megatron_hetermoe.config.plan import SCHEDULES, WEIGHT_GRADIENTS
 from megatron_hetermoe.schedule.checks import violations
 from megatron_hetermoe.schedule.orders import Schedule, build, sequential, zebra
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
@@ -28,7 +28,7 @@ def schedules(draw):
     shared = frozenset(draw(st.sets(st.sampled_from([Kind.ATTENTION, Kind.EXPERT]))))
     return build(
         name, layers, placement, m, draw(st.integers(1, 7)), draw(st.none() | st.integers(1, 8)), draw(st.booleans()),
-        draw(st.booleans()), shared,
+        draw(st.sampled_from(WEIGHT_GRADIENTS)), shared,
     )
 
 
@@ -74,7 +74,8 @@ def reached(task: Task, before: dict[Task, set[Task]]) -> set[Task]:
 @given(schedules())
 def test_each_task_once_where_it_belongs(schedule):
     head, wants = schedule.layers + 1, {Pass.FORWARD} if schedule.forward_only else {Pass.FORWARD, Pass.BACKWARD}
-    computed = wants | {Pass.WEIGHT} if schedule.delayed and not schedule.forward_only else wants
+    weights = "together" if schedule.forward_only else schedule.weight_gradients
+    computed = wants | {Pass.WEIGHT} if weights == "delayed" else wants
     microbatches = {microbatch for wave in schedule.waves for microbatch in wave}
     assert microbatches == set(range(len(microbatches))) and schedule.last_microbatch == max(microbatches)
     for member in range(schedule.placement.members):
@@ -91,7 +92,24 @@ def test_each_task_once_where_it_belongs(schedule):
                 Task(kind, direction, layer, microbatch)
                 for direction in (computed if kind is Kind.EXPERT else wants)
                 for layer in layers for microbatch in microbatches
+            } | {
+                Task(kind, Pass.WEIGHT, layer, wave[-1]) for layer in layers for wave in schedule.waves
+                if kind is Kind.EXPERT and weights == "merged"
             }
+
+
+@settings(max_examples=50, deadline=None)
+@given(schedules())
+def test_w_tasks_do_what_b_tasks_left(schedule):
+    """Each B task's weights once, and none before its B task."""
+    done, left = [], []
+    for task in schedule.issue_order():
+        if task.direction is Pass.WEIGHT:
+            assert set(schedule.left_to(task)) <= set(done) and len(schedule.left_to(task)) == schedule.microbatches_of(task)
+            left += schedule.left_to(task)
+        done.append(task)
+    kinds = {"together": (), "delayed": (Kind.ATTENTION, Kind.EXPERT), "merged": (Kind.EXPERT,)}[schedule.weight_gradients]
+    assert sorted(left) == sorted(task for task in done if task.kind in kinds and task.direction is Pass.BACKWARD)
 
 
 def order(schedule: Schedule, member: int, stream: Stream = Stream.COMPUTE) -> str:
@@ -111,7 +129,7 @@ def test_the_papers_optimal_orders():
 
 def test_weights_gradients_come_after_those_that_are_waited_for():
     """Each W directly behind its B, but in the first layer behind all B of expert ranks; nothing else moves."""
-    schedule = zebra(2, EVEN, 1, 2, None, delayed=True)
+    schedule = zebra(2, EVEN, 1, 2, None, weight_gradients="delayed")
     assert order(schedule, 0) == (
         "AF_1,1 AF_1,2 AF_2,1 AF_2,2 AF_3,1 AB_3,1 AW_3,1 AF_3,2 AB_3,2 AW_3,2 AB_2,1 AW_2,1 AB_2,2 AW_2,2 "
         "AB_1,1 AW_1,1 AB_1,2 AW_1,2"
@@ -121,6 +139,18 @@ def test_weights_gradients_come_after_those_that_are_waited_for():
     )
     for stream in (Stream.OUT, Stream.BACK):
         assert order(schedule, 1, stream) == order(zebra(2, EVEN, 1, 2, None), 1, stream)
+
+
+def test_weights_gradients_of_a_wave_are_one_task():
+    """Behind all B of its layer; attention ranks have none."""
+    schedule, plain = zebra(2, EVEN, 1, 4, 2, weight_gradients="merged"), zebra(2, EVEN, 1, 4, 2)
+    assert order(schedule, 0) == order(plain, 0)
+    assert order(schedule, 1) == (
+        "EF_1,1 EF_1,2 EF_2,1 EF_2,2 EB_2,1 EB_2,2 EW_2,2 EB_1,1 EB_1,2 EW_1,2 "
+        "EF_1,3 EF_1,4 EF_2,3 EF_2,4 EB_2,3 EB_2,4 EW_2,4 EB_1,3 EB_1,4 EW_1,4"
+    )
+    for stream in (Stream.OUT, Stream.BACK):
+        assert order(schedule, 1, stream) == order(plain, 1, stream)
 
 
 def test_sequential_is_one_microbatch_at_a_time():

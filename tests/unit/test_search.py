@@ -269,7 +269,7 @@ def test_weight_tasks_are_planned_where_they_are_worth_it():
         plan = best.plan()
         assert plan.weight_gradients == chosen
         orders = build(plan.schedule, plan.model.layers, placement_of(best.assignment.experts), 1,
-                       plan.step.microbatches, plan.wave, delayed=plan.delayed)
+                       plan.step.microbatches, plan.wave, weight_gradients=plan.weight_gradients)
         assert simulate(orders, costs_of_plan(plan, on, of_pool)).seconds == pytest.approx(plan.predicted.step_seconds)
         assert search(question(batch=batch), on, of_pool).best[0].plan().weight_gradients == "together"
 

@@ -1,6 +1,8 @@
 """The event simulator, and the planner's fast path against it."""
 
 import numpy as np
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,8 +179,8 @@ def test_weight_tasks_shorten_the_step(expert, microbatches, gain):
     priced = group(2, 2, of, microbatches=microbatches, new=part, old=part, on=cluster(2, 2, bandwidth=2e8))
     placement = spread(priced, [2, 3])
     seconds = [
-        simulate(zebra(8, placement, 2, microbatches, None, delayed=delayed), TaskCosts(priced, placement, delayed)).seconds
-        for delayed in (False, True)
+        simulate(zebra(8, placement, 2, microbatches, None, weight_gradients=how), TaskCosts(priced, placement, how)).seconds
+        for how in ("together", "delayed")
     ]
     assert seconds[1] < seconds[0] * (1 - gain)
 
@@ -188,29 +190,51 @@ def test_weight_tasks_change_no_work():
     priced = group(2, 2, of=shape(layers=2))
     placement = Placement(((0, 2, 2, 2, 2, 3, 3, 3), (2, 2, 2, 2, 3, 3, 3, 3)), 4)
 
-    def busy(delayed: bool) -> list[float]:
-        schedule, costs = zebra(2, placement, 2, 3, None, delayed=delayed), TaskCosts(priced, placement, delayed)
-        return [sum(costs.seconds(member, task) for task in schedule.member(member).streams[Stream.COMPUTE])
+    def busy(how: str) -> list[float]:
+        schedule, costs = zebra(2, placement, 2, 3, None, weight_gradients=how), TaskCosts(priced, placement, how)
+        return [sum(costs.seconds(member, task, schedule.microbatches_of(task)) for task in schedule.member(member).streams[Stream.COMPUTE])
                 for member in range(4)]
 
-    assert busy(True) == pytest.approx(busy(False))
-    weights = TaskCosts(priced, placement, True).seconds(2, Task(Kind.EXPERT, Pass.WEIGHT, 1, 0))
+    assert busy("delayed") == pytest.approx(busy("together"))
+    weights = TaskCosts(priced, placement, "delayed").seconds(2, Task(Kind.EXPERT, Pass.WEIGHT, 1, 0))
     assert weights == pytest.approx(4 * priced.expert[2][1] / 2)
 
 
-@pytest.mark.parametrize("expert, bandwidth, wave, delayed, gain", [
-    (2e-4, 1e10, 1, False, 0.28), (3.5e-4, 1e10, 1, False, 0.28), (2e-4, 1e8, 1, False, 0.30), (2e-4, 1e10, 2, False, 0.04),
-    (3.5e-4, 1e10, 2, False, 0.04), (2e-4, 1e8, 2, False, 0.10), (3.5e-4, 1e8, 4, False, 0.01), (2e-4, 1e10, 1, True, 0.24),
-    (3.5e-4, 1e10, 1, True, 0.18), (2e-4, 1e8, 1, True, 0.35), (3.5e-4, 1e10, 2, True, 0.01), (2e-4, 1e8, 2, True, 0.07),
+def test_one_weight_task_for_a_wave_reads_and_adds_once():
+    """An expert whose backward takes 1 s of itself and 1 s for 64 tokens: four microbatches have the half of 4 s of weights'
+    products, and 3 s of what is there once; attention has no W tasks."""
+    of = shape(layers=2)
+    fixed = replace(profile(of), parts={**profile(of).parts, "expert": {
+        tokens: (1.0, 1 + tokens / 64) for tokens in (1.0, 64.0, 128.0, 256.0, 1024.0)}})
+    priced = group(2, 2, of, new=fixed, old=fixed)
+    placement = spread(priced, [2, 3])
+    schedule, costs = zebra(2, placement, 2, 4, None, weight_gradients="merged"), TaskCosts(priced, placement, "merged")
+    together = TaskCosts(priced, placement)
+    backward, weights = Task(Kind.EXPERT, Pass.BACKWARD, 1, 0), Task(Kind.EXPERT, Pass.WEIGHT, 1, 3)
+    assert schedule.microbatches_of(weights) == 4 and weights in schedule.member(2).waits
+    assert priced.expert_tokens == 64
+    assert together.seconds(2, backward) == pytest.approx(4 * 2.0)
+    assert costs.seconds(2, backward) == pytest.approx(4 * 1.0)
+    assert costs.seconds(2, weights, 4) == pytest.approx(4 * (1 + 4) / 2)
+    attention = Task(Kind.ATTENTION, Pass.BACKWARD, 1, 0)
+    assert costs.seconds(0, attention) == together.seconds(0, attention)
+    assert simulate(schedule, costs).seconds < simulate(zebra(2, placement, 2, 4, None), together).seconds
+
+
+@pytest.mark.parametrize("expert, bandwidth, wave, how, gain", [
+    (2e-4, 1e10, 1, "together", 0.28), (3.5e-4, 1e10, 1, "together", 0.28), (2e-4, 1e8, 1, "together", 0.30),
+    (2e-4, 1e10, 2, "together", 0.04), (3.5e-4, 1e10, 2, "together", 0.04), (2e-4, 1e8, 2, "together", 0.10),
+    (3.5e-4, 1e8, 4, "together", 0.01), (2e-4, 1e10, 1, "delayed", 0.24), (3.5e-4, 1e10, 1, "delayed", 0.18),
+    (2e-4, 1e8, 1, "delayed", 0.35), (3.5e-4, 1e10, 2, "delayed", 0.01), (2e-4, 1e8, 2, "delayed", 0.07),
 ])
-def test_overlapped_waves_shorten_the_step(expert, bandwidth, wave, delayed, gain):
+def test_overlapped_waves_shorten_the_step(expert, bandwidth, wave, how, gain):
     """Most where waves are small: their ramps are most of them, and one microbatch alone has no overlap at all."""
     of = shape(layers=6)
     part = profile(of, (1e-3, 2e-3), (expert, 2 * expert))
     priced = group(2, 2, of, microbatches=8, new=part, old=part, on=cluster(2, 2, bandwidth=bandwidth))
     placement = spread(priced, [2, 3])
     apart, over = (
-        simulate(build(name, 6, placement, 2, 8, wave, delayed=delayed), TaskCosts(priced, placement, delayed)).seconds
+        simulate(build(name, 6, placement, 2, 8, wave, weight_gradients=how), TaskCosts(priced, placement, how)).seconds
         for name in ("zebra", "overlapped")
     )
     assert over < apart * (1 - gain), over / apart
