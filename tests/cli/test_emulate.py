@@ -232,6 +232,21 @@ def test_a_long_place_for_temporary_files_is_not_used(tmp_path, monkeypatch):
         assert service.variables["CUDA_MPS_PIPE_DIRECTORY"].startswith(f"/tmp/{mps_keeper.PREFIX}")
 
 
+def test_the_lab_of_the_benchmarks_divides_by_the_same_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
+    import lab
+
+    calls = fake_mps.install(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(seen_gpu, "seen", lambda environments: [GPU for _ in environments])
+    names = ("RANK", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "NCCL_MAX_CTAS", "NCCL_MULTI_RANK_GPU_ENABLE", "CUDA_VISIBLE_DEVICES")
+    code = f"import os, sys; print(*map(os.environ.get, {names})); sys.exit(int(os.environ['RANK']) == 1)"
+    ended = lab.run([lab.Rank(25, "flash", "fast"), lab.Rank(20, "efficient", "slow")], lambda rank: ["-c", code], 30, blocks=1)
+    assert ended.codes == [0, 1] and ended.failure
+    assert ended.logs == ["0 25 1 1 GPU-0123\n", "1 20 1 1 GPU-0123\n"]
+    assert [line.split()[0] for line in calls.read_text().splitlines()] == ["start", "quit"]
+
+
 # --------------------------------------------------------------------------------------------- refusals
 
 LOCAL = "MODEL_ARGS:\n  --transformer-impl: local\n"
