@@ -141,7 +141,7 @@ def _gpu_problems(found: SeenGpu, environment: Mapping[str, str]) -> list[str]:
         problems.append("--emulate divides a GPU, and HETERMOE_PLATFORM=cpu wants none: leave one of them out")
         return problems
     if not found.name:
-        problems.append(f"--emulate divides a GPU, and torch finds none here ({found.problem}): train without it, on the CPU, "
+        problems.append(f"--emulate divides a GPU, and torch can use none here ({found.problem}): train without it, on the CPU, "
                         "or look with `hetermoe doctor`")
         return problems
     mode, has_instances = _modes(found.uuid)

@@ -12,7 +12,7 @@ from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.runtime import mps_keeper
 
 LOGS = ("control.log", "server.log")  # the service's own
-_END = 120  # seconds; the keeper gives up before
+_END = 180  # seconds; the keeper gives up before
 
 # Unless the user says otherwise: NCCL takes ranks that share a GPU, whose blocks must fit on a small share beside each
 # other (by default they did not, on 18 multiprocessors) and for which it has no multicast; streams have queues of their own.

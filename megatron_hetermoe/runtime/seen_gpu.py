@@ -67,7 +67,7 @@ def _look() -> SeenGpu:
 
     nccl = dict(zip(("nccl", "nccl_file"), loaded_nccl()))
     try:
-        torch.cuda.init()
+        torch.zeros(1, device="cuda").item()  # a GPU that is taken, or a service that does not answer, says so here
         properties = torch.cuda.get_device_properties(0)
     except (RuntimeError, AssertionError) as error:
         return SeenGpu(problem=" ".join(str(error).split()), **nccl)

@@ -257,7 +257,7 @@ NO_GPU = SeenGpu(nccl=GPU.nccl, problem="Found no NVIDIA driver")
 @pytest.mark.parametrize("shares, gpu, said", [
     ("attention=2x25%,expert=2x30%", GPU, ["gives away 110%"]),
     ("attention=2x25%,experts=2x20%", GPU, ["the role 'experts'"]),
-    (BOTH, NO_GPU, ["torch finds none here (Found no NVIDIA driver)"]),
+    (BOTH, NO_GPU, ["torch can use none here (Found no NVIDIA driver)"]),
     (BOTH, replace(GPU, nccl=(2, 28, 9)), ["2.28.9 is loaded (/lib/libnccl.so.2)", "LD_PRELOAD=DIR/nvidia/nccl/lib"]),
     (BOTH, replace(GPU, nccl=()), ["this torch has none"]),
     (BOTH, replace(GPU, name="NVIDIA H100 MIG 1g.10gb"), ["divided by MIG"]),
