@@ -113,7 +113,8 @@ def _event(span: Span) -> dict:
     if span.sent or span.tokens:
         event["args"] = {"bytes sent": span.sent, "tokens": sum(span.tokens)}
     if span.queued is not None:
-        event["args"] = {"µs to queue": (span.queued[1] - span.queued[0]) * microseconds, "µs ahead": span.lead * microseconds}
+        began, ended = span.queued
+        event["args"] = {"µs to queue": (ended - began) * microseconds, "µs ahead": span.lead * microseconds}
     if span.task[0] in _COLOURS:
         event["cname"] = _COLOURS[span.task[0]]
     return event

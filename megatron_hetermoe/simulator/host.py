@@ -29,8 +29,9 @@ class HostCost:
     late: float
 
     def __str__(self) -> str:
-        return (f"the host queues a task in {1e6 * self.median:,.0f} µs (95% of {self.tasks} within {1e6 * self.high:,.0f} µs), "
-                f"{1e6 * self.lead:,.0f} µs before the GPU comes to it; the GPU came to {self.late:.1%} before they were queued")
+        median, high, lead = (f"{1e6 * seconds:,.0f} µs" for seconds in (self.median, self.high, self.lead))
+        return (f"the host queues a task in {median} (95% of {self.tasks} within {high}), {lead} before the GPU comes to it; "
+                f"the GPU came to {self.late:.1%} before they were queued")
 
 
 def host_costs(spans: Iterable[Span], roles: Mapping[int, str]) -> dict[str, HostCost]:
