@@ -121,7 +121,8 @@ def divided(emulated: Emulation, env: Mapping[str, str], logs: Path) -> Iterator
             if one.problem:
                 raise UsageError([f"a process with {shares.percent[role]}% of the GPU cannot use it: {one.problem} "
                                   f"(the Multi-Process Service's logs are in {logs})"])
-            if shares.percent[role] < 100 and one.multiprocessors >= emulated.gpu.multiprocessors:
+            # One role has no more than half; the other one's share may be rounded up to all.
+            if shares.percent[role] <= 50 and one.multiprocessors >= emulated.gpu.multiprocessors:
                 raise UsageError([f"a process with {shares.percent[role]}% of the GPU sees all "
                                   f"{one.multiprocessors} multiprocessors: the Multi-Process Service does not reach it "
                                   f"(its logs are in {logs})"])
