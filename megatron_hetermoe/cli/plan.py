@@ -15,6 +15,7 @@ from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
+from megatron_hetermoe.config.plan import TOGETHER, WEIGHT_GRADIENTS
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
@@ -125,7 +126,7 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
                     (distributed,) if distributed else (False, True), _tensor(parsed),
                     # Megatron's own linear layers; the weight gradients of others are not split off.
-                    ("together", "delayed") if parsed.transformer_impl == "local" else ("together",),
+                    WEIGHT_GRADIENTS if parsed.transformer_impl == "local" else (TOGETHER,),
                     activation_again=(True,) if activation_again(parsed) else (False, True))
 
 

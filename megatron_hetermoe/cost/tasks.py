@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from megatron_hetermoe.config.plan import DELAYED, TOGETHER, Plan
 from megatron_hetermoe.config.shape import ModelShape
@@ -21,6 +21,8 @@ from megatron_hetermoe.topology.placement import Placement
 
 if TYPE_CHECKING:
     import numpy as np
+
+_Price = TypeVar("_Price")
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # Megatron accumulates bf16's gradients in fp32
@@ -57,6 +59,54 @@ def seats_of(pools: Sequence[str], cluster: Cluster, kinds: Mapping[str, Kind]) 
     return tuple(seats)
 
 
+class _Parts(NamedTuple):
+    """What an A task is made of, in that order."""
+
+    embedding: bool
+    dense: bool
+    head: bool
+    attention: bool
+    shared: bool
+
+
+@lru_cache(maxsize=256)
+def _parts_of(shape: ModelShape) -> tuple[_Parts, ...]:
+    """What A_1 to A_{K+1} are made of: A_k is the end of layer k-1 with attention and router of layer k
+    (``schedule.tasks``)."""
+    moe = frozenset(shape.moe_layers)
+    return tuple(
+        _Parts(
+            embedding=layer == 1, dense=layer > 1 and layer - 1 not in moe, head=layer > shape.layers,
+            attention=layer <= shape.layers, shared=layer in moe and shape.shared_expert_ffn > 0,
+        )
+        for layer in range(1, shape.layers + 2)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _priced_parts(
+    kind: Kind, shape: ModelShape, micro_batch: int, vocabulary: int, recompute: str, parts: _Parts
+) -> tuple[tuple[tuple[float, float], Work], ...]:
+    """The parts with seconds, forward and backward, and work. A search asks for the same ones for thousands of layouts."""
+    tokens = micro_batch * shape.sequence
+
+    def feed_forward(width: int) -> tuple[tuple[float, float], Work]:
+        return kind.feed_forward(width, tokens, recompute), feed_forward_work(shape, width, tokens)
+
+    found = []
+    if parts.embedding:
+        found.append((kind.embedding(tokens), embedding_work(shape, tokens)))
+    if parts.dense:
+        found.append(feed_forward(shape.dense_ffn))
+    if parts.head:
+        found.append((kind.head(vocabulary, tokens), head_work(shape, vocabulary, tokens)))
+    if parts.attention:
+        found += [(kind.attention(shape.sequence, recompute), attention_work(shape, shape.sequence))] * micro_batch
+    if parts.shared:
+        found.append(feed_forward(shape.shared_expert_ffn))
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class GroupCosts:
     """What does not depend on the placement: one ZP group's parts, priced.
@@ -69,6 +119,7 @@ class GroupCosts:
         groups: G.
         precision: of parameters and activations.
         tensor: attention ranks that share the dense weights and a microbatch (tensor and sequence parallelism).
+        merged: microbatches whose W task is in equal parts in the experts' backwards (``amortised``); 0 where it is not.
     """
 
     shape: ModelShape
@@ -78,10 +129,19 @@ class GroupCosts:
     groups: int
     precision: str
     tensor: int = 1
+    merged: int = 0
 
     @property
     def members(self) -> int:
         return len(self.seats)
+
+    @cached_property
+    def alike(self) -> dict[tuple[bool, str], tuple[int, ...]]:
+        """The members by whether they are attention ranks, and by pool: those of one sort cost the same."""
+        found: dict[tuple[bool, str], list[int]] = {}
+        for member, seat in enumerate(self.seats):
+            found.setdefault((member < self.attention_members, seat.pool.name), []).append(member)
+        return {sort: tuple(members) for sort, members in found.items()}
 
     @property
     def replicas(self) -> int:
@@ -106,30 +166,34 @@ class GroupCosts:
     @cached_property
     def attention(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
         """For each attention member, seconds of its A tasks of layers 1 to K+1, forward and backward."""
-        known: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {}
-        for seat in self.seats[:self.attention_members]:
-            if seat.pool.name not in known:
-                pairs = [self._attention_task(seat, layer) for layer in range(1, self.shape.layers + 2)]
-                known[seat.pool.name] = tuple(zip(*pairs))
-        return tuple(known[seat.pool.name] for seat in self.seats[:self.attention_members])
+        seats = self.seats[:self.attention_members]
+        known = {
+            name: tuple(zip(*self._of_layers(lambda parts, seat=seat: self._attention_task(seat, parts))))
+            for name, seat in {seat.pool.name: seat for seat in seats}.items()
+        }
+        return tuple(known[seat.pool.name] for seat in seats)
 
     @cached_property
     def attention_weights(self) -> tuple[tuple[float, ...], ...]:
         """For each attention member, what W tasks take of the backward of its A tasks of layers 1 to K+1, in seconds."""
         return tuple(
-            tuple(
-                sum(self._weights(seconds, work) for seconds, work in self._attention_parts(seat.kind, layer))
-                for layer in range(1, self.shape.layers + 2)
-            )
+            tuple(self._of_layers(lambda parts, kind=seat.kind: sum(
+                self._weights(seconds, work) for seconds, work in self._priced(kind, parts))))
             for seat in self.seats[:self.attention_members]
         )
+
+    def _of_layers(self, price: Callable[[_Parts], _Price]) -> list[_Price]:
+        """The price of A_1 to A_{K+1}: each once of those that are made of the same parts."""
+        parts = _parts_of(self.shape)
+        known = {one: price(one) for one in set(parts)}
+        return [known[one] for one in parts]
 
     def expert_weights(self, member: int, microbatches: int = 1) -> float:
         """What a W task of a member takes of an expert's backward on its tokens of so many microbatches, in seconds.
 
         The backward of all these at once reads and adds to the weights' gradients once, so it takes less than that many."""
         tokens = microbatches * self.expert_tokens
-        return self._weights(self._expert(self.seats[member], tokens), feed_forward_work(
+        return self._weights(self._expert_task(self.seats[member], tokens), feed_forward_work(
             self.shape, self.shape.expert_ffn, tokens))
 
     def _weights(self, seconds: tuple[float, float], work: Work) -> float:
@@ -140,25 +204,37 @@ class GroupCosts:
     @cached_property
     def expert(self) -> tuple[tuple[float, float], ...]:
         """For each member, seconds of one expert on its tokens of one microbatch, forward and backward."""
-        return tuple(self._expert(seat, self.expert_tokens) for seat in self.seats)
+        known: dict[str, tuple[float, float]] = {}
+        for member, seat in enumerate(self.seats):
+            if seat.pool.name not in known:
+                forward, backward = self._expert_task(seat, self.expert_tokens)
+                if self.merged:
+                    backward += self.expert_weights(member, self.merged) / self.merged - self.expert_weights(member)
+                known[seat.pool.name] = forward, backward
+        return tuple(known[seat.pool.name] for seat in self.seats)
 
-    def _expert(self, seat: Seat, tokens: float) -> tuple[float, float]:
+    def amortised(self, wave: int) -> GroupCosts:
+        """These costs where weights' gradients are merged (``config.plan.MERGED``), with an equal part of a W task in each
+        microbatch's backward: for searches that simulate no W tasks."""
+        return replace(self, merged=wave)
+
+    def _expert_task(self, seat: Seat, tokens: float) -> tuple[float, float]:
         """Seconds of one expert on so many tokens, forward and backward."""
         forward, backward = seat.kind.expert(tokens, self.step.recompute)
         return forward, backward + (seat.kind.activation_again(tokens) if self.step.activation_again else 0.0)
 
-    def _attention_task(self, seat: Seat, layer: int) -> tuple[float, float]:
-        """Seconds of A_k, forward and backward.
+    def _attention_task(self, seat: Seat, of: _Parts) -> tuple[float, float]:
+        """Seconds of an A task, forward and backward.
 
         Ranks that share it do an equal part each. Around each of its parts, forward, tokens are gathered and their
         sums scattered; backward the same, and the tokens are gathered once more for the weights' gradients.
         """
-        parts = [seconds for seconds, _ in self._attention_parts(seat.kind, layer)]
+        parts = [seconds for seconds, _ in self._priced(seat.kind, of)]
         times = sum(part[0] for part in parts), sum(part[1] for part in parts)
         if self.tensor == 1:
             return times
         shared = sum(1 for part in parts if sum(part))
-        again = 2 if self.step.recompute == "full" and layer <= self.shape.layers else 0
+        again = 2 if self.step.recompute == "full" and not of.head else 0
         return tuple(
             seconds / self.tensor + shared * count * self._gather_seconds(seat)
             for seconds, count in zip(times, (2, 3 + again))
@@ -170,28 +246,9 @@ class GroupCosts:
         size = self.step.micro_batch * self.shape.sequence * self.shape.hidden * BYTES[self.precision]
         return (self.tensor - 1) * (size / self.tensor / seat.pool.intra.bandwidth + seat.pool.intra.latency)
 
-    def _attention_parts(self, kind: Kind, layer: int) -> list[tuple[tuple[float, float], Work]]:
-        """What A_k is made of, each with its seconds: the end of layer k-1 with attention and router of layer k
-        (``schedule.tasks``)."""
-        shape, step = self.shape, self.step
-        tokens = step.micro_batch * shape.sequence
-
-        def feed_forward(width: int) -> tuple[tuple[float, float], Work]:
-            return kind.feed_forward(width, tokens, step.recompute), feed_forward_work(shape, width, tokens)
-
-        parts = []
-        if layer == 1:
-            parts.append((kind.embedding(tokens), embedding_work(shape, tokens)))
-        elif layer - 1 not in shape.moe_layers:
-            parts.append(feed_forward(shape.dense_ffn))
-        if layer > shape.layers:
-            parts.append((kind.head(step.vocabulary, tokens), head_work(shape, step.vocabulary, tokens)))
-        else:
-            attention = kind.attention(shape.sequence, step.recompute), attention_work(shape, shape.sequence)
-            parts += [attention] * step.micro_batch
-            if layer in shape.moe_layers:
-                parts.append(feed_forward(shape.shared_expert_ffn))
-        return parts
+    def _priced(self, kind: Kind, parts: _Parts) -> tuple[tuple[tuple[float, float], Work], ...]:
+        """Those parts, each with its seconds, on a GPU of its own."""
+        return _priced_parts(kind, self.shape, self.step.micro_batch, self.step.vocabulary, self.step.recompute, parts)
 
     def bytes_per_row(self, kind: TaskKind) -> int:
         """Of a token that a transfer carries; dispatch and its backward carry a probability beside it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_hetermoe.config.shape import ModelShape
 
@@ -69,6 +70,7 @@ def embedding_work(shape: ModelShape, tokens: int) -> Work:
     return Work(0, 0, _HALF * 3 * tokens * shape.hidden, 3)
 
 
+@lru_cache(maxsize=256)
 def dense_parameters(shape: ModelShape, vocabulary: int) -> int:
     """Weights of an attention rank beside the experts that it holds: all but the routed experts."""
     width = shape.heads * shape.head_dim

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_hetermoe.config.plan import MERGED, TOGETHER
 from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
 from megatron_hetermoe.planner.memory import most_experts
 from megatron_hetermoe.schedule.orders import build
@@ -47,15 +48,13 @@ class Limits:
         return sum(max(0, self.pairs[member]) for member in members)
 
 
-def limits_of(group: GroupCosts, wave: float) -> Limits:
+def limits_of(group: GroupCosts, wave: float, weight_gradients: str = TOGETHER) -> Limits:
     """The bounds with that many microbatches on their way, as ``memory.in_flight`` counts them."""
-    known: dict[tuple[bool, str], int] = {}
-    pairs = []
-    for member, seat in enumerate(group.seats):
-        key = (member < group.attention_members, seat.pool.name)
-        if key not in known:
-            known[key] = most_experts(group, member, wave)
-        pairs.append(known[key])
+    pairs = [0] * group.members
+    for members in group.alike.values():
+        most = most_experts(group, members[0], wave, weight_gradients)
+        for member in members:
+            pairs[member] = most
     return Limits(tuple(pairs))
 
 
@@ -135,7 +134,7 @@ class Assignment:
 
     Attributes:
         experts: [K, members].
-        seconds: of the step, by the event simulator.
+        seconds: of the step, by the event simulator, or where that takes long by ``long_step_seconds``.
         origin: where it came from: "even", "gather-and-squeeze", "balance", or "memory" where none of these fit.
         paper_seconds: of the step under gather-and-squeeze, None where that does not fit.
         even_seconds: of the step with all experts on expert ranks, None where that does not fit.
@@ -149,7 +148,8 @@ class Assignment:
 
 
 def balance(
-    group: GroupCosts, limits: Limits, wave: int | None, thorough: bool = True, schedule: str = "zebra"
+    group: GroupCosts, limits: Limits, wave: int | None, thorough: bool = True, schedule: str = "zebra",
+    weight_gradients: str = TOGETHER,
 ) -> Assignment | None:
     """The best assignment found, never worse than gather-and-squeeze by the simulator.
 
@@ -159,14 +159,16 @@ def balance(
         wave: R of the plan; None for all microbatches.
         thorough: whether neighbours of the best are searched, and the event simulator judges.
         schedule: of the plan, "zebra" or "overlapped".
+        weight_gradients: of the plan, TOGETHER or MERGED.
 
     Returns:
         None when no assignment fits.
     """
     import numpy as np
 
-    search = _Search(group, limits, schedule, wave)
-    paper = gather_and_squeeze(group, limits)
+    searched = group.amortised(wave or group.step.microbatches) if weight_gradients == MERGED else group
+    search = _Search(searched, limits, schedule, wave)
+    paper = gather_and_squeeze(searched, limits)
     starts = search.family()
     starts.append(tuple(int(count) for count in paper[:, :group.attention_members].sum(axis=1)))
     seconds = search.seconds(starts)
@@ -181,7 +183,11 @@ def balance(
         if full is None or not feasible(full, limits, schedule):
             return None
         fitting = [("memory", full)]
-    times = _judge(group, [experts for _, experts in fitting], schedule, wave, thorough)
+    candidates = [experts for _, experts in fitting]
+    if thorough and group.shape.layers * group.step.microbatches <= LONG:
+        times = [_by_events(group, experts, schedule, wave, weight_gradients) for experts in candidates]
+    else:
+        times = [float(value) for value in long_step_seconds(searched, np.array(candidates, float), wave, schedule)]
     judged = [(seconds, name, experts) for seconds, (name, experts) in zip(times, fitting)]
     by_name = {name: seconds for seconds, name, _ in reversed(judged)}
     best = min(judged, key=lambda entry: entry[0])
@@ -204,21 +210,14 @@ def counts_of(placement: Placement) -> np.ndarray:
                     float)
 
 
-def _judge(
-    group: GroupCosts, candidates: list[np.ndarray], schedule: str, wave: int | None, by_events: bool
-) -> list[float]:
-    """Seconds of a step under each candidate: by the event simulator if asked to and unless a step is long, else by
-    ``long_step_seconds``."""
-    import numpy as np
-
-    if not by_events or group.shape.layers * group.step.microbatches > LONG:
-        return [float(value) for value in long_step_seconds(group, np.array(candidates, float), wave, schedule)]
-    result = []
-    for experts in candidates:
-        placement = placement_of(experts)
-        orders = build(schedule, group.shape.layers, placement, group.attention_members, group.step.microbatches, wave)
-        result.append(simulate(orders, TaskCosts(group, placement)).seconds)
-    return result
+def _by_events(
+    group: GroupCosts, experts: np.ndarray, schedule: str, wave: int | None, weight_gradients: str
+) -> float:
+    """Seconds of a step by the event simulator."""
+    placement = placement_of(experts)
+    orders = build(schedule, group.shape.layers, placement, group.attention_members, group.step.microbatches, wave,
+                   weight_gradients=weight_gradients)
+    return simulate(orders, TaskCosts(group, placement, weight_gradients)).seconds
 
 
 def long_step_seconds(

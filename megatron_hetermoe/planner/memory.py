@@ -116,16 +116,18 @@ def most_imbalance(group: GroupCosts, experts: int) -> float:
     return min(shape.topk, per_layer) * shape.experts / (shape.topk * per_layer)
 
 
-def imbalance_that_fits(group: GroupCosts, member: int, experts: int, wave: float) -> float:
+def imbalance_that_fits(
+    group: GroupCosts, member: int, experts: int, wave: float, weight_gradients: str = TOGETHER
+) -> float:
     """How uneven routing may become before a member's GPU is full, its margin used up too: the rows of its experts
     over those of balanced routing, and at most ``most_imbalance``. For one that holds experts."""
     low, high = 0.0, most_imbalance(group, experts)
     full = group.seats[member].pool.memory
-    if member_memory(group, member, experts, wave, high).total <= full:
+    if member_memory(group, member, experts, wave, high, weight_gradients).total <= full:
         return high
     while high - low > 0.01:
         middle = (low + high) / 2
-        fits = member_memory(group, member, experts, wave, middle).total <= full
+        fits = member_memory(group, member, experts, wave, middle, weight_gradients).total <= full
         low, high = (middle, high) if fits else (low, middle)
     return low
 
@@ -173,14 +175,26 @@ def attention_token_bytes(group: GroupCosts, member: int) -> float:
     return kept
 
 
-def most_experts(group: GroupCosts, member: int, wave: float) -> int:
+def most_experts(group: GroupCosts, member: int, wave: float, weight_gradients: str = TOGETHER) -> int:
     """The most (layer, expert) pairs that fit on a member; -1 when not even none does."""
     limit = usable(group, member)
-    low, high = -1, group.shape.experts * len(group.shape.moe_layers)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if member_memory(group, member, middle, wave).total <= limit:
-            low = middle
+
+    def total(experts: int) -> float:
+        return member_memory(group, member, experts, wave, weight_gradients=weight_gradients).total
+
+    low, high = 0, group.shape.experts * len(group.shape.moe_layers)
+    low_total, high_total = total(low), total(high)
+    if low_total > limit:
+        return -1
+    if high_total <= limit:
+        return high
+    guessing = True  # by turns, since what a layer's experts need at once makes steps
+    while high - low > 1:
+        share = (limit - low_total) / (high_total - low_total) if guessing else 0.5
+        middle = min(high - 1, max(low + 1, low + int(share * (high - low))))
+        if (found := total(middle)) <= limit:
+            low, low_total = middle, found
         else:
-            high = middle - 1
+            high, high_total = middle, found
+        guessing = not guessing
     return low

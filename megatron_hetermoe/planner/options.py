@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
+from megatron_hetermoe.config.plan import TOGETHER
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import RECOMPUTE, Step
 from megatron_hetermoe.cost.cluster import Cluster, Kind
@@ -46,7 +47,7 @@ class Question:
     recompute: tuple[str, ...] = RECOMPUTE
     distributed_optimizer: tuple[bool, ...] = (False, True)
     tensor: tuple[int, ...] = (1,)
-    weight_gradients: tuple[str, ...] = ("together",)
+    weight_gradients: tuple[str, ...] = (TOGETHER,)
     schedules: tuple[str, ...] = ("zebra", "overlapped")
     activation_again: tuple[bool, ...] = (False,)
 
@@ -100,19 +101,20 @@ class Option:
         """Tokens a second that the option cannot exceed, whatever the placement: no ramp, all work spread perfectly,
         and the channels' bytes of the experts that attention ranks cannot take."""
         group = self.group
-        attention = [[sum(pair) for pair in zip(*passes)] for passes in group.attention]
-        worst = [max(layer) for layer in zip(*attention)]
+        attention = {members: [sum(pair) for pair in zip(*group.attention[members[0]])]
+                     for (is_attention, _), members in group.alike.items() if is_attention}
+        worst = sum(max(layer) for layer in zip(*attention.values()))
         speeds = [1 / sum(pair) if sum(pair) else float("inf") for pair in group.expert]
         experts = group.shape.experts
         layers = len(group.shape.moe_layers)
         sent = self._channel_seconds
-        free = sum(speed * sum(rest) for speed, rest in zip(speeds, attention))
+        free = sum(len(members) * speeds[members[0]] * sum(rest) for members, rest in attention.items())
         # All layers together, each rank always busy: sum(speed) * T = work, with attention first. An E task may run
         # beside another layer's attention, so only the sums over layers bind.
         balanced = (experts * layers + free) / sum(speeds)
-        moved_share = max(0.0, balanced - sum(worst)) * sum(speeds[:self.m]) / (experts * layers)
-        seconds = max(balanced, sum(worst), sent * layers * max(0.0, 1 - moved_share))
-        once = max(group.optimizer(member, 0) for member in range(group.members))
+        moved_share = max(0.0, balanced - worst) * sum(speeds[:self.m]) / (experts * layers)
+        seconds = max(balanced, worst, sent * layers * max(0.0, 1 - moved_share))
+        once = max(group.optimizer(members[0], 0) for members in group.alike.values())
         return self.tokens / (seconds * group.step.microbatches + once)
 
     @cached_property
@@ -139,8 +141,8 @@ class Option:
             low, high = (middle, high) if self.fits(middle) else (low, middle - 1)
         return low
 
-    def limits(self, wave: float) -> Limits:
-        return limits_of(self.group, wave)
+    def limits(self, wave: float, weight_gradients: str = TOGETHER) -> Limits:
+        return limits_of(self.group, wave, weight_gradients)
 
     def fits(self, wave: int) -> bool:
         """Whether all experts find room with that many microbatches on their way."""

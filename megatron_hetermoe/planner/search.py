@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from megatron_hetermoe.config.plan import DELAYED, TOGETHER, Plan
+from megatron_hetermoe.config.plan import DELAYED, MERGED, TOGETHER, Plan
 from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
@@ -52,6 +52,8 @@ class Priced:
     def busy(self, role: str) -> float:
         """Share of the step in which a role's ranks compute, on average."""
         group, experts = self.option.group, self.assignment.experts
+        if self.weight_gradients == MERGED:
+            group = group.amortised(self.wave)
         members = _members(group, role)
         work = 0.0
         for member in members:
@@ -73,7 +75,8 @@ class Priced:
     def bytes_of(self, role: str) -> float:
         """Of a role's fullest rank."""
         group, experts = self.option.group, self.assignment.experts
-        return max(member_memory(group, member, int(experts[:, member].sum()), self.in_flight).total
+        return max(member_memory(group, member, int(experts[:, member].sum()), self.in_flight,
+                                 weight_gradients=self.weight_gradients).total
                    for member in _members(group, role))
 
     @property
@@ -82,7 +85,8 @@ class Priced:
         member's experts, over those of balanced routing."""
         group, held = self.option.group, self.assignment.experts.sum(axis=0)
         return min(
-            (imbalance_that_fits(group, member, int(held[member]), self.in_flight), most_imbalance(group, int(held[member])))
+            (imbalance_that_fits(group, member, int(held[member]), self.in_flight, self.weight_gradients),
+             most_imbalance(group, int(held[member])))
             for member in range(group.members) if held[member]
         )
 
@@ -174,8 +178,8 @@ def search(
     for one in priced:
         by_layout.setdefault((one.option.attention, one.option.expert, one.option.groups, one.option.group.tensor), one)
     best = list(by_layout.values())
-    if thorough and best and DELAYED in question.weight_gradients:
-        best[0] = _with_delay(best[0])
+    if thorough and best:
+        best[0] = _with_weight_tasks(best[0], question.weight_gradients)
     return Found(tuple(best), len(considered), len(fitting), simulated)
 
 
@@ -196,16 +200,29 @@ def _by_turns(fitting: list[Option]) -> list[Option]:
     return list({id(option): option for pair in zip(fitting, sorts) for option in pair}.values())
 
 
-def _with_delay(one: Priced) -> Priced:
+def _with_weight_tasks(one: Priced, choices: tuple[str, ...]) -> Priced:
     """The same with W tasks, where these shorten the step by more than they may cost."""
+    found = [make(one) for name, make in ((DELAYED, _delayed), (MERGED, _merged)) if name in choices]
+    best = min((other for other in found if other is not None), key=_fastest, default=one)
+    return best if best.assignment.seconds <= _WORTH_A_DELAY * one.assignment.seconds else one
+
+
+def _merged(one: Priced) -> Priced | None:
+    """With one W task for a layer and a wave; where experts take less of the step, others of them may move."""
+    group = one.option.group
+    assignment = balance(group, one.option.limits(one.in_flight, MERGED), one.wave, True, one.schedule, MERGED)
+    return assignment and replace(one, assignment=assignment, tokens_per_second=one.option.tokens / assignment.seconds,
+                                  weight_gradients=MERGED)
+
+
+def _delayed(one: Priced) -> Priced | None:
+    """With a W task for each B task, in the same placement; None where ranks share attention, or a step is long."""
     group, placement = one.option.group, placement_of(one.assignment.experts)
     if group.shape.layers * group.step.microbatches > LONG or group.tensor > 1:
-        return one
+        return None
     orders = build(one.schedule, group.shape.layers, placement, group.attention_members, group.step.microbatches,
                    one.wave, weight_gradients=DELAYED)
     seconds = simulate(orders, TaskCosts(group, placement, weight_gradients=DELAYED)).seconds
-    if seconds > _WORTH_A_DELAY * one.assignment.seconds:
-        return one
     assignment = replace(one.assignment, seconds=seconds)
     return replace(one, assignment=assignment, tokens_per_second=one.option.tokens / seconds, weight_gradients=DELAYED)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise, zip_longest
+from itertools import chain, islice, pairwise, zip_longest
 
 from megatron_hetermoe.config.plan import DELAYED, MERGED, TOGETHER
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task, dependencies
 from megatron_hetermoe.topology.placement import Placement
 
 Order = tuple[Task, ...]
+_AHEAD = 2  # microbatches that the host of a holder receives before it queues the experts of one
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,12 @@ class Schedule:
         none before the compute that precedes it here, then the first transfer that is not done is never behind
         one that is not: what else is ahead of it waits for earlier transfers only. So no number of queues deadlocks.
         Compute may be queued earlier than it stands here, unless ranks share it: then its kernels too hold the queue
-        until their peers run, so it is queued in this order like a transfer. Where attention ranks that share their
-        part also hold a layer's experts, all of a wave's attention comes before these, as on their compute stream.
+        until their peers run, so it is queued in this order like a transfer.
+
+        Tokens go out some microbatches ahead of the experts that others come back from: what a holder's host does for a
+        transfer, such as waiting for its sizes, so does not come between what it does for one E task and the next.
+        Attention loses nothing, since it needs what comes back only when all of the wave has gone out. Where it holds
+        some of a layer's experts, all of a wave's attention comes before these, as on its compute stream.
         """
         for wave in self.waves:
             yield from self._issue_wave(wave)
@@ -165,17 +170,17 @@ class Schedule:
         """A layer's attention in one direction, and the experts that it goes on to."""
         there, back = (Kind.DISPATCH, Kind.COMBINE) if direction is Pass.FORWARD else (Kind.COMBINE, Kind.DISPATCH)
         has_experts = experts in self.moe_layers
-        attention_first = Kind.ATTENTION in self.shared and self._has_attention(experts)
-        for part in [wave] if attention_first else [(microbatch,) for microbatch in wave]:
-            for microbatch in part:
-                if layer > self.layers:
-                    yield Task(Kind.ATTENTION, Pass.FORWARD, layer, microbatch)
-                yield Task(Kind.ATTENTION, direction, layer, microbatch)
-                if has_experts:
-                    yield Task(there, direction, experts, microbatch)
-            for microbatch in part if has_experts else ():
-                yield Task(Kind.EXPERT, direction, experts, microbatch)
-                yield Task(back, direction, experts, microbatch)
+        ahead = len(wave) if self._has_attention(experts) else _AHEAD
+        returning = iter(wave if has_experts else ())
+        for place, microbatch in enumerate(wave):
+            if layer > self.layers:
+                yield Task(Kind.ATTENTION, Pass.FORWARD, layer, microbatch)
+            yield Task(Kind.ATTENTION, direction, layer, microbatch)
+            if has_experts:
+                yield Task(there, direction, experts, microbatch)
+            for earlier in islice(returning, None if microbatch == wave[-1] else int(place >= ahead)):
+                yield Task(Kind.EXPERT, direction, experts, earlier)
+                yield Task(back, direction, experts, earlier)
 
     def _has_attention(self, layer: int) -> bool:
         """Whether attention ranks hold experts of a layer."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_hetermoe.config.plan import TOGETHER
 from megatron_hetermoe.cost.tasks import GroupCosts, Seat, TaskCosts
 from megatron_hetermoe.schedule.orders import build, sequential
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
@@ -27,10 +28,13 @@ def spread(group: GroupCosts, holders: Sequence[int]) -> Placement:
     )
 
 
-def zebra_seconds(group: GroupCosts, placement: Placement, schedule: str = "zebra", wave: int | None = None) -> float:
+def zebra_seconds(
+    group: GroupCosts, placement: Placement, schedule: str = "zebra", wave: int | None = None, weight_gradients: str = TOGETHER
+) -> float:
     """The plan itself, or with ``sequential`` naive disaggregation (the paper's DistEP): one step."""
-    orders = build(schedule, group.shape.layers, placement, group.attention_members, group.step.microbatches, wave)
-    return simulate(orders, TaskCosts(group, placement)).seconds
+    orders = build(schedule, group.shape.layers, placement, group.attention_members, group.step.microbatches, wave,
+                   weight_gradients=weight_gradients)
+    return simulate(orders, TaskCosts(group, placement, weight_gradients)).seconds
 
 
 def expert_parallel_tokens_per_second(

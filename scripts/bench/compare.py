@@ -31,7 +31,7 @@ import lab
 from lab import Rank
 from prices import FAST, SLOW, Prices, price, take_profiles
 
-from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.plan import MERGED, Plan
 from megatron_hetermoe.config.shape import ModelShape
 
 SHARE, KERNELS = 25, {FAST: "flash", SLOW: "efficient"}  # percent of the GPU; attention kernel of each pool
@@ -76,7 +76,7 @@ def systems(fast: int, slow: int, ours: Sequence[str] = ()) -> dict[str, System]
         "EP, fast pool alone": stock(pools[0]),
         "EP, slow pool alone": stock(pools[1]),
         "naive disaggregation": disaggregated(*pools, "--hetermoe-schedule", "sequential", *ours),
-        "zebra": disaggregated(*pools, *ours),
+        "zebra": disaggregated(*pools, "--hetermoe-weight-gradients", MERGED, *ours),
     }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import lab
 import yaml
 
-from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.plan import MERGED, TOGETHER, Plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.cost.cluster import Cluster, Kind, kinds_of, read_cluster
 from megatron_hetermoe.cost.curves import Notes
@@ -92,7 +92,7 @@ def price(path: Path, shape: ModelShape, batch: int, vocabulary: int) -> Prices:
     notes = Notes()
     cluster = read_cluster(path, notes)
     kinds = kinds_of(cluster, shape, _PRECISION, notes)
-    question = Question(shape, _PRECISION, 1, batch, vocabulary, ("none",), (False,))
+    question = Question(shape, _PRECISION, 1, batch, vocabulary, ("none",), (False,), weight_gradients=(TOGETHER, MERGED))
     by_kind = _by_kind(question, cluster, kinds)
     found = {"zebra, Asym-EA": _priced(by_kind), "zebra, planned": next(iter(search(question, cluster, kinds).best), None)}
     chosen = {name: priced for name, priced in found.items() if priced is not None}
@@ -104,7 +104,7 @@ def price(path: Path, shape: ModelShape, batch: int, vocabulary: int) -> Prices:
         "EP, fast pool alone": tokens / expert_parallel_tokens_per_second(group, pools[0]),
         "EP, slow pool alone": tokens / expert_parallel_tokens_per_second(group, pools[1]),
         "naive disaggregation": zebra_seconds(group, even, "sequential"),
-        "zebra": zebra_seconds(group, even),
+        "zebra": zebra_seconds(group, even, weight_gradients=MERGED),
         **{name: priced.assignment.seconds for name, priced in chosen.items()},
     }
     return Prices(predicted, {name: priced.plan() for name, priced in chosen.items()})
@@ -119,5 +119,6 @@ def _by_kind(question: Question, cluster: Cluster, kinds: dict[str, Kind]) -> Op
 
 def _priced(option: Option) -> Priced | None:
     """With as many microbatches on the way as fit, and the placement that is fastest then; None if nothing fits."""
-    assignment = balance(option.group, option.limits(option.wave), option.wave) if option.wave else None
-    return assignment and Priced(option, option.wave, assignment, option.tokens / assignment.seconds)
+    limits = option.limits(option.wave, MERGED)
+    assignment = balance(option.group, limits, option.wave, weight_gradients=MERGED) if option.wave else None
+    return assignment and Priced(option, option.wave, assignment, option.tokens / assignment.seconds, MERGED)

@@ -274,6 +274,38 @@ def test_weight_tasks_are_planned_where_they_are_worth_it():
         assert search(question(batch=batch), on, of_pool).best[0].plan().weight_gradients == "together"
 
 
+def overhead(of):
+    """A profile in which an expert's backward has a part that does not grow with its tokens: the sum of weights' gradients."""
+    one = profile(of)
+    fixed = 1e-3
+    parts = {**one.parts, "expert": {1.0: (1e-6, fixed), 64.0: (1e-4, 2e-4 + fixed), 4096.0: (64e-4, 128e-4 + fixed)}}
+    return replace(one, parts=parts)
+
+
+def test_gradients_of_weights_are_merged_where_their_sums_take_long():
+    on = cluster(2, 2)
+    of_pool = kinds_of(on, OF, PRECISION, Notes(), dict.fromkeys(("new", "old"), overhead(OF)))
+    plain = search(question(), on, of_pool).best[0]
+    chosen = search(replace(question(), weight_gradients=("together", "delayed", "merged")), on, of_pool).best[0]
+    assert chosen.plan().weight_gradients == "merged"
+    assert chosen.assignment.seconds < 0.9 * plain.assignment.seconds
+    again = costs_of_plan(chosen.plan(), on, of_pool)
+    orders = build(chosen.schedule, OF.layers, again.placement, chosen.option.m, chosen.plan().step.microbatches, chosen.wave,
+                   weight_gradients="merged")
+    assert simulate(orders, again).seconds == pytest.approx(chosen.assignment.seconds)
+    assert chosen.bytes_of("expert") > replace(chosen, weight_gradients="together").bytes_of("expert")
+
+
+def test_amortised_costs_have_as_much_work_as_merged_tasks():
+    costs = group(2, 2, of=OF, new=overhead(OF), old=overhead(OF))
+    placement = spread(costs, range(2, 4))
+    tasks, wave = TaskCosts(costs, placement, "merged"), 4
+    work = sum(tasks.seconds(2, Task(Kind.EXPERT, Pass.BACKWARD, 1, microbatch)) for microbatch in range(wave))
+    work += tasks.seconds(2, Task(Kind.EXPERT, Pass.WEIGHT, 1, wave - 1), wave)
+    assert costs.amortised(wave).expert[2][1] * 2 * wave == pytest.approx(work)  # of two experts
+    assert costs.amortised(wave).expert[2][1] < costs.expert[2][1]
+
+
 @pytest.mark.parametrize("memory, schedule, gain", [
     (1.675e9, "overlapped", 0.3), (1.68e9, "zebra", 0), (1.684e9, "overlapped", 0.01), (40e9, "zebra", 0)
 ])
