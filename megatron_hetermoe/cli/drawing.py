@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.schedule.trace import Span, write_chrome
+from megatron_hetermoe.simulator.host import host_costs
 
 PICTURES = (".png", ".svg", ".pdf")
 VIEWER = ".json"
@@ -24,7 +25,7 @@ def write_timeline(spans: Sequence[Span], roles: dict[int, str], out: Path) -> N
         UsageError: a picture is wanted where matplotlib is not installed.
     """
     if out.suffix == VIEWER:
-        write_chrome(spans, out, roles)
+        write_chrome(spans, out, roles, {f"host, {role} ranks": str(cost) for role, cost in host_costs(spans, roles).items()})
         return
     assert out.suffix in PICTURES
     try:

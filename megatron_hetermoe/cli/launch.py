@@ -50,10 +50,12 @@ class Ranks:
         grace: seconds between TERM and KILL.
         watched: the ranks watch each other, so when one has failed the others end by themselves and say why; they are
             given ``grace`` to do so.
+        each: further environment variables of each rank.
     """
 
     def __init__(self, world: int, argv: Sequence[str], env: Mapping[str, str], logs: Path, *, entry: str,
-                 fork: bool | None = None, grace: float = GRACE, watched: bool = False):
+                 fork: bool | None = None, grace: float = GRACE, watched: bool = False,
+                 each: Sequence[Mapping[str, str]] = ()):
         self.logs = logs
         self.grace = grace
         self.watched = watched
@@ -63,6 +65,7 @@ class Ranks:
         logs.mkdir(parents=True, exist_ok=True)
         for old in logs.glob("rank*.log"):
             old.unlink()
+        assert len(each) in (0, world)
         common = {**env, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": str(_free_port())}
         fork = not has_gpu() if fork is None else fork
@@ -70,8 +73,8 @@ class Ranks:
             common["OMP_NUM_THREADS"] = "1"  # the ranks share the cores; torch would start one thread a core in each
         try:
             context = _forkserver(common, logs) if fork else None
-            for rank in range(world):
-                of_rank = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for rank, own in enumerate(each or [{}] * world):
+                of_rank = {**common, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 start = functools.partial(_forked, context) if context else _Spawned
                 self._processes.append(start(entry, list(argv), of_rank, self.log(rank)))
         except BaseException:

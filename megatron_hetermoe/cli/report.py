@@ -19,6 +19,7 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.schedule.trace import STREAMS, Span
 from megatron_hetermoe.simulator.events import Result
+from megatron_hetermoe.simulator.host import host_costs
 from megatron_hetermoe.simulator.summary import summarise_members
 from megatron_hetermoe.topology.layout import Layout, layout_of
 from megatron_hetermoe.topology.placement import Placement
@@ -73,6 +74,9 @@ def _facts(plan: Plan, run: Run) -> list[str]:
         f"{schedule.last_microbatch + 1} microbatches, {plan.schedule}"
         + (f", {max(map(len, schedule.waves))} on the way together" if plan.schedule != "sequential" else ""),
     ]
+    layout = layout_of(plan)
+    roles = {rank: layout.role(rank) for rank in range(layout.world_size)}
+    facts += [f"{role} ranks: {cost}" for role, cost in host_costs(run.spans, roles).items()]
     if plan.predicted:
         facts.append(f"planned: {plan.predicted.step_seconds:.4g} s a step")
     return facts
@@ -87,12 +91,19 @@ def _run(run: Run, plan: Plan) -> dict[str, Any]:
         "ranks": sorted(_ranks(run, plan, layout), key=lambda entry: entry["rank"]),
         "spans": [
             [span.rank, STREAMS.index(span.stream), span.task, round(span.start * microseconds, 1),
-             round(span.end * microseconds, 1), span.sent, sum(span.tokens)]
+             round(span.end * microseconds, 1), span.sent, sum(span.tokens), *_host(span)]
             for span in run.spans
         ],
         "channels": [_channel(name, run.spans, len(ranks)) for name in _CHANNELS],
         "load": _load(run.spans, plan, layout),
     }
+
+
+def _host(span: Span) -> list[float]:
+    """Microseconds in which the host queued a task and by which it was ahead, where it did."""
+    if span.queued is None:
+        return []
+    return [round(1e6 * seconds, 1) for seconds in (span.queued[1] - span.queued[0], span.lead)]
 
 
 def _ranks(run: Run, plan: Plan, layout: Layout) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -10,12 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hetermoe.cli.emulate import Emulation, divided, emulation, with_layout
 from megatron_hetermoe.cli.rank import is_launched, run_rank, script_and_recipe
 from megatron_hetermoe.cli.words import value_of, with_plan
 from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags, parse_flags
 from megatron_hetermoe.config.plan import read_plan
 from megatron_hetermoe.config.recipe import Recipe, load_recipe, located, locating, override, places_left
+from megatron_hetermoe.config.shares import EXAMPLE, parse_shares
+from megatron_hetermoe.runtime.mps import LOGS
 
 OWN_ENTRY = "megatron_hetermoe.pretrain_gpt"
 SCRIPT_ENTRY = "megatron_hetermoe.script"
@@ -33,6 +37,7 @@ class Job:
         places: where in a recipe a flag of ``argv`` stands.
         logs: folder for the ranks' output.
         watched: the ranks watch each other.
+        emulation: of a cluster on one GPU; None for ranks with a GPU each, or without one.
     """
 
     world: int
@@ -42,6 +47,7 @@ class Job:
     places: dict[str, str]
     logs: Path
     watched: bool
+    emulation: Emulation | None
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -62,6 +68,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
                         help="folder for the ranks' output (default: runs/RECIPE/logs, written over by each run)")
     parser.add_argument("--elastic", nargs=2, type=int, metavar=("M", "N"), help="go on from the last checkpoint with "
                         "at most M attention and N expert ranks, whatever layout it was saved under")
+    parser.add_argument("--emulate", metavar="SHARES", help="one GPU as a mixed cluster: ranks of each role and what part of "
+                        f"the GPU each has, as {EXAMPLE.replace('%', '%%')}")
     parser.set_defaults(run=run)
 
 
@@ -70,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     script, recipe_path = script_and_recipe(args.files)
     dry_run = [f"{PREFIX}-dry-run"] if args.dry_run else []
     if is_launched(os.environ):
-        if given := [f"--{name}" for name in ("elastic", "nproc", "keep-logs") if getattr(args, name.replace("-", "_"))]:
+        own = ("elastic", "nproc", "keep-logs", "emulate")
+        if given := [f"--{name}" for name in own if getattr(args, name.replace("-", "_"))]:
             raise UsageError([f"{', '.join(given)}: a launcher has started this as one of its ranks; leave them out"])
         return run_rank(script, recipe_path, [*args.overrides, *dry_run], args.drop)
     recipe = Recipe() if recipe_path is None else load_recipe(recipe_path, os.environ)
@@ -79,17 +88,22 @@ def run(args: argparse.Namespace) -> int:
     if args.elastic:
         argv = _elastic(argv, *args.elastic, logs)
     problems = Problems()
+    shares = None if args.emulate is None else parse_shares(args.emulate, problems)
+    if shares is not None:
+        argv = with_layout(argv, shares)
     flags, _ = parse_flags(argv, problems)
+    emulated = None if shares is None else emulation(shares, flags, argv, recipe.env, problems)
     places = places_left(recipe, args.overrides)
     with locating(places):
         problems.raise_if_any()
     world = world_size(flags, args.nproc)
     command = [_own_name(), "train", *args.files, *(["--nproc", str(args.nproc)] if args.nproc else []),
+               *(["--emulate", args.emulate] if args.emulate else []),
                *(word for flag in args.drop for word in ("--drop", flag))]
     if script is None:
-        job = Job(world, OWN_ENTRY, argv, recipe.env, places, logs, flags.enabled)
+        job = Job(world, OWN_ENTRY, argv, recipe.env, places, logs, flags.enabled, emulated)
     else:
-        job = Job(world, SCRIPT_ENTRY, [script, *argv], _beside(script, recipe.env), places, logs, flags.enabled)
+        job = Job(world, SCRIPT_ENTRY, [script, *argv], _beside(script, recipe.env), places, logs, flags.enabled, emulated)
     return _train(job, command, args.overrides)
 
 
@@ -158,6 +172,13 @@ def world_size(flags: Flags, nproc: int | None) -> int:
     return world
 
 
+def _environments(job: Job) -> contextlib.AbstractContextManager[tuple[dict[str, str], list[dict[str, str]]]]:
+    """Environment variables for all ranks and for each rank, as long as the ranks run."""
+    if job.emulation is None:
+        return contextlib.nullcontext((job.env, []))
+    return divided(job.emulation, job.env, job.logs)
+
+
 def _train(job: Job, command: list[str], overrides: list[str]) -> int:
     # imported here because rich takes a while and `hetermoe --help` needs none of it
     from rich.console import Console
@@ -168,8 +189,8 @@ def _train(job: Job, command: list[str], overrides: list[str]) -> int:
 
     console = Console()
     console.print(f"starting {job.world} ranks, logs in {job.logs}", highlight=False, markup=False)
-    with interruptible(), Display(console) as display, Ranks(
-        job.world, job.argv, job.env, job.logs, entry=job.entry, watched=job.watched
+    with interruptible(), _environments(job) as (env, each), Display(console) as display, Ranks(
+        job.world, job.argv, env, job.logs, entry=job.entry, watched=job.watched, each=each
     ) as ranks:
         watch = Watch([ranks.log(rank) for rank in range(job.world)])
         while ranks.wait(0.25):
@@ -192,4 +213,6 @@ def _train(job: Job, command: list[str], overrides: list[str]) -> int:
     if code != EXIT_CODE:
         errors.print(f"rank {ranks.failed} ended with exit code {code}; all of its output is in "
                      f"{ranks.log(ranks.failed)}")
+        if job.emulation is not None:
+            errors.print(f"what the Multi-Process Service logged is in {' and '.join(str(job.logs / name) for name in LOGS)}")
     return code

@@ -19,6 +19,7 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.step import TaskSeconds
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.runtime.network import measure_channel
+from megatron_hetermoe.runtime.streams import Queued
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
@@ -74,7 +75,7 @@ class Measurements:
         self.tasks: dict[Task, list[float]] = {}
         self._ends: list[float] = []
 
-    def observe(self, stream: Stream, task: Task, start: float, end: float) -> None:
+    def observe(self, stream: Stream, task: Task, start: float, end: float, queued: Queued) -> None:
         """Notes one task; called from the thread of its stream."""
         if self._ends:
             self.tasks.setdefault(task, []).append(end - start)

@@ -26,7 +26,7 @@ from megatron_hetermoe.mcore.weights import WeightGradients, delay, delay_expert
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.handover import Handover
 from megatron_hetermoe.runtime.marks import Marks
-from megatron_hetermoe.runtime.streams import Observer, streams_for
+from megatron_hetermoe.runtime.streams import Observer, Queued, streams_for
 from megatron_hetermoe.runtime.stretch import stretched
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
 from megatron_hetermoe.schedule.tasks import Kind, Stream, Task
@@ -185,9 +185,9 @@ class ForwardBackward:
         return total.to(tokens.device)
 
 
-def _tell(observers: Sequence[Observer], stream: Stream, task: Task, start: float, end: float) -> None:
+def _tell(observers: Sequence[Observer], stream: Stream, task: Task, start: float, end: float, queued: Queued) -> None:
     for observe in observers:
-        observe(stream, task, start, end)
+        observe(stream, task, start, end, queued)
 
 
 def _experts_of(model: Any) -> Callable[[int], HeldExperts]:

@@ -30,7 +30,7 @@ from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.pretrain import model_provider
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
-from megatron_hetermoe.runtime.streams import streams_for
+from megatron_hetermoe.runtime.streams import Queued, streams_for
 from megatron_hetermoe.runtime.transfers import Counts, Routed, Transfers
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
@@ -177,7 +177,7 @@ class _Clock:
         self._streams = streams_for(device, self._observe)
         self._ahead = ahead and torch.empty(0, device=device).is_cuda
 
-    def _observe(self, stream: Stream, task: Task, start: float, end: float) -> None:
+    def _observe(self, stream: Stream, task: Task, start: float, end: float, queued: Queued) -> None:
         self._seconds.setdefault((task.layer, task.direction), []).append(end - start)
 
     def run(self, task: Task, call: Callable[[Task], None]) -> None:
@@ -333,7 +333,7 @@ def _optimizer_seconds(
     config.timers = None
     optimizer = training.get_megatron_optimizer(config, list(models), use_gloo_process_groups=False)
     seconds: list[float] = []
-    streams = streams_for(device, lambda stream, task, start, end: seconds.append(end - start))
+    streams = streams_for(device, lambda stream, task, start, end, queued: seconds.append(end - start))
     for _ in range(_WARM_UP + repeats):
         with streams.task(Stream.COMPUTE, Task(Kind.EXPERT, Pass.FORWARD, 1, 0), ()):
             optimizer.step()

@@ -12,6 +12,7 @@ ERROR, WARNING, GOOD = "error", "warning", "good"
 
 _FIRST_TORCH, _LAST_TORCH_BEFORE = (2, 11), (2, 15)
 _FIRST_MEGATRON, _LAST_MEGATRON_BEFORE = (0, 19, 2), (0, 20)
+NCCL_SHARING = (2, 30)  # the first NCCL that takes several ranks on one GPU
 _BF16_CAPABILITY = (8, 0)
 _VOLTA = (7, 0)
 _BUSY = 0.1  # of a GPU's memory, in use before training starts
@@ -55,7 +56,7 @@ class Machine:
         packages: version by name; None for one that is not there.
         cuda: the CUDA version that torch was built for; empty for a build without.
         architectures: what that build has kernels for, as ``sm_80`` and ``compute_90``.
-        nccl: its NCCL's version; empty without.
+        nccl: version of the NCCL that is loaded; empty without.
         gpu: None without one.
         gpu_problem: why there is no GPU though the machine seems to have one; empty otherwise.
         environment: variables that matter here, by name, as far as they are set.
@@ -206,8 +207,8 @@ def _gpus(machines: Sequence[Machine]) -> Iterator[Finding]:
                       "nothing, if that is meant; otherwise start the ranks with a GPU", without)
     for uuid, ranks in _by([one for one in machines if one.gpu and one.gpu.uuid], lambda one: one.gpu.uuid):
         if len(ranks) > 1:
-            yield Finding(WARNING, "GPU", f"one for {len(ranks)} ranks", "start as many ranks on a node as it has GPUs; NCCL "
-                          "refuses more, but with the Multi-Process Service in late releases", ranks)
+            yield Finding(WARNING, "GPU", f"one for {len(ranks)} ranks", "start as many ranks on a node as it has GPUs; to "
+                          "try a cluster on one GPU, `hetermoe train --emulate` divides it", ranks)
 
 
 def _precision(machines: Sequence[Machine]) -> Iterator[Finding]:
@@ -231,7 +232,8 @@ def _nccl(machines: Sequence[Machine]) -> Iterator[Finding]:
     versions = {one.nccl for one in with_gpu}
     if len(versions) == 1:
         version = versions.pop()
-        yield Finding(GOOD, "NCCL", version) if version else Finding(
+        shares = "" if _numbers(version) >= NCCL_SHARING else "; `hetermoe train --emulate` needs %d.%d" % NCCL_SHARING
+        yield Finding(GOOD, "NCCL", f"{version} is loaded{shares}") if version else Finding(
             ERROR, "NCCL", "this torch has none", "install a build of torch with NCCL")
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hetermoe.planner.diagnosis import Gpu, Machine, Transfer
+from megatron_hetermoe.runtime.nccl import loaded_nccl
 from megatron_hetermoe.topology.order import POOL_VARIABLE
 
 PACKAGES = ("torch", "megatron-core", "megatron-hetermoe", "transformer-engine", "apex")
@@ -34,7 +35,6 @@ def this_machine(rank: int, local_rank: int, sees_file: bool | None) -> Machine:
         sees_file: whether rank 0's file is where it should be; None when that was not looked at.
     """
     gpu, problem = _gpu(local_rank)
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else ""
     return Machine(
         rank=rank,
         node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
@@ -43,7 +43,7 @@ def this_machine(rank: int, local_rank: int, sees_file: bool | None) -> Machine:
         packages={name: _version(name) for name in PACKAGES},
         cuda=torch.version.cuda or "",
         architectures=tuple(torch.cuda.get_arch_list()),
-        nccl=nccl,
+        nccl=".".join(map(str, loaded_nccl()[0])),
         gpu=gpu,
         gpu_problem=problem,
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},

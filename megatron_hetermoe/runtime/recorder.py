@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_hetermoe.runtime.streams import Queued
 from megatron_hetermoe.schedule.tasks import Stream, Task
 from megatron_hetermoe.schedule.trace import OPTIMIZER, REDUCE, STEP, Span, write_jsonl
 
@@ -38,13 +39,13 @@ class Recorder:
 
     def begin_step(self) -> None:
         """Forgets a step that did not end, as one that Megatron runs again."""
-        self._spans: list[tuple[str, str, float, float]] = []
+        self._spans: list[tuple[str, str, float, float, Queued]] = []
         self._sent: dict[str, int] = {}
         self._tokens: dict[str, tuple[int, ...]] = {}
 
-    def observe(self, stream: Stream, task: Task, start: float, end: float) -> None:
+    def observe(self, stream: Stream, task: Task, start: float, end: float, queued: Queued) -> None:
         """Notes one task; called from the thread of its stream, times in seconds of ``time.perf_counter``."""
-        self._spans.append((stream.value, str(task), start, end))
+        self._spans.append((stream.value, str(task), start, end, queued))
 
     def sent(self, task: Task, size: int) -> None:
         """Adds to the bytes that a transfer sent from here; called from the thread of its stream."""
@@ -72,15 +73,15 @@ class Recorder:
         yield
         if self._is_gpu:
             torch.cuda.synchronize(self._device)
-        self._spans.append((STEP, name, start, time.perf_counter()))
+        self._spans.append((STEP, name, start, time.perf_counter(), None))
 
     def end_step(self) -> list[Span]:
         """The step's spans; written, if the step is one to keep."""
         self._step += 1
         spans = [
-            Span(self._rank, stream, task, self._epoch + start, self._epoch + end, self._sent.get(task, 0),
-                 self._tokens.get(task, ()))
-            for stream, task, start, end in self._spans
+            Span(self._rank, stream, task, start, end, self._sent.get(task, 0), self._tokens.get(task, ()), queued).moved(
+                self._epoch)
+            for stream, task, start, end, queued in self._spans
         ]
         if FIRST <= self._step <= LAST:
             write_jsonl(spans, self._folder / f"step{self._step:05d}.rank{self._rank:05d}.jsonl")

@@ -10,7 +10,8 @@ import torch
 
 from megatron_hetermoe.schedule.tasks import Stream, Task
 
-Observer = Callable[[Stream, Task, float, float], None]
+Queued = tuple[float, float] | None  # when the host began and ended to queue a task of a GPU
+Observer = Callable[[Stream, Task, float, float, Queued], None]
 
 
 class HostStreams:
@@ -32,7 +33,7 @@ class HostStreams:
         start = time.perf_counter()
         yield
         if self._observe:
-            self._observe(stream, task, start, time.perf_counter())
+            self._observe(stream, task, start, time.perf_counter(), None)
 
     def finish(self) -> None:
         """After the last task of a run."""
@@ -46,8 +47,8 @@ class CudaStreams:
 
     Args:
         device: the rank's.
-        observe: as for HostStreams, with the times of the GPU; told after each run. Costs a synchronisation of the
-            device before and after.
+        observe: as for HostStreams, with the times of the GPU and, of compute tasks, when the host queued them; told after
+            each run. Costs a synchronisation of the device before and after.
     """
 
     may_share_a_queue = True  # CUDA_DEVICE_MAX_CONNECTIONS, which recipes set to 1, and the Multi-Process Service
@@ -57,7 +58,7 @@ class CudaStreams:
         self._observe = observe
         self._channels = {stream: torch.cuda.Stream(device) for stream in (Stream.OUT, Stream.BACK, Stream.STAGES)}
         self._done: dict[Task, torch.cuda.Event] = {}
-        self._timed: list[tuple[Stream, Task, torch.cuda.Event, torch.cuda.Event]] = []
+        self._timed: list[tuple[Stream, Task, torch.cuda.Event, torch.cuda.Event, Queued]] = []
         self._origin: tuple[float, torch.cuda.Event] | None = None
 
     @contextmanager
@@ -68,13 +69,16 @@ class CudaStreams:
             with torch.cuda.stream(queue):
                 if self._observe and self._origin is None:
                     self._set_origin()
+                began = time.perf_counter()
                 for before in waits:
                     queue.wait_event(self._done[before])
                 start = self._record(queue) if self._observe else None
                 yield
                 self._done[task] = end = self._record(queue)
                 if start is not None:
-                    self._timed.append((stream, task, start, end))
+                    # In a transfer the host waits for its peers' sizes, which is no cost.
+                    queued = (began, time.perf_counter()) if stream is Stream.COMPUTE else None
+                    self._timed.append((stream, task, start, end, queued))
 
     def finish(self) -> None:
         """Lets what follows on the compute stream wait for the channels, and reports times."""
@@ -84,9 +88,9 @@ class CudaStreams:
         if self._observe and self._origin:
             torch.cuda.synchronize(self._device)
             seconds, origin = self._origin
-            for stream, task, start, end in self._timed:
+            for stream, task, start, end, queued in self._timed:
                 times = (seconds + origin.elapsed_time(event) / 1e3 for event in (start, end))
-                self._observe(stream, task, *times)
+                self._observe(stream, task, *times, queued)
             self._timed.clear()
             self._origin = None
 

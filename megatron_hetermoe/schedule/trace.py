@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 from megatron_hetermoe.config.errors import Problems
@@ -25,6 +25,8 @@ class Span:
         start, end: seconds; in a file that a rank writes since the epoch, else since the start of the step.
         sent: bytes that a transfer sends from this rank to others.
         tokens: of a dispatch that this rank receives, tokens for each of its experts of that layer, ascending.
+        queued: of a compute task on a GPU, when the host began and ended to queue it, as start and end; None on the CPU,
+            where the host runs it, and in a simulation.
     """
 
     rank: int
@@ -34,6 +36,17 @@ class Span:
     end: float
     sent: int = 0
     tokens: tuple[int, ...] = ()
+    queued: tuple[float, float] | None = None
+
+    @property
+    def lead(self) -> float | None:
+        """Seconds from when the host had queued the task to when the GPU came to it; below 0 where the GPU came first."""
+        return None if self.queued is None else self.start - self.queued[1]
+
+    def moved(self, seconds: float) -> Span:
+        """The same, so much later."""
+        queued = self.queued and (self.queued[0] + seconds, self.queued[1] + seconds)
+        return replace(self, start=self.start + seconds, end=self.end + seconds, queued=queued)
 
 
 def write_jsonl(spans: Iterable[Span], path: str | Path) -> None:
@@ -59,23 +72,28 @@ def read_jsonl(path: str | Path) -> list[Span]:
         except json.JSONDecodeError:
             values = None
         if isinstance(values, dict) and needed <= values.keys() <= names:
-            spans.append(Span(**{**values, "tokens": tuple(values.get("tokens", ()))}))
+            queued = values.get("queued")
+            spans.append(Span(**{**values, "tokens": tuple(values.get("tokens", ())), "queued": queued and tuple(queued)}))
         else:
             problems.add(f"{path}, line {number} is not a span with {', '.join(sorted(needed))}: record the trace anew")
     problems.raise_if_any()
     return spans
 
 
-def write_chrome(spans: Iterable[Span], path: str | Path, roles: dict[int, str]) -> None:
+def write_chrome(
+    spans: Iterable[Span], path: str | Path, roles: dict[int, str], facts: Mapping[str, object] | None = None
+) -> None:
     """Writes a trace that chrome://tracing and ui.perfetto.dev show: a process a rank, a thread a stream.
 
     Args:
         spans: what ran.
         path: of the JSON file.
         roles: for each rank, what to call it beside its number.
+        facts: of all, by name.
     """
     events = [*_names(roles), *(_event(span) for span in spans)]
-    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+    document = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": dict(facts or {})}
+    Path(path).write_text(json.dumps(document), encoding="utf-8")
 
 
 def _names(roles: dict[int, str]) -> Iterator[dict]:
@@ -94,6 +112,9 @@ def _event(span: Span) -> dict:
     }
     if span.sent or span.tokens:
         event["args"] = {"bytes sent": span.sent, "tokens": sum(span.tokens)}
+    if span.queued is not None:
+        began, ended = span.queued
+        event["args"] = {"µs to queue": (ended - began) * microseconds, "µs ahead": span.lead * microseconds}
     if span.task[0] in _COLOURS:
         event["cname"] = _COLOURS[span.task[0]]
     return event

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan
@@ -19,7 +18,7 @@ def from_start(spans: Iterable[Span]) -> list[Span]:
     """The spans in seconds since the first one's start."""
     spans = list(spans)
     start = min(span.start for span in spans)
-    return [replace(span, start=span.start - start, end=span.end - start) for span in spans]
+    return [span.moved(-start) for span in spans]
 
 
 def results_of(spans: Iterable[Span], plan: Plan) -> list[Result]:

@@ -1,7 +1,8 @@
-"""One GPU as a mixed cluster: ranks with shares of it, by the Multi-Process Service."""
+"""One GPU as a mixed cluster, as `hetermoe train --emulate` makes it, for ranks that do not all have the same command line."""
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,7 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
+from megatron_hetermoe.cli.emulate import gpu_to_divide
+from megatron_hetermoe.config.errors import Problems
+from megatron_hetermoe.runtime.mps import Service, defaults, share
+
+_PATH = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{os.environ.get('PYTHONPATH', '')}"}
 
 
 class Rank(NamedTuple):
@@ -47,37 +52,28 @@ def run(
 ) -> Ended:
     """Runs one Python process a rank, all at once, and waits for them.
 
-    The service is started for them alone, on a pipe of its own: after a rank was killed it may call the GPU busy for a
-    while.
-
     Args:
         ranks: the virtual GPUs.
         argv_of: a rank's words after ``python``.
         limit: seconds.
-        blocks: the most that a communicator of NCCL may use on a GPU; all must fit beside each other. None leaves it to
-            the program.
+        blocks: the most that a communicator of NCCL may use on a GPU; all must fit beside each other. None takes as
+            many as ``--emulate``.
     """
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, Service(_gpu(), Path(name)) as service:
         folder = Path(name)
         environment = {
-            "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "16", "WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1",
+            **defaults(os.environ), "WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(20000 + hash(name) % 10000), "LOCAL_RANK": "0", "PYTHONWARNINGS": "ignore",
-            "OMP_NUM_THREADS": "4", **os.environ,
-            "CUDA_MPS_PIPE_DIRECTORY": str(folder / "mps"), "CUDA_MPS_LOG_DIRECTORY": str(folder / "mps-log"),
+            "OMP_NUM_THREADS": "4", **os.environ, **service.variables,
+            **_PATH,
         }
         if blocks:
             environment["NCCL_MAX_CTAS"] = str(blocks)
-        environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
-        for variable in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
-            Path(environment[variable]).mkdir()
-        subprocess.run(["nvidia-cuda-mps-control", "-d"], env=environment, check=True)
         logs = [folder / f"log.{rank}" for rank in range(len(ranks))]
         processes = [
             subprocess.Popen(
                 [sys.executable, *map(str, argv_of(index))], stdout=logs[index].open("w"), stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**environment, "RANK": str(index), "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(rank.share)},
+                start_new_session=True, env={**environment, "RANK": str(index), **share(rank.share)},
             )
             for index, rank in enumerate(ranks)
         ]
@@ -91,5 +87,14 @@ def run(
             for process in processes:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
-            subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, env=environment, timeout=60)
+                    process.wait()
         return Ended(codes, [log.read_text() for log in logs])
+
+
+@functools.cache
+def _gpu() -> str:
+    """The GPU's name in CUDA_VISIBLE_DEVICES, when ranks can share it."""
+    problems = Problems()
+    gpu = gpu_to_divide({**os.environ, **_PATH}, problems)
+    problems.raise_if_any()
+    return gpu.uuid

@@ -41,6 +41,7 @@ NOT_RUN = {
     r"(torchrun .*)?hetermoe doctor.*": "tests/cli/test_doctor.py runs it; what it finds is the machine's",
     r"torchrun .* -m megatron_hetermoe doctor .*": "tests/cli/test_doctor.py runs it on several ranks",
     r"torchrun .*profile --network .*": "tests/cli/test_profile.py runs it under torchrun",
+    r"hetermoe train .* --emulate .*": "tests/cli/test_emulate.py runs it with stand-ins, tests/gpu/test_gpu_emulate.py on a GPU",
     r"hetermoe profile .*": "tests/cli/test_profile.py runs it",
 }
 

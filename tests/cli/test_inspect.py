@@ -52,6 +52,7 @@ def test_a_recorded_step_has_every_task(trace):
             times = [(span.start, span.end) for span in spans if span.stream == stream]
             assert times == sorted(times)
             assert all(end <= start for (_, end), (start, _) in zip(times, times[1:]))
+        assert {span.queued for span in spans} == {None}, "on the CPU the host runs what it queues"
 
 
 def test_a_recorded_transfer_has_what_it_moved(trace):

@@ -15,7 +15,8 @@ from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import Step
 from megatron_hetermoe.cost.cluster import read_cluster
 from megatron_hetermoe.cost.curves import Notes
-from megatron_hetermoe.schedule.trace import write_jsonl
+from megatron_hetermoe.schedule.tasks import Task
+from megatron_hetermoe.schedule.trace import Span, write_jsonl
 from megatron_hetermoe.simulator.planned import predict
 
 # Two ZP groups of one attention rank, which holds an expert of layer 2, and two expert ranks.
@@ -33,7 +34,8 @@ POOL = {"nodes": 1, "gpus_per_node": 4, "memory_gb": 40, "intra_node": LINK, "in
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run's folder, in which each rank is 10% slower than the one before, on a clock of its own."""
+    """A run's folder, in which each rank is 10% slower than the one before, on a clock of its own, and has a GPU whose host is
+    0.25 s ahead, but behind with layer 1."""
     folder = tmp_path_factory.mktemp("page")
     (folder / "cluster.yaml").write_text(
         json.dumps({"pools": {"new": {"kind": "A40", **POOL}, "old": {"kind": "V100-SXM2", **POOL}}}))
@@ -44,10 +46,17 @@ def folder(tmp_path_factory):
         for member, rank in enumerate(ranks):
             factor = 1 + rank / 10
             write_jsonl(
-                [replace(span, rank=rank, start=1e9 + factor * span.start, end=1e9 + factor * span.end)
+                [on_gpu(replace(span, rank=rank, start=1e9 + factor * span.start, end=1e9 + factor * span.end))
                  for span in predicted.spans if span.rank == predicted.layout.zp_group(0)[member]],
                 folder / f"step00002.rank{rank:05d}.jsonl")
     return folder
+
+
+def on_gpu(span: Span) -> Span:
+    if span.stream != "compute":
+        return span
+    queued = span.start + (0.25 if Task.parse(span.task).layer == 1 else -0.25)
+    return replace(span, queued=(queued - 0.125, queued))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +70,22 @@ def page(folder):
     out = folder / "report.html"
     assert main(["trace", str(folder), "--out", str(out), "--cluster", str(folder / "cluster.yaml")]) == 0
     return out
+
+
+def test_what_the_host_does_is_said_wherever_the_step_is(folder, page, capsys):
+    """Late are an expert rank's tasks of one of three layers; of an attention rank's, which has those of an output layer and of
+    an expert too, one in five."""
+    assert main(["trace", str(folder), "--out", str(folder / "viewer.json")]) == 0
+    printed = capsys.readouterr().out
+    document = json.loads((folder / "viewer.json").read_text())
+    shown = json.loads(re.search(r'type="application/json">(.*?)</script>', page.read_text())[1])
+    for role, late in (("attention", "20.0%"), ("expert", "33.3%")):
+        line = document["otherData"][f"host, {role} ranks"]
+        assert re.fullmatch(r"the host queues a task in 125,000 µs .* 250,000 µs before .* the GPU came to (\S+) before .*",
+                            line)[1] == late
+        assert f"{role} ranks: {line}\n" in printed and f"{role} ranks: {line}" in shown["facts"]
+    (event,) = [event for event in document["traceEvents"] if event["name"] == "EF_1,1" and event.get("pid") == 2]
+    assert event["args"] == pytest.approx({"µs to queue": 125000, "µs ahead": -250000}, abs=1)
 
 
 def test_the_page_needs_no_network(page):
@@ -131,6 +156,7 @@ def test_hovering_a_task_names_it(page, spans, folder):
     assert re.search(r"experts forward EF_2,3\s+rank\s+5, expert\s+layer\s+2\s+microbatch\s+3\s+start", texts["EF_2,3"])
     length = float(re.search(r"duration\s+([\d.]+) µs", texts["EF_2,3"])[1])
     assert length == pytest.approx(1e6 * (measured["end"] - measured["start"]), abs=0.3)
+    assert re.search(r"queued by the host in\s+125.0 ms\s+before the GPU came, by\s+250.0 ms", texts["EF_2,3"])
     assert "attention backward AB_4,2" in texts["AB_4,2"]
     assert re.search(r"tokens\s+\d", texts["DF_1,1"])
     assert re.search(r"duration.*\n?.*measured", texts["EB_3,1"].replace("\t", " ")), "the same task of the other run"

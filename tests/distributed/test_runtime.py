@@ -100,7 +100,7 @@ def run_schedule(rank: int, world: int, wave: int | None, seed: int | None):
     member = schedule.member(min(rank, 3))
     model = FakeModel(transfers_of(rank, world), None if seed is None else random.Random(seed * world + rank))
     seen: dict[Stream, list] = {stream: [] for stream in member.streams}
-    executor.run(member, model.table(), HostStreams(lambda stream, task, start, end: seen[stream].append(task)))
+    executor.run(member, model.table(), HostStreams(lambda stream, task, start, end, queued: seen[stream].append(task)))
     assert {stream: tuple(tasks) for stream, tasks in seen.items()} == member.streams
     assert not model.transfers.held
     return model.checked

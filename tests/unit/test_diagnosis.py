@@ -98,6 +98,8 @@ def test_builds_of_one_torch_may_differ():
 def test_what_is_wrong_everywhere():
     assert "is nowhere" in found([machine()], WARNING, "apex")[0].what
     assert "has none" in found([machine(nccl="")], ERROR, "NCCL")[0].what
+    assert found([machine(nccl="2.28.9")], GOOD, "NCCL")[0].what == "2.28.9 is loaded; `hetermoe train --emulate` needs 2.30"
+    assert found([machine(nccl="2.30.7")], GOOD, "NCCL")[0].what == "2.30.7 is loaded"
     alone = [machine(0, None, sees_file=None)]
     assert "on the CPU" in found(alone, WARNING, "GPU")[0].what
     assert not [one for one in diagnose(alone) if one.level == ERROR]

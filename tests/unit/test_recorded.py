@@ -12,8 +12,10 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.schedule.orders import zebra
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
+from megatron_hetermoe.schedule.trace import Span
 from megatron_hetermoe.simulator.baselines import spread
 from megatron_hetermoe.simulator.events import simulate
+from megatron_hetermoe.simulator.host import HostCost, host_costs
 from megatron_hetermoe.simulator.recorded import from_start, results_of
 from megatron_hetermoe.simulator.summary import CHANNEL, OTHER_POOL, summarise, summarise_members
 
@@ -86,6 +88,21 @@ def test_what_transfers_move_by_hand(simulated):
     assert costs.sent(2, dispatch) == 0
     assert costs.sent(2, combine) == 2 * 32 * row * held[2] and costs.sent(1, combine) == 32 * row * held[1]
     assert costs.received(3, dispatch) == (64,) * held[3] and costs.received(3, combine) == ()
+
+
+def test_the_hosts_part_by_hand():
+    """Of 20 tasks the host queues the i-th in i ms; the GPU comes to it 8 ms later, but to the last one 1 ms before."""
+    def span(index: int, lead: float) -> Span:
+        return Span(1, "compute", f"AF_1,{index}", index + lead, index + 0.5, queued=(index - index / 1e3, index))
+
+    spans = [*(span(index, 0.008) for index in range(1, 20)), span(20, -0.001), Span(0, "compute", "EF_1,1", 0, 1)]
+    assert host_costs(spans[-1:], {0: "expert"}) == {}, "on the CPU the host runs the tasks"
+    found = host_costs(spans, {0: "expert", 1: "attention"})
+    assert found.keys() == {"attention"}
+    assert vars(found["attention"]) == pytest.approx(vars(HostCost(20, 0.0105, 0.020, 0.008, 0.05)))
+    assert str(found["attention"]) == (
+        "the host queues a task in 10,500 µs (95% of 20 within 20,000 µs), 8,000 µs before the GPU comes to it; the GPU came to "
+        "5.0% before they were queued")
 
 
 def test_tasks_are_read_as_they_are_written():

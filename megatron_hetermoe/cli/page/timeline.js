@@ -9,7 +9,7 @@ const KINDS = {
 };
 const DARK_TEXT = new Set(["AF", "EF", "EB", "DF", "CF", "reduce"]);
 const GUTTER = 132, AXIS = 26, HEADER = 26;
-const [RANK, STREAM, TASK, START, END, SENT, TOKENS] = [0, 1, 2, 3, 4, 5, 6];
+const [RANK, STREAM, TASK, START, END, SENT, TOKENS, HOST, LEAD] = [0, 1, 2, 3, 4, 5, 6, 7, 8]; // the last two on a GPU only
 
 const kindOf = (task) => (task.includes("_") ? task.slice(0, 2) : task);
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
@@ -286,6 +286,10 @@ class Timeline {
     }
     if (span[SENT]) rows.push(["sent", bytes(span[SENT])]);
     if (span[TOKENS]) rows.push(["tokens", span[TOKENS].toLocaleString("en")]);
+    if (span.length > HOST) {
+      rows.push(["queued by the host in", duration(span[HOST])]);
+      rows.push([span[LEAD] < 0 ? "the GPU came before, by" : "before the GPU came, by", duration(Math.abs(span[LEAD]))]);
+    }
     const name = layer ? `${KINDS[kindOf(span[TASK])]} ${span[TASK]}` : KINDS[span[TASK]];
     return `<b>${name}</b><table>${rows.map(([key, value]) => `<tr><td>${key}</td><td>${value}</td></tr>`).join("")}</table>`;
   }
