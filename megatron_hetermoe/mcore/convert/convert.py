@@ -78,6 +78,7 @@ def import_model(folder: Path, argv: Sequence[str], impl: str, out: Path, proble
         problems.raise_if_any()
         heads = Heads.of(args)
         _check_parts(model, tensors, parts, heads, problems)
+        problems.raise_if_any()
         dtypes = {name: reduce(torch.promote_types, map(model.dtype, used)) for name, (used, _) in parts.items()}
         size = sum(entry.data.numel() * dtypes[name].itemsize for name, entry in tensors.items())
         check_space(out, size, problems)

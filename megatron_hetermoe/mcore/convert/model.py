@@ -73,15 +73,19 @@ class _NoData(TorchFunctionMode):
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Megatron's process groups of a world of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    """Megatron's process groups in a world of one process, which is made if there is none."""
+    made = not dist.is_initialized()
+    if made:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.get_world_size() == 1
     try:
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if made:
+            dist.destroy_process_group()
 
 
 def entries(args: argparse.Namespace, impl: str, rows: int) -> tuple[dict[str, Entry], list[ShardedObject]]:
