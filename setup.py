@@ -29,9 +29,11 @@ setup(
         "rich>=13.9,<16",
     ],
     extras_require={
+        "convert": ["safetensors>=0.8,<0.9"],
         "data": ["pyarrow>=22,<23", "transformers>=5.12,<5.13"],
         "plot": ["matplotlib>=3.9,<4"],
-        "test": ["matplotlib>=3.9,<4", "pyarrow>=22,<23", "pytest>=8.3,<10", "hypothesis>=6.115,<7"],
+        "test": ["matplotlib>=3.9,<4", "pyarrow>=22,<23", "transformers>=5.12,<5.13", "safetensors>=0.8,<0.9",
+                 "pytest>=8.3,<10", "hypothesis>=6.115,<7"],
     },
     entry_points={"console_scripts": ["hetermoe=megatron_hetermoe.cli.main:main"]},
 )

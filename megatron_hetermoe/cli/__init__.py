@@ -1,1 +1,1 @@
-"""The commands: ``hetermoe train``, ``data``, ``patches``, ``trace``."""
+"""The commands: ``hetermoe train``, ``data``, ``convert``, ``patches``, ``trace``."""

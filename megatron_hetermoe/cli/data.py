@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_hetermoe.cli.interrupt import ending_at_sigterm
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.recipe import load_recipe
@@ -39,12 +40,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.recipe or args.overrides:
-        return _tokenise(args)
-    if args.keys or args.append_eod or args.workers is not None:
-        raise UsageError(["--json-key, --append-eod and --workers are for a tokenizer: give Megatron's --tokenizer-type "
-                          "after --, or a --recipe"])
-    return _take_bytes(args)
+    with ending_at_sigterm():
+        if args.recipe or args.overrides:
+            return _tokenise(args)
+        if args.keys or args.append_eod or args.workers is not None:
+            raise UsageError(["--json-key, --append-eod and --workers are for a tokenizer: give Megatron's --tokenizer-type "
+                              "after --, or a --recipe"])
+        return _take_bytes(args)
 
 
 def _tokenise(args: argparse.Namespace) -> int:

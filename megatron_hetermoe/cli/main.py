@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from megatron_hetermoe import __version__
 from megatron_hetermoe.cli import (
-    data, doctor, elastic, patches, plan, profile, rank, simulate, submit, trace, train,
+    convert, data, doctor, elastic, patches, plan, profile, rank, simulate, submit, trace, train,
 )
 from megatron_hetermoe.config.errors import EXIT_CODE, UsageError
 
 # Each has add_parser(subparsers), which sets `run`, a function from the parsed arguments to an exit code. None may
 # import torch or Megatron before it runs: that takes seconds, and `--help` must not wait for it.
-COMMANDS = (train, elastic, plan, profile, simulate, data, trace, patches, submit, rank, doctor)
+COMMANDS = (train, elastic, plan, profile, simulate, data, convert, trace, patches, submit, rank, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

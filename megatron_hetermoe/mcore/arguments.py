@@ -129,7 +129,7 @@ def disaggregated_arguments(
     Raises:
         UsageError: with all problems.
     """
-    args = _parse(rest, problems, asked)
+    args = parse(rest, problems, asked)
     plan = _resolved(args, flags, args.world_size, problems)
     if plan is not None:
         for problem in device_problems(plan, args.add_bias_linear, capabilities_here(args)):
@@ -158,7 +158,7 @@ def plan_elsewhere(flags: Flags, rest: Sequence[str], world_size: int, problems:
         flags, rest, problems: as of ``disaggregated_arguments``.
         world_size: ranks that will be started.
     """
-    return _resolved(_parse(rest, problems, Asked()), flags, world_size, problems)
+    return _resolved(parse(rest, problems, Asked()), flags, world_size, problems)
 
 
 def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems: Problems) -> Plan | None:
@@ -218,7 +218,7 @@ def arguments_to_plan_for(
         rest: a recipe's command line without the ``--hetermoe`` flags.
         problems: gets what keeps it from being a model to plan for.
     """
-    args = _parse(rest, problems, Asked())
+    args = parse(rest, problems, Asked())
     for name, is_asked, way_out in _UNSUPPORTED:
         if is_asked(args):
             problems.add(f"{name} is not supported with --hetermoe: {way_out}")
@@ -241,8 +241,12 @@ def parallelism_of(args: argparse.Namespace) -> Parallelism:
     )
 
 
-def _parse(rest: Sequence[str], problems: Problems, asked: Asked) -> argparse.Namespace:
-    """Megatron's parser on our words."""
+def parse(rest: Sequence[str], problems: Problems, asked: Asked) -> argparse.Namespace:
+    """Megatron's parser on our words, before its validation.
+
+    Raises:
+        UsageError: with what it has against each flag.
+    """
     sys.argv = [sys.argv[0], *rest]
     said = io.StringIO()
     try:

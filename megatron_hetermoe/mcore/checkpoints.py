@@ -198,6 +198,9 @@ def check_load(args: argparse.Namespace, session: Session) -> None:
 def _whole(folder: Path, step: int | None, tracker: str, iterations: list[int], session: Session) -> Path:
     """The folder of the checkpoint that is to be loaded, which is not damaged."""
     if tracker == "release" and step is None:
+        if problems := _damage(folder / tracker, session):
+            raise UsageError([f"the checkpoint {folder / tracker} is damaged: {'; '.join(problems)}. Make it anew, or give "
+                              "another folder"])
         return folder / tracker
     if step is None and not tracker.isdecimal():
         step = _newest_whole(folder, iterations, session)
@@ -286,6 +289,13 @@ def _damage(folder: Path, session: Session) -> list[str]:
     parts: list[Any] = [None] * session.layout.world_size
     dist.all_gather_object(parts, mine, group=session.control)
     return sorted({said for part in parts for said in part})
+
+
+def damage_here(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, one phrase a file, as one process finds it that reads them all."""
+    files, problem = _manifest(folder)
+    found = [_differs(folder / name, digest) for name, digest in sorted(files.items())]
+    return [said for said in (problem, *found) if said]
 
 
 def _manifest(folder: Path) -> tuple[dict[str, str], str | None]:

@@ -169,9 +169,15 @@ def _results(job: Job, files: Sequence[Path], workers: int) -> Iterator[Iterator
         return
     # Not forks of this process, in which libraries have threads.
     context = multiprocessing.get_context("forkserver")
+    others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job,))
     try:
         yield _in_order(pool, work, 4 * workers)
+    except BaseException:
+        # Their chunks are of no use any more, and one that is starting would first import its libraries.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

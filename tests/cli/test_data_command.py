@@ -2,6 +2,12 @@
 
 import gzip
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +80,41 @@ def test_what_can_be_known_before_is_refused_together(here, capsys):
     for part in ("x.bin is there already; --overwrite", "empty.jsonl is empty", "--workers must be", "needs --vocab-size",
                  "no flags of Megatron's tokenizers: --wrong"):
         assert part in said
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_it_and_its_workers_and_leaves_nothing(here, number, code):
+    """As a terminal sends it, to all processes of the command; it has hours to do."""
+    member = gzip.compress(lines(*[" ".join(str(i % 60) for i in range(20_000))] * 50))
+    (here / "long.jsonl.gz").write_bytes(member * 2000)
+    argv = ["data", "--out", "out/x", "--workers", "2", "long.jsonl.gz", *NULL]
+    command = subprocess.Popen([sys.executable, "-m", "megatron_hetermoe", *argv], start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    try:
+        while not any(path.stat().st_size for path in here.glob("out/x.part-*.bin")):
+            assert command.poll() is None, command.stdout.read()
+            time.sleep(0.05)
+        os.killpg(command.pid, number)
+        said, _ = command.communicate(timeout=60)
+        assert command.returncode == code, said
+        assert "Traceback" not in said
+        assert not list((here / "out").iterdir())
+        while _members(command.pid):  # those that the workers were started by go when they notice
+            time.sleep(0.05)
+    finally:
+        for pid in _members(command.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _members(session: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of_session = path.read_text(errors="replace").rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(of_session) == session and state != "Z":
+            found.append(int(path.parent.name))
+    return found

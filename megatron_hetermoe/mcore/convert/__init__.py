@@ -1,0 +1,1 @@
+"""Checkpoints between Hugging Face's folders and Megatron's torch_dist."""
