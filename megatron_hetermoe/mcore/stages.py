@@ -25,7 +25,8 @@ UNSUPPORTED_STAGES: tuple[tuple[str, Callable[[argparse.Namespace], object], str
 def stage_layers(args: argparse.Namespace) -> tuple[int, ...]:
     """The layers of each pipeline stage, empty for one stage.
 
-    As Megatron divides them (transformer_block.py, get_num_layers_to_build), with the rest of a division left out.
+    As Megatron divides them (transformer_block.py, get_num_layers_to_build), with the rest of a division left out. Those
+    that predict further tokens are the last stage's.
     """
     stages = args.pipeline_model_parallel_size
     if stages <= 1 or not args.num_layers:
@@ -37,6 +38,7 @@ def stage_layers(args: argparse.Namespace) -> tuple[int, ...]:
         layers[0] = first
     if last is not None:
         layers[-1] = last
+    layers[-1] += args.mtp_num_layers or 0
     return tuple(layers)
 
 

@@ -141,9 +141,12 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
         plan.context_parallel, plan.stages,
     ):
         problems.add(problem)
-    if plan.stage_layers and (sum(plan.stage_layers) != plan.model.layers or min(plan.stage_layers) < 1):
-        problems.add(f"pipeline stages of {', '.join(map(str, plan.stage_layers))} layers do not make up the model's "
-                     f"{plan.model.layers}, at least one each: change --pipeline-model-parallel-size or the layers of the "
+    further = plan.model.mtp_layers
+    own = (*plan.stage_layers[:-1], plan.stage_layers[-1] - further) if plan.stage_layers else ()
+    if own and (sum(own) != plan.model.decoder_layers or min(own) < 1):
+        beside = f" beside the {further} that predict further tokens" if further else ""
+        problems.add(f"pipeline stages of {', '.join(map(str, own))} layers do not make up the model's "
+                     f"{plan.model.decoder_layers}{beside}, at least one each: change --pipeline-model-parallel-size or the layers of the "
                      "first and last stage")
     elif plan.stage_layers:
         idle = [str(stage + 1) for stage in range(plan.stages)

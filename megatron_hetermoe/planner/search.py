@@ -323,4 +323,5 @@ def smaller(question: Question, layers: int) -> Question:
     """The same model with fewer layers."""
     shape = question.shape
     return replace(question, shape=replace(
-        shape, layers=layers, moe_layers=tuple(layer for layer in shape.moe_layers if layer <= layers)))
+        shape, layers=layers, moe_layers=tuple(layer for layer in shape.moe_layers if layer <= layers),
+        mtp_layers=min(shape.mtp_layers, layers)))
