@@ -14,6 +14,7 @@ from megatron_hetermoe.config.step import Step, TaskSeconds
 from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Kind, Link
 from megatron_hetermoe.cost.work import (
     Work, attention_work, dense_parameters, embedding_work, feed_forward_work, head_work,
+    projection_width,
 )
 from megatron_hetermoe.schedule.tasks import Kind as TaskKind
 from megatron_hetermoe.schedule.tasks import Pass, Stream, Task
@@ -183,8 +184,13 @@ class GroupCosts:
         elif layer - 1 not in shape.moe_layers:
             parts.append(feed_forward(shape.dense_ffn))
         if layer > shape.layers:
-            parts.append((kind.head(step.vocabulary, tokens), head_work(shape, step.vocabulary, tokens)))
+            # Each further token that is predicted is a head and a loss.
+            head = kind.head(step.vocabulary, tokens), head_work(shape, step.vocabulary, tokens)
+            parts += [head] * (1 + shape.mtp_layers)
         else:
+            if layer > shape.decoder_layers:
+                parts.append((kind.embedding(tokens), embedding_work(shape, tokens)))
+                parts.append(feed_forward(projection_width(shape)))
             attention = kind.attention(shape.sequence, step.recompute), attention_work(shape, shape.sequence)
             parts += [attention] * step.micro_batch
             if layer in shape.moe_layers:

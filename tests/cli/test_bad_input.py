@@ -48,12 +48,12 @@ def placement(tmp_path):
 def test_every_problem_is_named_at_once(tmp_path):
     said = refused(
         ["--hetermoe", "--hetermoe-attention-ranks", "3", "--hetermoe-expert-ranks", "2", "--hetermoe-colour", "red",
-         "--hetermoe-wave", "none", *tiny(mtp_num_layers=1, rampup_batch_size=[4, 3, 32])], tmp_path,
+         "--hetermoe-wave", "none", *tiny(mtp_num_layers=1, mtp_detach_heads=True, rampup_batch_size=[4, 3, 32])], tmp_path,
     )
     for problem in (
         "unknown flag --hetermoe-colour", "--hetermoe-wave is 'none'",
         "3 attention and 2 expert ranks need 5 ranks, but 4 were started",
-        "--mtp-num-layers is not supported",
+        "--mtp-detach-heads is not supported",
         "the start of --rampup-batch-size 4 does not divide by micro batch size 1 x 3 attention ranks = 3: take 3 or 6",
         "--global-batch-size 8 does not divide by micro batch size 1 x 3 attention ranks = 3: take 6 or 9",
     ):

@@ -126,3 +126,21 @@ def test_between_pipeline_stages(tmp_path, variant):
     for source, layout, target, until in legs:
         steps = journey.leg(source, layout, target, until)
         assert_same_steps(steps, expected[until - 3:until], rel=rel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["adam", "distributed-adam"])
+def test_with_layers_that_predict_further_tokens(tmp_path, parity, variant):
+    """From stock Megatron to uneven experts, back, and to two pipeline stages."""
+    journey = Journey(tmp_path, mtp_num_layers=2, **VARIANTS[variant])
+    layers = {"all": {"e0": ["0-4"], "e1": ["5-7"]}, 3: {"a0": [0, 5], "e0": [1, 2, 3, 4, 6, 7]}}
+    uneven = disaggregated(1, 2, 1, "--hetermoe-placement", placement_file(parity, experts=8, layers=layers))
+    expected = journey.whole(stock(2, 2))
+    legs = [
+        (None, stock(2, 2), "start", 3), ("start", uneven, "uneven", 6), ("uneven", stock(2, 2), "stock", 9),
+        ("stock", disaggregated(2, 2, 1, "--pipeline-model-parallel-size", "2"), "stages", 12),
+        ("uneven", disaggregated(2, 2), "even", 9),
+    ]
+    for source, layout, target, until in legs:
+        steps = journey.leg(source, layout, target, until)
+        assert_same_steps(steps, expected[until - 3:until], rel=1e-5)

@@ -30,6 +30,8 @@ def check(parity, m: int, n: int, g: int = 1, hetermoe=(), stages: int = 2, spli
             assert_same_steps([replace(step, loss={}) for step in steps],
                               [replace(step, loss={}) for step in reference.steps[0]], rel=rel)
     assert losses == (m + n) * g
+    further = {key: value for key, value in reference.scalars[-1].items() if key[0].startswith("mtp_")}
+    assert {key: run.scalars[-1][key] for key in further} == pytest.approx(further, rel=rel)
     return run
 
 
@@ -78,6 +80,15 @@ def test_beside(parity, name):
 @pytest.mark.slow
 def test_three_stages(parity):
     check(parity, 1, 1, stages=3, hetermoe=["--hetermoe-wave", "1"], split={"decoder_last_pipeline_num_layers": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_that_predict_further_tokens(parity, tied):
+    """They are in the last stage, which has an embedding too."""
+    check(parity, 1, 1, hetermoe=["--hetermoe-wave", "1"], split=UNEVEN, num_layers=3, mtp_num_layers=2,
+          untie_embeddings_and_output_weights=not tied, use_distributed_optimizer=True, overlap_grad_reduce=True,
+          overlap_param_gather=True, tensorboard_dir="tensorboard")
 
 
 @pytest.mark.slow
