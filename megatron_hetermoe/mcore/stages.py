@@ -19,6 +19,9 @@ UNSUPPORTED_STAGES: tuple[tuple[str, Callable[[argparse.Namespace], object], str
     ("--pipeline-model-parallel-layout", lambda args: args.pipeline_model_parallel_layout, _UNEVEN),
     ("--account-for-embedding-in-pipeline-split", lambda args: args.account_for_embedding_in_pipeline_split, _UNEVEN),
     ("--account-for-loss-in-pipeline-split", lambda args: args.account_for_loss_in_pipeline_split, _UNEVEN),
+    ("--mtp-num-layers with pipeline stages and tied embeddings",
+     lambda args: args.mtp_num_layers and args.pipeline_model_parallel_size > 1 and not args.untie_embeddings_and_output_weights,
+     "add --untie-embeddings-and-output-weights; stock Megatron cannot make a checkpoint of it either"),
 )
 
 

@@ -83,12 +83,10 @@ def test_three_stages(parity):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
-def test_layers_that_predict_further_tokens(parity, tied):
+def test_layers_that_predict_further_tokens(parity):
     """They are in the last stage, which has an embedding too."""
     check(parity, 1, 1, hetermoe=["--hetermoe-wave", "1"], split=UNEVEN, num_layers=3, mtp_num_layers=2,
-          untie_embeddings_and_output_weights=not tied, use_distributed_optimizer=True, overlap_grad_reduce=True,
-          overlap_param_gather=True, tensorboard_dir="tensorboard")
+          use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, tensorboard_dir="tensorboard")
 
 
 @pytest.mark.slow

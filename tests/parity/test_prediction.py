@@ -84,4 +84,4 @@ def test_bf16(parity):
 def test_context_parallelism(parity):
     """A further token's loss is the mean of each rank's own mean, as Megatron has it; sequences end on one rank, which then
     has fewer tokens. Stock Megatron has whole sequences here, so this is near and not equal."""
-    check(parity, 2, 1, rel=2e-3, context_parallel_size=2, mtp_num_layers=2, global_batch_size=4)
+    parity.check(2, 1, rel=2e-3, **{**BASE, "context_parallel_size": 2, "mtp_num_layers": 2, "global_batch_size": 4})
