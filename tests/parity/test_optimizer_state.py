@@ -144,3 +144,17 @@ def test_with_layers_that_predict_further_tokens(tmp_path, parity, variant):
     for source, layout, target, until in legs:
         steps = journey.leg(source, layout, target, until)
         assert_same_steps(steps, expected[until - 3:until], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_to_a_stage_without_experts_and_back(tmp_path):
+    journey = Journey(tmp_path, num_layers=3, moe_layer_freq="([0,1,1])", **VARIANTS["distributed-adam"])
+    dense_first = ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Et|ttL", "--hetermoe-wave", "1"]
+    expected = journey.whole(disaggregated(1, 1))
+    legs = [
+        (None, disaggregated(1, 1), "start", 3), ("start", disaggregated(2, 2, 1, *dense_first), "two", 6),
+        ("two", disaggregated(2, 2, 1, *dense_first), "again", 9), ("again", disaggregated(1, 1), "one", 12),
+    ]
+    for source, layout, target, until in legs:
+        steps = journey.leg(source, layout, target, until)
+        assert_same_steps(steps, expected[until - 3:until], rel=1e-5)
