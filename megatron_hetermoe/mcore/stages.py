@@ -55,27 +55,28 @@ def can_be_staged(args: argparse.Namespace, flags: Flags, problems: Problems) ->
     if not 1 <= stages <= args.num_layers:
         problems.add(f"--pipeline-model-parallel-size {stages} with {args.num_layers} layers: it must be from 1 to that")
         return False
-    layout = args.pipeline_model_parallel_layout
-    if layout and (problem := layout_problem(layout, stages)):
-        problems.add(problem)
-        return False
+    if args.pipeline_model_parallel_layout:
+        wrong = division_problems(args.pipeline_model_parallel_layout, stages)
+        for problem in wrong:
+            problems.add(problem)
+        if wrong:
+            return False
     for name, asked in (("--hetermoe-trace", flags.trace), ("--hetermoe-dry-run", flags.dry_run)):
         if asked and stages > 1:
             problems.add(f"{name} is not supported with --pipeline-model-parallel-size {stages}: leave it out")
     return True
 
 
-def layout_problem(layout: str, stages: int) -> str | None:
-    """What is wrong with a ``--pipeline-model-parallel-layout`` for so many stages; None where nothing is. What it must
-    have in all, Megatron says."""
+def division_problems(layout: str, stages: int) -> list[str]:
+    """What is wrong with a ``--pipeline-model-parallel-layout`` for so many stages. What it must have in all, Megatron says."""
     try:
         parsed = PipelineParallelLayerLayout.parse_str_to_list(layout)
     except AssertionError as error:
-        return f"--pipeline-model-parallel-layout {layout} cannot be read: {error}"
+        return [f"--pipeline-model-parallel-layout {layout} cannot be read: {error}"]
     if len(parsed) != stages:
-        return (f"--pipeline-model-parallel-layout {layout} has {len(parsed)} stages, --pipeline-model-parallel-size is {stages}: "
-                "make them equal; virtual stages are not supported with --hetermoe")
+        return [f"--pipeline-model-parallel-layout {layout} has {len(parsed)} stages, --pipeline-model-parallel-size is "
+                f"{stages}: make them equal; virtual stages are not supported with --hetermoe"]
     if any(LayerType.mtp in stage for stage in parsed[:-1]):
-        return (f"--pipeline-model-parallel-layout {layout} has layers that predict further tokens before the last stage: "
-                "put them into it")
-    return None
+        return [f"--pipeline-model-parallel-layout {layout} has layers that predict further tokens before the last stage: "
+                "put them into it"]
+    return []
