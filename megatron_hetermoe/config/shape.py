@@ -12,7 +12,8 @@ class ModelShape:
     Layers are numbered from 1, as in the paper. Sizes are in elements.
 
     Attributes:
-        layers: number of transformer layers, the paper's L less one (see ``schedule.tasks``).
+        layers: number of transformer layers, the paper's L less one (see ``schedule.tasks``); those that predict further
+            tokens are among them.
         moe_layers: the layers that have routed experts, ascending.
         experts: routed experts in each of them.
         topk: experts that each token goes to.
@@ -24,6 +25,7 @@ class ModelShape:
         heads, query_groups, head_dim: attention heads, key-value heads, width of each.
         tied_embeddings: whether the output layer is the embedding.
         sequence: tokens of one sequence.
+        mtp_layers: the last of the layers, which predict one token further each (multi-token prediction).
     """
 
     layers: int
@@ -40,6 +42,12 @@ class ModelShape:
     head_dim: int
     tied_embeddings: bool
     sequence: int
+    mtp_layers: int = 0
+
+    @property
+    def decoder_layers(self) -> int:
+        """Layers that do not predict further tokens: Megatron's ``--num-layers``."""
+        return self.layers - self.mtp_layers
 
     @property
     def expert_weights(self) -> int:

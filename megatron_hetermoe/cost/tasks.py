@@ -13,7 +13,7 @@ from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import Step, TaskSeconds
 from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Kind, Link
 from megatron_hetermoe.cost.work import (
-    Work, attention_work, dense_parameters, embedding_work, feed_forward_work, head_work,
+    Work, attention_work, dense_parameters, embedding_work, feed_forward_work, head_work, projection_width,
 )
 from megatron_hetermoe.schedule.tasks import Kind as TaskKind
 from megatron_hetermoe.schedule.tasks import Pass, Stream, Task
@@ -64,7 +64,8 @@ class _Parts(NamedTuple):
 
     embedding: bool
     dense: bool
-    head: bool
+    heads: int
+    projection: bool
     attention: bool
     shared: bool
 
@@ -72,15 +73,18 @@ class _Parts(NamedTuple):
 @lru_cache(maxsize=256)
 def _parts_of(shape: ModelShape) -> tuple[_Parts, ...]:
     """What A_1 to A_{K+1} are made of: A_k is the end of layer k-1 with attention and router of layer k
-    (``schedule.tasks``)."""
+    (``schedule.tasks``). Each further token that is predicted has an embedding, a head and a loss."""
     moe = frozenset(shape.moe_layers)
-    return tuple(
-        _Parts(
-            embedding=layer == 1, dense=layer > 1 and layer - 1 not in moe, head=layer > shape.layers,
+
+    def parts(layer: int) -> _Parts:
+        predicts = shape.decoder_layers < layer <= shape.layers
+        return _Parts(
+            embedding=layer == 1 or predicts, dense=layer > 1 and layer - 1 not in moe,
+            heads=1 + shape.mtp_layers if layer > shape.layers else 0, projection=predicts,
             attention=layer <= shape.layers, shared=layer in moe and shape.shared_expert_ffn > 0,
         )
-        for layer in range(1, shape.layers + 2)
-    )
+
+    return tuple(map(parts, range(1, shape.layers + 2)))
 
 
 @lru_cache(maxsize=4096)
@@ -98,8 +102,10 @@ def _priced_parts(
         found.append((kind.embedding(tokens), embedding_work(shape, tokens)))
     if parts.dense:
         found.append(feed_forward(shape.dense_ffn))
-    if parts.head:
-        found.append((kind.head(vocabulary, tokens), head_work(shape, vocabulary, tokens)))
+    if parts.heads:
+        found += [(kind.head(vocabulary, tokens), head_work(shape, vocabulary, tokens))] * parts.heads
+    if parts.projection:
+        found.append(feed_forward(projection_width(shape)))
     if parts.attention:
         found += [(kind.attention(shape.sequence, recompute), attention_work(shape, shape.sequence))] * micro_batch
     if parts.shared:

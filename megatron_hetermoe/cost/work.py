@@ -70,6 +70,12 @@ def embedding_work(shape: ModelShape, tokens: int) -> Work:
     return Work(0, 0, _HALF * 3 * tokens * shape.hidden, 3)
 
 
+def projection_width(shape: ModelShape) -> int:
+    """Width of the feed-forward part that has as many weights as what joins a token's hidden state [hidden] and a later
+    token's embedding [hidden] to one, in a layer that predicts a further token."""
+    return 2 * shape.hidden // (3 if shape.gated else 2)
+
+
 @lru_cache(maxsize=256)
 def dense_parameters(shape: ModelShape, vocabulary: int) -> int:
     """Weights of an attention rank beside the experts that it holds: all but the routed experts."""
@@ -82,4 +88,5 @@ def dense_parameters(shape: ModelShape, vocabulary: int) -> int:
     )
     router = len(shape.moe_layers) * shape.hidden * shape.experts
     embeddings = vocabulary * shape.hidden * (1 if shape.tied_embeddings else 2)
-    return shape.layers * attention + feed_forward + router + embeddings + shape.hidden
+    further = shape.mtp_layers * (2 * shape.hidden + 3) * shape.hidden  # what joins two to one, and three norms
+    return shape.layers * attention + feed_forward + router + embeddings + shape.hidden + further

@@ -55,7 +55,9 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     *UNSUPPORTED_STAGES,
     ("--hierarchical-context-parallel-sizes",
      lambda args: getattr(args, "hierarchical_context_parallel_sizes", None), "leave it out"),
-    ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
+    ("--mtp-use-repeated-layer", lambda args: args.mtp_use_repeated_layer and args.mtp_num_layers,
+     "leave it out: each further token has a layer of its own"),
+    ("--mtp-detach-heads", lambda args: args.mtp_detach_heads and args.mtp_num_layers, "leave it out"),
     ("--recompute-modules of what is not there", _not_recomputed, f"choose from {', '.join(sorted(SELECTIVE))}"),
     ("--moe-shared-expert-overlap", lambda args: args.moe_shared_expert_overlap,
      "leave it out: a shared expert runs on the attention ranks"),
@@ -309,7 +311,10 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
         problems.add(f"{', '.join(senseless)}: each must be 1 or more")
     if not args.num_experts:
         problems.add("the model has no experts: --hetermoe is for mixture-of-experts models; give --num-experts")
-    if missing or senseless or not args.num_experts:
+    predicted = args.mtp_num_layers or 0
+    if predicted < 0:
+        problems.add(f"--mtp-num-layers is {predicted}: it must be from 0 on")
+    if missing or senseless or not args.num_experts or predicted < 0:
         return None
     pattern = args.moe_layer_freq
     if isinstance(pattern, int):
@@ -319,11 +324,12 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
         return None
     if not any(pattern):
         problems.add("no layer has experts: --moe-layer-freq must name at least one")
+    pattern = [*pattern, *pattern[-1:] * predicted]  # these are as the last layer
     dense_ffn = args.ffn_hidden_size or (
         int(4 * args.hidden_size * 2 / 3) // 64 * 64 if args.swiglu else 4 * args.hidden_size
     )
     return ModelShape(
-        layers=args.num_layers,
+        layers=args.num_layers + predicted,
         moe_layers=tuple(layer for layer, moe in enumerate(pattern, start=1) if moe),
         experts=args.num_experts,
         topk=args.moe_router_topk,
@@ -337,6 +343,7 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
         head_dim=args.kv_channels or args.hidden_size // args.num_attention_heads,
         tied_embeddings=not args.untie_embeddings_and_output_weights,
         sequence=args.seq_length,
+        mtp_layers=predicted,
     )
 
 

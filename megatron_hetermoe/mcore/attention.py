@@ -15,9 +15,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_hetermoe.mcore import recompute
+from megatron_hetermoe.mcore import prediction, recompute
 from megatron_hetermoe.mcore.dispatcher import AsymmetricDispatcher, DispatchState
 from megatron_hetermoe.mcore.grouped import build_held
 from megatron_hetermoe.mcore.session import Session
@@ -69,16 +70,17 @@ class RoutedMoELayer(MoELayer):
         self.token_dispatcher = AsymmetricDispatcher(config, alone, session.placement, layer)
 
 
-def route_to_holders(layer_specs: list[Any], session: Session, seed: int) -> list[Any]:
+def route_to_holders(layer_specs: list[Any], layers: range, session: Session, seed: int) -> list[Any]:
     """Megatron's layer specs with every mixture-of-experts layer replaced by a RoutedMoELayer.
 
     Args:
-        layer_specs: of a TransformerBlock, this stage's; one object may stand for several layers, so each is copied.
+        layer_specs: of transformer layers; one object may stand for several layers, so each is copied.
+        layers: their numbers in the model, from 1 on.
         session: this rank's.
         seed: of the run.
     """
     routed = []
-    for layer, spec in zip(session.layers, layer_specs, strict=True):
+    for layer, spec in zip(layers, layer_specs, strict=True):
         submodules = moe_submodules(spec)
         if submodules is not None:
             spec = copy(spec)
@@ -100,30 +102,43 @@ class LayerTasks(TransformerLayerSchedulePlan):
     """Megatron's nodes of one layer for one microbatch, with that microbatch's dispatcher state.
 
     Of the nodes, A tasks walk ``pre_dispatch_computation`` and, at a layer's end, ``moe_combine`` or, where the layer
-    is dense, ``mlp``.
+    is dense, ``mlp``. Of a layer that predicts a further token they are those of the transformer layer in it.
     """
+
+    def __init__(self, layer: torch.nn.Module, *others: Any):
+        self._predictor = layer if isinstance(layer, MultiTokenPredictionLayer) else None
+        super().__init__(layer.mtp_model_layer if self._predictor else layer, *others)
 
     def _build_callable_nodes(self, event: Any, comp_stream: Any, comm_stream: Any, extra_args: dict) -> None:
         # Megatron ends a layer on its stream for communication; here transfers are no part of any node.
         super()._build_callable_nodes(event, comp_stream, comp_stream, extra_args)
         self.has_experts = isinstance(self.layer.mlp, MoELayer)
+        attend = self.pre_dispatch_computation
+        if self._predictor:
+            attend.submodule = prediction.projecting(attend.submodule, self._predictor)
+            self.end.is_mtp = True  # the decoder's final norm is not for it
         if self.has_experts:
             self.dispatch_state = DispatchState()
-            self.attend = self.pre_dispatch_computation.submodule  # without this microbatch's state
-            for node in (self.pre_dispatch_computation, self.moe_combine):
+            self.attend = attend.submodule  # without this microbatch's state
+            for node in (attend, self.moe_combine):
                 node.submodule = _with_state(node.submodule, self.layer.mlp.token_dispatcher, self.dispatch_state)
         if self.layer.config.sequence_parallel:
-            for node in (self.pre_dispatch_computation, self.end):
+            for node in (attend, self.end):
                 node.submodule = _with_own_random_numbers(node.submodule)
         self._recompute()
-        if not self.has_experts and extra_args.get("is_last_layer"):
+        if self._predictor:
+            attend.submodule = prediction.embedding_later(attend.submodule, self._predictor)
+            self.end.submodule = prediction.predicting(self.end.submodule, self._predictor)
+        elif not self.has_experts and extra_args.get("is_last_layer"):
             self.mlp.submodule = _with_final_norm(self.mlp.submodule)
 
     def _recompute(self) -> None:
         """Has nodes run again before their backward, as the flags ask."""
         attend, layer = self.pre_dispatch_computation, self.layer
-        before = self.chunk_state.model.decoder.layers[0].layer_number - 1  # of the stages before this one
-        if recompute.whole_layer(layer.config, layer.layer_number - before):
+        decoder = self.chunk_state.model.decoder.layers
+        # Megatron counts from 1 anew in layers that predict further tokens, and not in a stage.
+        number = layer.layer_number + (len(decoder) if self._predictor else 1 - decoder[0].layer_number)
+        if recompute.whole_layer(layer.config, number):
             if self.has_experts:
                 attend.submodule = recompute.rerun_routing(attend.submodule)
                 self.moe_combine.submodule = recompute.free_residual(self.moe_combine.submodule)

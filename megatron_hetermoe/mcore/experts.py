@@ -47,7 +47,7 @@ class HeldExperts(SequentialMLP):
         uninitialised = copy(config)
         uninitialised.perform_initialization = False
         super().__init__(len(held), uninitialised, submodules, pg_collection)
-        self.held = tuple(held)
+        self.layer, self.held = layer, tuple(held)
         self.dtype = config.params_dtype
         self.activation_again = activation_again
         for module in self.local_experts if activation_again else ():
@@ -127,13 +127,13 @@ class ExpertModel(MegatronModule):
 
     Args:
         config: the transformer's.
-        layers: of this rank's pipeline stage, from 1 on.
+        decoder_layers, mtp_layers: of this rank's pipeline stage, from 1 on; the latter predict further tokens.
         held: the experts that this rank holds, by layer.
         pg_collection: groups of the expert pool.
     """
 
     def __init__(
-        self, config: TransformerConfig, layers: range, held: dict[int, HeldExperts],
+        self, config: TransformerConfig, decoder_layers: range, mtp_layers: range, held: dict[int, HeldExperts],
         pg_collection: ProcessGroupCollection,
     ):
         super().__init__(config)
@@ -141,19 +141,16 @@ class ExpertModel(MegatronModule):
         # What megatron.training asks of any model.
         self.pre_process = self.post_process = self.share_embeddings_and_output_weights = False
         self.vp_stage = None
+        self._first = decoder_layers.start
         self.decoder = torch.nn.Module()
-        self.decoder.layers = torch.nn.ModuleList()
-        self._first = layers.start
-        for layer in layers:
-            holder = torch.nn.Module()
-            holder.mlp = torch.nn.Module()
-            if layer in held:
-                holder.mlp.experts = held[layer]
-            self.decoder.layers.append(holder)
-
-    def experts(self, layer: int) -> HeldExperts:
-        """The experts that this rank holds of a layer, from 1 on in its stage."""
-        return self.decoder.layers[layer - 1].mlp.experts
+        self.decoder.layers = torch.nn.ModuleList(_layer_of(held.get(layer)) for layer in decoder_layers)
+        if mtp_layers:
+            self.mtp = torch.nn.Module()
+            self.mtp.layers = torch.nn.ModuleList()
+            for layer in mtp_layers:
+                predictor = torch.nn.Module()
+                predictor.mtp_model_layer = _layer_of(held.get(layer))
+                self.mtp.layers.append(predictor)
 
     def shared_embedding_or_output_weight(self) -> None:
         """Expert ranks have no embedding."""
@@ -167,22 +164,43 @@ class ExpertModel(MegatronModule):
         """The experts under the keys that Megatron's own model gives them (TransformerBlock.sharded_state_dict)."""
         by_layer = _layers_in_keys(self.config, metadata)
         sharded = {}
-        for index, holder in enumerate(self.decoder.layers):
-            if not hasattr(holder.mlp, "experts"):
-                continue
-            layer_prefix = f"{prefix}decoder.layers.{index}."
+
+        def add(layer: torch.nn.Module, layer_prefix: str, key_prefix: str, offsets: tuple) -> None:
+            if hasattr(layer.mlp, "experts"):
+                state = layer.mlp.experts.sharded_state_dict(f"{layer_prefix}mlp.experts.", offsets, metadata)
+                replace_prefix_for_sharding(state, layer_prefix, key_prefix)
+                sharded.update(state)
+
+        for index, layer in enumerate(self.decoder.layers):
             number = index + self._first - 1
-            offsets = () if by_layer else ((0, number, self.config.num_layers),)
-            state = holder.mlp.experts.sharded_state_dict(f"{layer_prefix}mlp.experts.", offsets, metadata)
-            of_layer = f"{number}." if by_layer else ""
-            replace_prefix_for_sharding(state, layer_prefix, f"{prefix}decoder.layers.{of_layer}")
-            sharded.update(state)
+            of_layer, offsets = (f"{number}.", ()) if by_layer else ("", ((0, number, self.config.num_layers),))
+            add(layer, f"{prefix}decoder.layers.{index}.", f"{prefix}decoder.layers.{of_layer}", offsets)
+        for index, layer in enumerate(self.mtp.layers if hasattr(self, "mtp") else ()):
+            # A name that Megatron keeps for checkpoints (MultiTokenPredictionLayer.sharded_state_dict).
+            add(layer.mtp_model_layer, f"{prefix}mtp.layers.{index}.mtp_model_layer.",
+                f"{prefix}mtp.layers.{index}.transformer_layer.", ())
         # Megatron reads a model's part of what it loaded, and what is empty is not there.
         return sharded or {f"{prefix}{_NOTHING}": LocalNonpersistentObject(None)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As any module's."""
         return super().load_state_dict({name: value for name, value in state_dict.items() if name != _NOTHING}, strict, assign)
+
+
+def _layer_of(experts: HeldExperts | None) -> torch.nn.Module:
+    """What stands for a transformer layer on an expert rank."""
+    layer = torch.nn.Module()
+    layer.mlp = torch.nn.Module()
+    if experts is not None:
+        layer.mlp.experts = experts
+    return layer
+
+
+def experts_of(model: torch.nn.Module, layer: int) -> HeldExperts:
+    """The experts that a rank holds of a layer, from 1 on in its stage; ``model`` is an attention or an expert rank's."""
+    decoder = model.decoder.layers
+    inside = decoder[layer - 1] if layer <= len(decoder) else model.mtp.layers[layer - len(decoder) - 1].mtp_model_layer
+    return inside.mlp.experts
 
 
 def _layers_in_keys(config: TransformerConfig, metadata: dict | None) -> bool:

@@ -14,9 +14,9 @@ from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER
 from megatron_hetermoe.mcore.dry_run import Measurements
-from megatron_hetermoe.mcore.experts import ExpertModel, HeldExperts
+from megatron_hetermoe.mcore.experts import experts_of
 from megatron_hetermoe.mcore.graphs import AttentionGraphs
-from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses
+from megatron_hetermoe.mcore.logs import share_aux_losses, share_losses, share_mtp_losses
 from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.numbers import UNEXPECTED, report
 from megatron_hetermoe.mcore.session import Session
@@ -110,6 +110,7 @@ class ForwardBackward:
         if config.timers is not None:
             config.timers("forward-backward").stop()
         share_aux_losses(self._session)
+        share_mtp_losses(self._session)
         shared = share_losses(losses, self._session)
         self._marks.enter("what follows an evaluation step" if forward_only else "what follows a step's gradients")
         return shared
@@ -153,7 +154,7 @@ class ForwardBackward:
             config.hidden_size, checksums=checks.checksums, recorder=None if inputs.forward_only else self._meter.recorder
         )
         streams = self._streams if inputs.forward_only else self._recorded
-        table = {**transfers.table(), **ExpertTasks(inputs, transfers, _experts_of(inputs.model)).table()}
+        table = {**transfers.table(), **ExpertTasks(inputs, transfers, partial(experts_of, inputs.model)).table()}
         if not session.is_attention:
             executor.run(member, stretched(table, self._slow_down), streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
@@ -188,9 +189,3 @@ class ForwardBackward:
 def _tell(observers: Sequence[Observer], stream: Stream, task: Task, start: float, end: float, queued: Queued) -> None:
     for observe in observers:
         observe(stream, task, start, end, queued)
-
-
-def _experts_of(model: Any) -> Callable[[int], HeldExperts]:
-    if isinstance(model, ExpertModel):
-        return model.experts
-    return lambda layer: model.decoder.layers[layer - 1].mlp.experts

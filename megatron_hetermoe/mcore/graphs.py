@@ -56,6 +56,7 @@ _OBSTACLES: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] 
      lambda args: not _BALANCING.issuperset(_listed(args.moe_router_load_balancing_type)), "change it"),
     ("--reset-position-ids and --reset-attention-mask",
      lambda args: args.reset_position_ids or args.reset_attention_mask, "leave them out"),
+    ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
     ("--rampup-batch-size", lambda args: args.rampup_batch_size, "leave it out"),
 )
 

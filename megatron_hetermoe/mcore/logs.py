@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MetricEntry, get_moe_metrics_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.topology.layout import ATTENTION
@@ -73,3 +74,25 @@ def _share_of_log(entry: MetricEntry, session: Session) -> torch.Tensor:
     """What an attention rank adds to the number that is logged, for each layer."""
     summed_over = 1 if entry.reduce_group is None else entry.reduce_group.size()
     return entry.values.float().cpu() * summed_over * session.layout.stages / session.layout.attention_ranks
+
+
+_MTP_VALUES = ("loss_values", "correct_values", "total_values")  # in Megatron's tracker, each by further token
+
+
+def share_mtp_losses(session: Session) -> None:
+    """Gives expert ranks what Megatron's reduction on attention ranks will have of the predictions of further tokens: the
+    mean of their losses, the sums of right ones and of all.
+
+    Each rank keeps that of its own microbatches until it is logged, where Megatron reduces it inside a pool. An expert
+    rank names no group for that.
+    """
+    if not session.plan.model.mtp_layers:
+        return
+    tracker = MTPLossLoggingHelper.tracker
+    table = torch.zeros(len(_MTP_VALUES), session.plan.model.mtp_layers)
+    if session.reports and "loss_values" in tracker:
+        for row, name in zip(table, _MTP_VALUES):
+            row.copy_(tracker[name] / (session.layout.replicas if name == "loss_values" else 1))
+    dist.all_reduce(table, group=session.control)
+    if not session.is_attention:
+        tracker |= {name: row.to(session.device) for name, row in zip(_MTP_VALUES, table)}

@@ -87,10 +87,9 @@ def report(numbers: Numbers, model: Any, session: Session) -> None:
         model: this rank's, for its weights and gradients.
         session: this rank's.
     """
-    first, before = numbers.first(), session.layers.start - 1
+    first = numbers.first()
     parts = [f"first {first}"] if first else []
-    for what, names in (("weights", _not_finite(model, "data", before)),
-                        ("gradients", _not_finite(model, "main_grad", before))):
+    for what, names in (("weights", _not_finite(model, "data")), ("gradients", _not_finite(model, "main_grad"))):
         found = list(names)
         if found:
             more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
@@ -100,21 +99,21 @@ def report(numbers: Numbers, model: Any, session: Session) -> None:
           flush=True)
 
 
-def _not_finite(model: Any, attribute: str, before: int) -> Iterator[str]:
+def _not_finite(model: Any, attribute: str) -> Iterator[str]:
     """The parameters of which a tensor is not finite, experts' as layer and expert."""
     for path, module in unwrap_model(model).named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             tensor = getattr(parameter, attribute, None)
             if tensor is not None and tensor.numel() and not tensor.isfinite().all():
-                yield _described(unwrap_model(model), path, name, before)
+                yield _described(unwrap_model(model), path, name)
 
 
-def _described(model: torch.nn.Module, path: str, name: str, before: int) -> str:
-    """A parameter's name; ``before`` are the layers of the stages before this one."""
+def _described(model: torch.nn.Module, path: str, name: str) -> str:
+    """A parameter's name."""
     parts = path.split(".")
     for end in range(len(parts) - 1):
         module = model.get_submodule(".".join(parts[: end + 1]))
         if isinstance(module, HeldExperts):  # decoder.layers.L.mlp.experts.local_experts.J.linear_fc1
-            layer = before + int(parts[parts.index("layers") + 1]) + 1
-            return f"expert {module.held[int(parts[end + 2])]} of layer {layer} ({'.'.join(parts[end + 3:])}.{name})"
+            expert = module.held[int(parts[end + 2])]
+            return f"expert {expert} of layer {module.layer} ({'.'.join(parts[end + 3:])}.{name})"
     return f"{path}.{name}"

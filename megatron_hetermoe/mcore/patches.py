@@ -134,6 +134,24 @@ RUN: tuple[Patch, ...] = (  # in every run with --hetermoe
         removable_when="save_checkpoint() returns whether it saved, or asks before it writes the tracker",
         test="tests/faults/test_full_disk.py",
     ),
+    Patch(
+        symbol="megatron.training.models.gpt.mtp_block_spec",
+        reason="layers that predict further tokens are built from a specification that the builder makes itself, whatever it is "
+               "given for the others; their experts would all be on attention ranks",
+        relies_on={
+            "megatron.training.models.gpt.GPTModelBuilder.build_model": (
+                "mtp_spec = mtp_block_spec(self._model_config, transformer_layer_spec, vp_stage=vp_stage)",
+            ),
+            "megatron.core.models.gpt.gpt_layer_specs.get_gpt_mtp_block_spec_for_backend": (
+                "MultiTokenPredictionBlockSubmodules(layer_specs=mtp_layer_specs)",
+            ),
+            "megatron.core.transformer.multi_token_prediction.get_mtp_layer_spec_for_backend": (
+                "mtp_model_layer=mtp_model_layer_spec",
+            ),
+        },
+        removable_when="GPTModelConfig takes a specification of these layers too",
+        test="tests/parity/test_prediction.py",
+    ),
 )
 
 SCRIPT: tuple[Patch, ...] = (  # in a run of a training script that is not this package's

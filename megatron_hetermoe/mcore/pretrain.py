@@ -28,7 +28,7 @@ from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.slow_down import parse_slow_down
-from megatron_hetermoe.mcore import dry_run, gpt, patches
+from megatron_hetermoe.mcore import dry_run, gpt, patches, prediction
 from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, going_on, sealing
 from megatron_hetermoe.mcore.experts import ExpertModel
@@ -141,7 +141,7 @@ def _train(
         recorder = Recorder(Path(flags.trace), session.rank, session.device)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    replacements = _replacements(session, flags, Meter(session, recorder), measurements, watch.marks)
+    replacements = _replacements(session, flags, args.seed, Meter(session, recorder), measurements, watch.marks)
     patches.apply(patches.RUN, replacements)
     watch.marks.enter("the check of the checkpoint")
     if not load_weights_only() and session.rank == 0:
@@ -227,22 +227,37 @@ def model_provider(model_config: GPTModelConfig, seed: int, session: Session) ->
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         spec = default_layer_spec(model_config, vp_stage)
         if session.is_attention:
-            is_gpu = torch.empty(0, device=session.device).is_cuda
-            kernel = choose_kernel(
-                session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu, session.layout.context
-            )
-            spec.layer_specs = with_kernel(route_to_holders(spec.layer_specs, session, seed), kernel)
+            spec.layer_specs = attention_specs(spec.layer_specs, session.decoder_layers, model_config, seed, session)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
         config = _of_expert_pool(model_config.transformer, session.plan)
+        # Those that predict further tokens are as the model's last one.
+        layer_specs = [*spec.layer_specs, *[spec.layer_specs[-1]] * len(session.mtp_layers)]
         held = {
             layer: build_held(submodules.experts, config, session, layer, seed, groups)
-            for layer, layer_spec in zip(session.layers, spec.layer_specs, strict=True)
+            for layer, layer_spec in zip(session.layers, layer_specs, strict=True)
             if (submodules := moe_submodules(layer_spec)) is not None and session.held(layer)
         }
-        return ExpertModel(config, session.layers, held, groups)
+        return ExpertModel(config, session.decoder_layers, session.mtp_layers, held, groups)
 
     return provide
+
+
+def attention_specs(
+    layer_specs: list[Any], layers: range, model_config: GPTModelConfig, seed: int, session: Session
+) -> list[Any]:
+    """What transformer layers are built from on an attention rank.
+
+    Args:
+        layer_specs: Megatron's.
+        layers: their numbers in the model, from 1 on.
+        model_config, seed, session: as for ``model_provider``.
+    """
+    is_gpu = torch.empty(0, device=session.device).is_cuda
+    kernel = choose_kernel(
+        session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu, session.layout.context
+    )
+    return with_kernel(route_to_holders(layer_specs, layers, session, seed), kernel)
 
 
 def _of_expert_pool(config: TransformerConfig, plan: Plan) -> TransformerConfig:
@@ -254,7 +269,7 @@ def _of_expert_pool(config: TransformerConfig, plan: Plan) -> TransformerConfig:
 
 
 def _replacements(
-    session: Session, flags: Flags, meter: Meter, measurements: dry_run.Measurements | None, marks: Marks
+    session: Session, flags: Flags, seed: int, meter: Meter, measurements: dry_run.Measurements | None, marks: Marks
 ) -> dict[str, Callable[[Any], Any]]:
     """What each patch of the inventory puts in place of the original."""
     forward_backward = ForwardBackward(
@@ -284,6 +299,10 @@ def _replacements(
     def save_checkpoint(original: Any) -> Any:
         return going_on(original, session) if flags.on_save_failure == "continue" else original
 
+    def mtp_block_spec(original: Any) -> Any:
+        return prediction.with_layers(
+            original, lambda specs, config: attention_specs(specs, session.mtp_layers, config, seed, session))
+
     training = "megatron.training.training"
     distributed = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
     return {
@@ -294,4 +313,5 @@ def _replacements(
         "megatron.core.datasets.utils.compile_helpers": without_makefile,
         "megatron.core.dist_checkpointing.save": save,
         f"{training}.save_checkpoint": save_checkpoint,
+        "megatron.training.models.gpt.mtp_block_spec": mtp_block_spec,
     }

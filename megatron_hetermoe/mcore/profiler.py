@@ -10,6 +10,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.cost.profile import Points, Profile, taken_for
 from megatron_hetermoe.mcore import gpt
 from megatron_hetermoe.mcore.arguments import disaggregated_arguments, model_shape
+from megatron_hetermoe.mcore.experts import experts_of
 from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.pretrain import model_provider
 from megatron_hetermoe.mcore.session import Session
@@ -36,9 +38,10 @@ from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
 LAYERS = 2  # of the model that is built: A tasks with an embedding, with none, and with the head
 HELD = 8  # experts of a layer that are measured together, as a holder runs them
-# Tasks are measured whole, whatever a recipe splits: the planner looks at no parallelism but of roles.
-_WHOLE = ("--tensor-model-parallel-size", "1", "--expert-tensor-parallel-size", "1",
-          "--context-parallel-size", "1", "--pipeline-model-parallel-size", "1")
+# Tasks are measured whole, whatever a recipe splits: the planner looks at no parallelism but of roles. What predicts further
+# tokens is priced by the parts that it is made of.
+_PLAIN = ("--tensor-model-parallel-size", "1", "--expert-tensor-parallel-size", "1",
+          "--context-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--mtp-num-layers", "0")
 _ATTENTION, _EXPERT = 0, 1  # ranks of the session, of which only one is there at a time
 _WARM_UP = 2
 _HOST_CYCLES = 30_000_000  # of a GPU: some 15 ms, longer than the host takes to queue any task
@@ -74,7 +77,7 @@ def arguments(rest: Sequence[str], flags: Flags, problems: Problems) -> tuple[ar
     """
     alone = Flags(enabled=True, attention_ranks=1, expert_ranks=2, attention=flags.attention, experts=flags.experts)
     args, plan = disaggregated_arguments(
-        alone, [*rest, "--num-layers", str(LAYERS), "--moe-layer-freq", "1", *_WHOLE], problems)
+        alone, [*rest, "--num-layers", str(LAYERS), "--moe-layer-freq", "1", *_PLAIN], problems)
     layer = tuple(_EXPERT if expert < HELD else _EXPERT + 1 for expert in range(plan.model.experts))
     return args, replace(plan, placement=(layer,) * LAYERS)
 
@@ -304,7 +307,7 @@ class _Experts(_Part):
         rows, hidden = tokens * held, self.config.hidden_size
         transfers = self.session.transfers(hidden)
         inputs = self.inputs(None)
-        table = ExpertTasks(inputs, transfers, inputs.model.experts).table()
+        table = ExpertTasks(inputs, transfers, partial(experts_of, inputs.model)).table()
         before = _allocated()
         task = Task(Kind.EXPERT, Pass.FORWARD, 1, 0)
         given = torch.randn(rows, hidden, dtype=self.session.wire_dtype, device=self.device)

@@ -62,15 +62,15 @@ def rerun_routing(submodule: Submodule) -> Submodule:
     gradients reach the second run.
     """
 
-    def run(node: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        def attend_and_route(hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def run(node: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def attend_and_route(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
             left = SimpleNamespace()
             seen = SimpleNamespace(chunk_state=node.chunk_state, layer_state=left, detach=lambda tensor: tensor)
-            tokens, probs = submodule(seen, hidden_states)
+            tokens, probs = submodule(seen, *inputs)
             shared = getattr(left, "shared_expert_output", None)
             return (tokens, probs, left.residual) if shared is None else (tokens, probs, left.residual, shared)
 
-        tokens, probs, residual, *shared = rerun(attend_and_route, hidden_states)
+        tokens, probs, residual, *shared = rerun(attend_and_route, *inputs)
         node.layer_state.residual = node.detach(residual)
         if shared:
             node.layer_state.shared_expert_output = node.detach(shared[0])
@@ -103,8 +103,8 @@ def recompute_norm(submodule: Submodule, layer: torch.nn.Module) -> Submodule:
     whatever leaves this node starts it: each one's backward may be the first that reads the norm's output.
     """
 
-    def run(node: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, probs = submodule(node, hidden_states)
+    def run(node: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, probs = submodule(node, *inputs)
         checkpoint, layer.pre_mlp_norm_checkpoint = layer.pre_mlp_norm_checkpoint, None
         if torch.is_grad_enabled():
             for tensor in (tokens, probs, *node.before_detached):

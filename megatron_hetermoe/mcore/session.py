@@ -65,6 +65,16 @@ class Session:
         """The layers of this rank's stage, from 1 on. Tasks number them from 1 in each stage."""
         return self.plan.layers_of_stage(self.stage)
 
+    @property
+    def decoder_layers(self) -> range:
+        """Those of them that do not predict further tokens."""
+        return range(self.layers.start, min(self.layers.stop, self.plan.model.decoder_layers + 1))
+
+    @property
+    def mtp_layers(self) -> range:
+        """Those of them that do: the last stage's last ones."""
+        return range(self.decoder_layers.stop, self.layers.stop)
+
     @cached_property
     def stage_placement(self) -> Placement:
         """The placement of this stage's layers, as tasks number them."""

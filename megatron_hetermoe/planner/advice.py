@@ -100,12 +100,12 @@ def nothing_fits(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]
                                          if lacking > 0 else "room on single ranks")
     ]
     ways = []
-    low, high = 0, question.shape.layers - 1
+    low, high = 0, question.shape.decoder_layers - 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(smaller(question, middle), cluster, kinds) else (low, middle - 1)
     if low:
-        ways.append(f"{low} layers in place of {question.shape.layers}")
+        ways.append(f"{low} layers in place of {question.shape.decoder_layers}")
     for name in cluster.pools:
         more = _nodes_needed(question, cluster, kinds, name)
         if more:

@@ -90,8 +90,11 @@ def member_memory(
     if dense:
         tokens = group.rank_tokens
         activations += wave * tokens * shape.layers * attention_token_bytes(group, member)
+        # Of what predicts a further token: a later one's embedding and the hidden state, as they come and normed, and the
+        # result, which the head gets.
+        activations += wave * tokens * shape.mtp_layers * 5 * shape.hidden * BYTES[group.precision]
         # Logits with their gradient, in the weights' type and in fp32, or the permuted tokens of a layer.
-        logits = tokens * step.vocabulary * 2 * (BYTES[group.precision] + 4)
+        logits = tokens * step.vocabulary * 2 * (BYTES[group.precision] + 4) * (1 + shape.mtp_layers)
         permuted = 4 * tokens * shape.topk * shape.hidden * BYTES[group.precision]
         # Ranks that share a microbatch gather its tokens, and the gradients of these.
         gathered = 2 * (group.tensor - 1) * tokens * shape.hidden * BYTES[group.precision]

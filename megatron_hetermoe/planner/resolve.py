@@ -141,17 +141,14 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
         plan.context_parallel, plan.stages,
     ):
         problems.add(problem)
-    if plan.stage_layers and (sum(plan.stage_layers) != plan.model.layers or min(plan.stage_layers) < 1):
-        problems.add(f"pipeline stages of {', '.join(map(str, plan.stage_layers))} layers do not make up the model's "
-                     f"{plan.model.layers}, at least one each: change --pipeline-model-parallel-size or the layers of the "
-                     "first and last stage")
-    elif plan.stage_layers:
-        idle = [str(stage + 1) for stage in range(plan.stages)
-                if not set(plan.layers_of_stage(stage)) & set(plan.model.moe_layers)]
-        if idle:
-            problems.add(f"pipeline stage {' and '.join(idle)} of {plan.stages} has no layer with experts, so its expert "
-                         "ranks would have nothing: divide the layers so that each stage has one "
-                         "(--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers)")
+    further = plan.model.mtp_layers
+    own = (*plan.stage_layers[:-1], plan.stage_layers[-1] - further) if plan.stage_layers else ()
+    if own and (sum(own) != plan.model.decoder_layers or min(own) < 1):
+        beside = f" beside the {further} that predict further tokens" if further else ""
+        problems.add(f"pipeline stages of {', '.join(map(str, own))} layers do not make up the model's "
+                     f"{plan.model.decoder_layers}{beside}, at least one each: change --pipeline-model-parallel-size or what each stage "
+                     "has (--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers, "
+                     "--pipeline-model-parallel-layout)")
     _check_world(plan.attention_ranks, plan.expert_ranks, world_size, problems)
     if plan.schedule == "overlapped" and plan.stages > 1:
         problems.add(f"overlapped waves are not supported with {plan.stages} pipeline stages, where 1F1B has a wave's forward "

@@ -337,7 +337,9 @@ def fits(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> boo
 
 
 def smaller(question: Question, layers: int) -> Question:
-    """The same model with fewer layers."""
+    """The same model with that many layers, and as many as before that predict further tokens."""
     shape = question.shape
-    return replace(question, shape=replace(
-        shape, layers=layers, moe_layers=tuple(layer for layer in shape.moe_layers if layer <= layers)))
+    fewer = shape.decoder_layers - layers
+    own = tuple(layer for layer in shape.moe_layers if layer <= layers)
+    further = tuple(layer - fewer for layer in shape.moe_layers if layer > shape.decoder_layers)
+    return replace(question, shape=replace(shape, layers=shape.layers - fewer, moe_layers=(*own, *further)))

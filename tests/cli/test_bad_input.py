@@ -48,12 +48,12 @@ def placement(tmp_path):
 def test_every_problem_is_named_at_once(tmp_path):
     said = refused(
         ["--hetermoe", "--hetermoe-attention-ranks", "3", "--hetermoe-expert-ranks", "2", "--hetermoe-colour", "red",
-         "--hetermoe-wave", "none", *tiny(mtp_num_layers=1, rampup_batch_size=[4, 3, 32])], tmp_path,
+         "--hetermoe-wave", "none", *tiny(mtp_num_layers=1, mtp_detach_heads=True, rampup_batch_size=[4, 3, 32])], tmp_path,
     )
     for problem in (
         "unknown flag --hetermoe-colour", "--hetermoe-wave is 'none'",
         "3 attention and 2 expert ranks need 5 ranks, but 4 were started",
-        "--mtp-num-layers is not supported",
+        "--mtp-detach-heads is not supported",
         "the start of --rampup-batch-size 4 does not divide by micro batch size 1 x 3 attention ranks = 3: take 3 or 6",
         "--global-batch-size 8 does not divide by micro batch size 1 x 3 attention ranks = 3: take 6 or 9",
     ):
@@ -178,15 +178,15 @@ def test_pipelines_that_do_not_fit(tmp_path):
     """What a pipeline cannot have beside it, and layers that do not divide, at once."""
     said = refused(
         [*OURS, "--hetermoe-trace", str(tmp_path / "trace"), *tiny(
-            num_layers=5, pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2,
-            pipeline_model_parallel_layout="Et|ttttL", account_for_loss_in_pipeline_split=True)], tmp_path,
+            num_layers=5, pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)], tmp_path,
     )
     for problem in (
         "--hetermoe-trace is not supported with --pipeline-model-parallel-size 2: leave it out",
         "--num-virtual-stages-per-pipeline-rank is not supported with --hetermoe: leave it out: a wave",
-        "--pipeline-model-parallel-layout is not supported with --hetermoe: give --decoder-first-pipeline-num-layers",
-        "--account-for-loss-in-pipeline-split is not supported", "stages of 2, 2 layers do not make up the model's 5",
+        "stages of 2, 2 layers do not make up the model's 5",
     ):
         assert problem in said, problem
     assert "--pipeline-model-parallel-size 3 with 2 layers: it must be from 1 to that" in refused(
         [*OURS, *tiny(pipeline_model_parallel_size=3)], tmp_path)
+    layout = refused([*OURS, *tiny(num_layers=3, pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|t|tL")], tmp_path)
+    assert "has 3 stages, --pipeline-model-parallel-size is 2: make them equal; virtual stages are not supported" in layout

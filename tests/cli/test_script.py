@@ -72,7 +72,7 @@ def test_a_script_that_cannot_be_split(tmp_path, old, new, said):
 
 
 def test_bad_flags_of_a_script_come_in_one_message(tmp_path):
-    run = run_ranks([*PAIR, "--hetermoe-wavs", "2", *tiny(mtp_num_layers=1)], 2, cwd=tmp_path, script=SCRIPT, timeout=60)
+    run = run_ranks([*PAIR, "--hetermoe-wavs", "2", *tiny(delay_wgrad_compute=True)], 2, cwd=tmp_path, script=SCRIPT, timeout=60)
     assert run.exit_codes == [2, 2]
     assert "hetermoe: 2 problems:" in run.output[0] and "did you mean --hetermoe-wave?" in run.output[0]
 

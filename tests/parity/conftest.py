@@ -17,7 +17,7 @@ SHAPE = (
     "moe_shared_expert_intermediate_size", "disable_bias_linear", "moe_router_enable_expert_bias",
     "moe_router_score_function", "qk_layernorm", "num_query_groups", "ffn_hidden_size", "moe_shared_expert_gate",
     "position_embedding_type", "normalization", "add_qkv_bias", "swiglu", "squared_relu", "quick_geglu",
-    "no_bias_gelu_fusion", "moe_ffn_hidden_size", "group_query_attention",
+    "no_bias_gelu_fusion", "moe_ffn_hidden_size", "group_query_attention", "mtp_num_layers",
 )
 
 

@@ -9,7 +9,8 @@ every change ``test_precision.py`` looks at these. All is chosen greedily, so it
 and the same ones on every machine.
 
 **Adding.** An option is one line in ``AXES``: its name, and its flags with underscores, those of ``--hetermoe`` too. What
-cannot stand together is one line in ``EXCLUSIONS``.
+cannot stand together is one line in ``EXCLUSIONS``. An axis in ``LATER`` leaves the rows of the others as they were, numbers
+too, and has rows of its own behind them.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
         "constant": {},
         "growing": {"train_iters": None, "train_samples": 372, "rampup_batch_size": [12, 12, 180], "global_batch_size": 24},
     },
+    "further tokens": {"none": {}, "1": {"mtp_num_layers": 1}, "2": {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}},
 }
+LATER = ("further tokens",)
 
 FP32 = "fp32"
 DEVIATION = "deviation"  # under which a test reports: precision, of losses and norms what was found and what may be
@@ -176,6 +179,8 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion({"context": ("2",), "capacity": ("least probable go", "last go", "padded")},
               "capacity is that of whole sequences", refused=False),
     Exclusion({"context": ("2",), "balancing": ("sinkhorn",)}, "whole sequences are balanced", refused=False),
+    Exclusion({"further tokens": ("1", "2"), "positions": ("learned",)}, "not supported with learned_absolute"),
+    Exclusion({"further tokens": ("1", "2"), "context": ("2",)}, "a loss is a mean over the ranks' means", refused=False),
     Exclusion({"ranks": ("1+2", "3+2"), "precision": _HALF}, _ONE_SIZE, refused=False),
     Exclusion({"ranks": ("2+2", "2+1", "2+3"), "context": ("2",), "precision": _HALF}, _ONE_SIZE, refused=False),
     Exclusion({"balancing": ("global", "several"), "precision": _HALF},
@@ -242,25 +247,31 @@ def allowed(row: Mapping[str, str]) -> bool:
 @cache
 def rows() -> tuple[Row, ...]:
     """The whole matrix."""
-    full = [{**row, "precision": FP32} for row in all_pairs()]
-    return (*full, *_in_half(full))
+    without = {axis: next(iter(AXES[axis])) for axis in LATER}
+    first = [{**row, **without, "precision": FP32} for row in all_pairs([axis for axis in AXES if axis not in LATER])]
+    later = [{**row, "precision": FP32} for row in all_pairs(AXES, first)]
+    return (*first, *_in_half(first), *later)
 
 
-def all_pairs() -> list[Row]:
-    """Rows in which each option stands beside each of other axes, greedily few.
+def all_pairs(axes: Iterable[str], there: Iterable[Row] = ()) -> list[Row]:
+    """Rows in which each option stands beside each of other axes, greedily few, beside rows that are ``there``.
 
     A row begins with a pair that is missing. Axis by axis it gets the option that makes the most missing pairs with what
     it has, or of several such options the one that was used least.
     """
     missing = dict.fromkeys(
         ((first, one), (second, other))
-        for first, second in combinations(AXES, 2) for one in AXES[first] for other in AXES[second]
+        for first, second in combinations(axes, 2) for one in AXES[first] for other in AXES[second]
     )
     used: Counter[tuple[str, str]] = Counter()
+    for row in there:
+        for pair in _pairs(row):
+            missing.pop(pair, None)
+        used.update(row.items())
     found = []
     while missing:
         pair = next(iter(missing))
-        row = _completed(dict(pair), missing, used)
+        row = _completed(dict(pair), axes, missing, used)
         if row is None:  # what is left of some axis excludes it
             del missing[pair]
             continue
@@ -271,12 +282,14 @@ def all_pairs() -> list[Row]:
     return found
 
 
-def _completed(row: Row, missing: Mapping[Pair, None], used: Counter[tuple[str, str]]) -> Row | None:
+def _completed(
+    row: Row, axes: Iterable[str], missing: Mapping[Pair, None], used: Counter[tuple[str, str]]
+) -> Row | None:
     """The row with an option of every axis, None where there is no way. The axis with the least choice comes next."""
     if not allowed(row):
         return None
-    choices = {axis: [option for option in options if allowed({**row, axis: option})]
-               for axis, options in AXES.items() if axis not in row}
+    choices = {axis: [option for option in AXES[axis] if allowed({**row, axis: option})]
+               for axis in axes if axis not in row}
     if not choices:
         return row
     axis = min(choices, key=lambda axis: len(choices[axis]) if len(choices[axis]) < len(AXES[axis]) else len(AXES))
@@ -286,7 +299,7 @@ def _completed(row: Row, missing: Mapping[Pair, None], used: Counter[tuple[str, 
         return -made, used[axis, option]
 
     candidates = ({**row, axis: option} for option in sorted(choices[axis], key=merit))
-    return next(filter(None, (_completed(candidate, missing, used) for candidate in candidates)), None)
+    return next(filter(None, (_completed(candidate, axes, missing, used) for candidate in candidates)), None)
 
 
 def _pairs(row: Row) -> Iterable[Pair]:

@@ -126,3 +126,35 @@ def test_between_pipeline_stages(tmp_path, variant):
     for source, layout, target, until in legs:
         steps = journey.leg(source, layout, target, until)
         assert_same_steps(steps, expected[until - 3:until], rel=rel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["adam", "distributed-adam"])
+def test_with_layers_that_predict_further_tokens(tmp_path, parity, variant):
+    """From stock Megatron to uneven experts, back, and to two pipeline stages."""
+    journey = Journey(tmp_path, mtp_num_layers=2, **VARIANTS[variant])
+    layers = {"all": {"e0": ["0-4"], "e1": ["5-7"]}, 3: {"a0": [0, 5], "e0": [1, 2, 3, 4, 6, 7]}}
+    uneven = disaggregated(1, 2, 1, "--hetermoe-placement", placement_file(parity, experts=8, layers=layers))
+    expected = journey.whole(stock(2, 2))
+    legs = [
+        (None, stock(2, 2), "start", 3), ("start", uneven, "uneven", 6), ("uneven", stock(2, 2), "stock", 9),
+        ("stock", disaggregated(2, 2, 1, "--pipeline-model-parallel-size", "2"), "stages", 12),
+        ("uneven", disaggregated(2, 2), "even", 9),
+    ]
+    for source, layout, target, until in legs:
+        steps = journey.leg(source, layout, target, until)
+        assert_same_steps(steps, expected[until - 3:until], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_to_a_stage_without_experts_and_back(tmp_path):
+    journey = Journey(tmp_path, num_layers=3, moe_layer_freq="([0,1,1])", **VARIANTS["distributed-adam"])
+    dense_first = ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Et|ttL", "--hetermoe-wave", "1"]
+    expected = journey.whole(disaggregated(1, 1))
+    legs = [
+        (None, disaggregated(1, 1), "start", 3), ("start", disaggregated(2, 2, 1, *dense_first), "two", 6),
+        ("two", disaggregated(2, 2, 1, *dense_first), "again", 9), ("again", disaggregated(1, 1), "one", 12),
+    ]
+    for source, layout, target, until in legs:
+        steps = journey.leg(source, layout, target, until)
+        assert_same_steps(steps, expected[until - 3:until], rel=1e-5)

@@ -30,6 +30,8 @@ def check(parity, m: int, n: int, g: int = 1, hetermoe=(), stages: int = 2, spli
             assert_same_steps([replace(step, loss={}) for step in steps],
                               [replace(step, loss={}) for step in reference.steps[0]], rel=rel)
     assert losses == (m + n) * g
+    further = {key: value for key, value in reference.scalars[-1].items() if key[0].startswith("mtp_")}
+    assert {key: run.scalars[-1][key] for key in further} == pytest.approx(further, rel=rel)
     return run
 
 
@@ -79,6 +81,37 @@ def test_beside(parity, name):
 @pytest.mark.slow
 def test_three_stages(parity):
     check(parity, 1, 1, stages=3, hetermoe=["--hetermoe-wave", "1"], split={"decoder_last_pipeline_num_layers": 2})
+
+
+def test_a_stage_without_experts(parity):
+    """Its expert ranks have no parameter and no task, and take part in what all ranks do."""
+    check(parity, 1, 1, hetermoe=["--hetermoe-wave", "1"], num_layers=3, moe_layer_freq="([0,1,1])",
+          split={"pipeline_model_parallel_layout": "Et|ttL"}, use_distributed_optimizer=True, log_params_norm=True,
+          log_num_zeros_in_grad=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moe", ["([0,0,1])", "([1,0,0])"])
+@pytest.mark.parametrize("stages", ["Et|t|tL", None])
+def test_stages_without_experts(parity, moe, stages):
+    split = {"pipeline_model_parallel_layout": stages} if stages else {}
+    check(parity, 1, 1, stages=3, num_layers=3, moe_layer_freq=moe, split=split, eval_iters=2, eval_interval=10)
+
+
+@pytest.mark.slow
+def test_layouts_of_stages(parity):
+    """An embedding and a loss that count as a layer each, and further tokens in a layout."""
+    check(parity, 1, 1, hetermoe=["--hetermoe-wave", "1"], num_layers=5,
+          split={"account_for_embedding_in_pipeline_split": True})
+    check(parity, 1, 1, hetermoe=["--hetermoe-wave", "1"], num_layers=3, mtp_num_layers=1,
+          split={"pipeline_model_parallel_layout": "Ett|tmL"})
+
+
+@pytest.mark.slow
+def test_layers_that_predict_further_tokens(parity):
+    """They are in the last stage, which has an embedding too."""
+    check(parity, 1, 1, hetermoe=["--hetermoe-wave", "1"], split=UNEVEN, num_layers=3, mtp_num_layers=2,
+          use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, tensorboard_dir="tensorboard")
 
 
 @pytest.mark.slow

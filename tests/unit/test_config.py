@@ -132,10 +132,19 @@ def test_pipeline_stages_are_part_of_the_plan(tmp_path):
     assert "--pipeline-model-parallel-size 1 disagrees with 2" in caught.value.message()
 
 
+def test_layers_that_predict_further_tokens_are_the_last_stages():
+    further = dataclasses.replace(shape(layers=4), mtp_layers=2)
+    problems = Problems()
+    plan = resolve(BASE, further, "fp32", 4, problems, Parallelism(stage_layers=(1, 3)))
+    assert not problems and len(plan.placement) == 4 and list(plan.layers_of_stage(1)) == [2, 3, 4]
+    assert resolve(BASE, further, "fp32", 4, problems, Parallelism(stage_layers=(2, 2))) is None
+    with pytest.raises(UsageError, match="stages of 2, 0 layers do not make up the model's 2 beside the 2 that predict"):
+        problems.raise_if_any()
+
+
 @pytest.mark.parametrize("stage_layers, said", [
     ((2, 2), "overlapped waves are not supported with 2 pipeline stages"),
     ((2, 1), "stages of 2, 1 layers do not make up the model's 4"), ((4, 0), "stages of 4, 0 layers"),
-    ((1, 3), "pipeline stage 1 of 2 has no layer with experts"),
     ((1, 1, 2), "2 attention ranks do not divide into 1 ZP groups in each of 3 pipeline stages"),
 ])
 def test_pipelines_that_cannot_be(stage_layers, said):

@@ -16,6 +16,8 @@ from megatron_hetermoe.cost.devices import device_table
 from megatron_hetermoe.cost.estimate import Estimate
 from megatron_hetermoe.cost.profile import Profiled, read_profile
 from megatron_hetermoe.cost.tasks import TaskCosts
+from megatron_hetermoe.cost.work import dense_parameters, projection_width
+from megatron_hetermoe.planner.memory import member_memory
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.simulator.baselines import spread
 from megatron_hetermoe.topology.placement import Placement
@@ -117,6 +119,23 @@ def test_experts_cost_by_their_number_and_bytes_by_their_holders():
     assert dispatch.seconds == pytest.approx(2 * 6 * rows * (64 * 2 + 4) / 1e9)  # into the fullest holder
     combine = costs.transfer(Task(Kind.COMBINE, Pass.FORWARD, 1, 0))
     assert combine.seconds == pytest.approx(2 * 6 * rows * 64 * 2 / 1e9)
+
+
+def test_a_further_token_is_a_layer_more_and_a_head():
+    """Its A task has what joins a hidden state and an embedding too, which is as large as the width says."""
+    of = replace(shape(layers=4, moe_layers=(1, 3, 4)), mtp_layers=1)
+    priced = group(2, 2, of=of, new=profile(of, head=(1e-3, 2e-3)))
+    forward, _ = priced.attention[0]
+    joining = priced.seats[0].kind.feed_forward(projection_width(of), 128, "none")[0]
+    assert forward[3] == pytest.approx(forward[1] + joining) and joining > 0
+    assert forward[4] == pytest.approx(2e-3)  # the main head, and one more
+    plain = shape(layers=4, moe_layers=(1, 3, 4))
+    joined = 2 * of.hidden * of.hidden
+    assert dense_parameters(of, 1000) - dense_parameters(plain, 1000) == joined + 3 * of.hidden
+    ungated = replace(of, gated=False)
+    assert 2 * ungated.hidden * projection_width(ungated) == joined  # two matrices that wide are the one
+    grown = member_memory(priced, 0, 0, 1).total - member_memory(group(2, 2, of=plain), 0, 0, 1).total
+    assert grown > 128 * 1000 * 2 * 6  # the second head's logits
 
 
 def test_the_typical_task_is_the_median_of_those_that_have_it():

@@ -16,7 +16,7 @@ from megatron_hetermoe.planner.advice import alone, baselines, nothing_fits
 from megatron_hetermoe.planner.asym_ea import Limits, counts_of, feasible, long_step_seconds, placement_of
 from megatron_hetermoe.planner.memory import expert_row_bytes, in_flight, member_memory, usable
 from megatron_hetermoe.planner.options import Question, options
-from megatron_hetermoe.planner.search import _by_turns, after_losing_a_node, left_out, search
+from megatron_hetermoe.planner.search import _by_turns, after_losing_a_node, left_out, search, smaller
 from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.simulator.baselines import expert_parallel_tokens_per_second, spread
@@ -131,6 +131,12 @@ def test_what_is_said_to_fit_fits_and_no_less_does():
     assert found(shape(layers=layers, experts=16), 1, 1) and not found(shape(layers=layers + 1, experts=16), 1, 1)
     assert found(of, more_new, 1) and not found(of, more_new - 1, 1)
     assert found(of, 1, more_old) and not found(of, 1, more_old - 1)
+
+
+def test_a_smaller_model_predicts_as_many_further_tokens():
+    of = replace(shape(layers=6, moe_layers=(1, 3, 5, 6)), mtp_layers=2)
+    fewer = smaller(question(of), 3).shape
+    assert (fewer.layers, fewer.decoder_layers, fewer.moe_layers) == (5, 3, (1, 3, 4, 5))
 
 
 def test_what_the_pools_would_do_alone():
