@@ -71,8 +71,14 @@ def embedding_work(shape: ModelShape, tokens: int) -> Work:
 
 
 @lru_cache(maxsize=256)
-def dense_parameters(shape: ModelShape, vocabulary: int) -> int:
-    """Weights of an attention rank beside the experts that it holds: all but the routed experts."""
+def dense_parameters(shape: ModelShape, vocabulary: int, begins: bool = True, ends: bool = True) -> int:
+    """Weights of an attention rank beside the experts that it holds: all but the routed experts.
+
+    Args:
+        shape: of the layers that it has.
+        vocabulary: rows of the output layer.
+        begins, ends: whether it has the embedding, and final norm and output layer; tied, they are one only on one rank.
+    """
     width = shape.heads * shape.head_dim
     matrices = 3 if shape.gated else 2
     attention = shape.hidden * (2 * width + 2 * shape.query_groups * shape.head_dim) + 2 * shape.hidden
@@ -81,5 +87,5 @@ def dense_parameters(shape: ModelShape, vocabulary: int) -> int:
         dense_layers * shape.dense_ffn + len(shape.moe_layers) * shape.shared_expert_ffn
     )
     router = len(shape.moe_layers) * shape.hidden * shape.experts
-    embeddings = vocabulary * shape.hidden * (1 if shape.tied_embeddings else 2)
-    return shape.layers * attention + feed_forward + router + embeddings + shape.hidden
+    matrices = 1 if begins and ends and shape.tied_embeddings else begins + ends
+    return shape.layers * attention + feed_forward + router + (matrices * vocabulary + ends) * shape.hidden

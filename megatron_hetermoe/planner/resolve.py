@@ -14,7 +14,7 @@ from megatron_hetermoe.config.plan import (
     ATTENTION_KERNELS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS, Plan, read_plan,
 )
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
+from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems, stage_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document
 
 # Flags that a plan file decides, and the plan's field that each is shorthand for.
@@ -141,21 +141,9 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
         plan.context_parallel, plan.stages,
     ):
         problems.add(problem)
-    if plan.stage_layers and (sum(plan.stage_layers) != plan.model.layers or min(plan.stage_layers) < 1):
-        problems.add(f"pipeline stages of {', '.join(map(str, plan.stage_layers))} layers do not make up the model's "
-                     f"{plan.model.layers}, at least one each: change --pipeline-model-parallel-size or the layers of the "
-                     "first and last stage")
-    elif plan.stage_layers:
-        idle = [str(stage + 1) for stage in range(plan.stages)
-                if not set(plan.layers_of_stage(stage)) & set(plan.model.moe_layers)]
-        if idle:
-            problems.add(f"pipeline stage {' and '.join(idle)} of {plan.stages} has no layer with experts, so its expert "
-                         "ranks would have nothing: divide the layers so that each stage has one "
-                         "(--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers)")
+    for problem in stage_problems(plan):
+        problems.add(problem)
     _check_world(plan.attention_ranks, plan.expert_ranks, world_size, problems)
-    if plan.schedule == "overlapped" and plan.stages > 1:
-        problems.add(f"overlapped waves are not supported with {plan.stages} pipeline stages, where 1F1B has a wave's forward "
-                     "beside another one's backward already: use --hetermoe-schedule zebra")
     if plan.schedule not in SCHEDULES:
         problems.add(f"the plan's schedule is {plan.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
     beside = EXPERT_PRECISIONS.get(plan.attention_precision, ())

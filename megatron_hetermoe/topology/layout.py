@@ -217,6 +217,26 @@ def layout_problems(
     return problems
 
 
+def stage_problems(plan: Plan) -> list[str]:
+    """What keeps a plan's layers and schedule from being divided into its pipeline stages, one sentence each."""
+    problems = []
+    if plan.stage_layers and (sum(plan.stage_layers) != plan.model.layers or min(plan.stage_layers) < 1):
+        problems.append(f"pipeline stages of {', '.join(map(str, plan.stage_layers))} layers do not make up the model's "
+                        f"{plan.model.layers}, at least one each: change --pipeline-model-parallel-size or the layers of the "
+                        "first and last stage")
+    elif plan.stage_layers:
+        idle = [str(stage + 1) for stage in range(plan.stages)
+                if not set(plan.layers_of_stage(stage)) & set(plan.model.moe_layers)]
+        if idle:
+            problems.append(f"pipeline stage {' and '.join(idle)} of {plan.stages} has no layer with experts, so its expert "
+                            "ranks would have nothing: divide the layers so that each stage has one "
+                            "(--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers)")
+    if plan.schedule == "overlapped" and plan.stages > 1:
+        problems.append(f"overlapped waves are not supported with {plan.stages} pipeline stages, where 1F1B has a wave's "
+                        "forward beside another one's backward already: use --hetermoe-schedule zebra")
+    return problems
+
+
 def _runs(ranks: range, length: int) -> tuple[tuple[int, ...], ...]:
     """Ranks in groups of so many next to each other."""
     return tuple(tuple(ranks[first:first + length]) for first in range(0, len(ranks), length))
