@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -20,18 +21,20 @@ if TYPE_CHECKING:
     import numpy as np
 
 MOST_STAGES = 16
-_EVENTS = 16 * LONG  # layers x microbatches that the event simulator takes a second or two for
+_UNEVEN = 1.5  # times an even part, that the layers of a stage may be
+_EVENTS = 4 * LONG  # layers x microbatches that the event simulator takes up to a second for
 
 
 def divisions(shape: ModelShape) -> tuple[tuple[int, ...], ...]:
-    """The layers of each stage, for 2, 4, ... stages: as even as Megatron's flags can say, the last one with fewer layers
-    where they do not divide, since it has the head. Each stage has a layer with experts."""
+    """The layers of each stage, for 2, 4, ... stages: as even as Megatron's flags can say, with another number in the last
+    one where they do not divide. Each stage has a layer with experts; divisions that are far from even are left out."""
     found = []
     stages = 2
     while stages <= min(MOST_STAGES, shape.layers):
-        others = next(count for count in range(-(-shape.layers // stages), 0, -1) if count * (stages - 1) < shape.layers)
-        layers = (*[others] * (stages - 1), shape.layers - others * (stages - 1))
-        if all(shape.of_layers(part).moe_layers for part in parts_of(layers)):
+        even = shape.layers / stages
+        ways = [(*[others] * (stages - 1), shape.layers - others * (stages - 1)) for others in (math.ceil(even), int(even))]
+        layers = min((way for way in ways if min(way) > 0), key=max)
+        if max(layers) <= _UNEVEN * even and all(shape.of_layers(part).moe_layers for part in parts_of(layers)):
             found.append(layers)
         stages *= 2
     return tuple(found)

@@ -57,7 +57,9 @@ class Predicted:
         return self.layout.holder_of(self.layout.rank_of(0, member))
 
 
-def predict(plan: Plan, cluster: Cluster, origin: str, notes: Notes) -> Predicted:
+def predict(
+    plan: Plan, cluster: Cluster, origin: str, notes: Notes, kinds: Mapping[str, Kind] | None = None
+) -> Predicted:
     """Simulates a plan's step.
 
     Args:
@@ -65,13 +67,14 @@ def predict(plan: Plan, cluster: Cluster, origin: str, notes: Notes) -> Predicte
         cluster: that it was made for.
         origin: the plan's file, for messages.
         notes: gets what is to be said of the prices.
+        kinds: what its GPUs cost, in place of the files that the cluster names.
 
     Raises:
         UsageError: with all that keeps the plan from being priced.
     """
     _check(plan, cluster, origin)
     layout = layout_of(plan)
-    kinds = kinds_of(cluster, plan.model, plan.attention_precision, notes)
+    kinds = kinds or kinds_of(cluster, plan.model, plan.attention_precision, notes)
     stages = priced_stages(plan, cluster, kinds)
     holders = [layout.holder_of(rank) for rank in layout.zp_group(0)]
     results = tuple(replace(result, members=tuple(result.members[holder] for holder in holders))
@@ -100,18 +103,18 @@ def _check(plan: Plan, cluster: Cluster, origin: str) -> None:
     for name in sorted(set(plan.pools) - cluster.pools.keys()):
         problems.add(f"{origin} uses the pool {name}, {cluster.origin} has {', '.join(cluster.pools)}: give the "
                      f"cluster file that it was made for")
-    for problem in layout_problems(
+    wrong = layout_problems(
         plan.attention_ranks, plan.expert_ranks, max(1, plan.groups), plan.tensor_parallel, plan.expert_tensor_parallel, 1,
         plan.stages,
-    ):
+    )
+    for problem in wrong:
         problems.add(f"{origin}: {problem}")
     figures = _figures(plan)
     for problem in figures:
         problems.add(f"{origin}: {problem}: make it anew")
-    if figures or not plan.pools:
+    if figures or wrong or not plan.pools:
         problems.raise_if_any()  # what follows counts with them
-    problems.raise_if_any()
-    layout = layout_of(plan)
+    layout = layout_of(replace(plan, context_parallel=1))
     members = layout.m + layout.n
     if len(plan.pools) != members:
         problems.add(f"{origin} names pools for {len(plan.pools)} members, a ZP group of it has {members}: make it "

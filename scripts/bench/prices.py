@@ -118,5 +118,5 @@ def _by_kind(question: Question, cluster: Cluster, kinds: dict[str, Kind]) -> Op
 
 def _priced(option: Option) -> Priced | None:
     """With as many microbatches on the way as fit, and the placement that is fastest then; None if nothing fits."""
-    assignment = balance(option.group, option.limits(option.wave), option.wave) if option.wave else None
+    assignment = balance(option.group, option.limits(option.wave)[0], option.wave) if option.wave else None
     return assignment and Priced(option, option.wave, assignment, option.tokens / assignment.seconds)
