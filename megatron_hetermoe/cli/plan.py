@@ -21,10 +21,10 @@ from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
-NOT_SEARCHED = "expert-tensor and pipeline parallelism and CPU offload of the optimizer were not searched; " \
-               "routing is taken to be balanced"
+NOT_SEARCHED = "context parallelism and CPU offload of the optimizer were not searched; routing is taken to be balanced"
 _RUNNERS_UP = 5
 _TENSOR = (1, 2, 4, 8)
+_EXPERT_TENSOR = (1, 2, 4)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -100,6 +100,7 @@ def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
 def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems, notes: Any) -> Any:
     _, rest = parse_flags(argv, problems)
     from megatron_hetermoe.planner.options import Question
+    from megatron_hetermoe.planner.staged import divisions
 
     with quiet(), environment({"WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}):
         from megatron_hetermoe.mcore.arguments import (
@@ -108,12 +109,13 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
 
         parsed, shape = arguments_to_plan_for(rest, problems)
     parallelism = parallelism_of(parsed)
-    if max(parallelism.expert_tensor, parallelism.context) > 1:
-        problems.add("no plan is made for expert tensor and context parallelism yet, which the recipe asks for: plan "
-                     "without them, or give ranks and placement by hand")
-    if parallelism.stage_layers:
-        problems.add(f"no plan is made for pipelines yet, and the recipe asks for {len(parallelism.stage_layers)} stages: "
-                     "plan with --pipeline-model-parallel-size 1, or give ranks and placement by hand")
+    if parallelism.context > 1:
+        problems.add("no plan is made for context parallelism yet, which the recipe asks for: plan without it, or give ranks "
+                     "and placement by hand")
+    if shape is not None and parallelism.stage_layers and not _may_be_staged(shape, parallelism.stage_layers):
+        problems.add(f"pipeline stages of {', '.join(map(str, parallelism.stage_layers))} layers are no plan for "
+                     f"{shape.layers} layers, of which each stage must have one with experts: change "
+                     "--pipeline-model-parallel-size or the layers of the first and last stage")
     problems.raise_if_any()
     vocabulary = vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
     if vocabulary is None:
@@ -127,7 +129,17 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
                     (distributed,) if distributed else (False, True), _tensor(parsed),
                     # Megatron's own linear layers; the weight gradients of others are not split off.
                     WEIGHT_GRADIENTS if parsed.transformer_impl == "local" else (TOGETHER,),
-                    activation_again=(True,) if activation_again(parsed) else (False, True))
+                    activation_again=(True,) if activation_again(parsed) else (False, True),
+                    expert_tensor=(parallelism.expert_tensor,) if parsed.expert_tensor_parallel_size else _EXPERT_TENSOR,
+                    stage_layers=(parallelism.stage_layers,) if parallelism.stage_layers else ((), *divisions(shape)))
+
+
+def _may_be_staged(shape: Any, stage_layers: Sequence[int]) -> bool:
+    """Whether the layers divide so, with experts in each stage."""
+    from megatron_hetermoe.planner.staged import parts_of
+
+    return sum(stage_layers) == shape.layers and min(stage_layers) > 0 and all(
+        set(part) & set(shape.moe_layers) for part in parts_of(stage_layers))
 
 
 def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
@@ -147,7 +159,7 @@ def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, A
     best = found.best[0]
     assignment = best.assignment
     held = assignment.experts
-    lost = after_losing_a_node(question, cluster, kinds)
+    lost = after_losing_a_node(question, cluster, kinds, best)
     return {
         "plan": {**{key: value for key, value in asdict(plan).items() if key not in ("model", "placement")},
                  "layout": best.option.describe()},
@@ -222,12 +234,24 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     if out:
         console.print(f"written to {out}; the step task by task: hetermoe simulate {out} --cluster ...", soft_wrap=True)
         console.print(f"to train it, with the recipe's ranks left out: hetermoe train ... -- --hetermoe --hetermoe-plan {out}"
-                      f"{flags_of(plan['step'], plan['tensor_parallel'])}", soft_wrap=True)
+                      f"{flags_of(plan)}", soft_wrap=True)
 
 
-def flags_of(step: Mapping[str, Any], tensor: int) -> str:
-    """Megatron's flags that the plan's times and memory were reckoned with."""
+def flags_of(plan: Mapping[str, Any]) -> str:
+    """Megatron's flags that a plan's times and memory were reckoned with.
+
+    Args:
+        plan: as its file has it.
+    """
+    step, layers = plan["step"], plan["stage_layers"]
+    tensor, shares = plan["tensor_parallel"], plan["expert_tensor_parallel"]
     shared = f" --tensor-model-parallel-size {tensor} --sequence-parallel" if tensor > 1 else ""
+    shared += f" --expert-tensor-parallel-size {shares}" if shares > 1 else ""
+    shared += f" --pipeline-model-parallel-size {len(layers)}" if layers else ""
+    if layers and layers[0] != layers[1]:
+        shared += f" --decoder-first-pipeline-num-layers {layers[0]}"
+    if len(layers) > 2 and layers[-1] != layers[-2]:
+        shared += f" --decoder-last-pipeline-num-layers {layers[-1]}"
     distributed = " --use-distributed-optimizer" if step["distributed_optimizer"] else ""
     modules = [module for module, again in (("core_attn", step["recompute"] == "core_attn"),
                                             ("moe_act", step["activation_again"])) if again]

@@ -40,4 +40,4 @@ def plan_of(recipe: Recipe, argv: Sequence[str], problems: Problems) -> tuple[Pl
 def _planned_flags(path: str) -> list[str]:
     """Megatron's flags that a plan was made with."""
     plan = read_plan(path)
-    return shlex.split(flags_of(asdict(plan.step), plan.tensor_parallel)) if plan.step else []
+    return shlex.split(flags_of(asdict(plan))) if plan.step else []

@@ -1,4 +1,5 @@
-"""What ``hetermoe simulate --replay`` starts: a process for each member of a ZP group, whose tasks wait out their price.
+"""What ``hetermoe simulate --replay`` starts: a process for each member of a ZP group in each pipeline stage, whose tasks wait
+out their price.
 
 Every rank prices the plan by itself, from the same files, so nothing but paths goes through the command line.
 """
@@ -9,41 +10,41 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan, read_plan
 from megatron_hetermoe.cost.cluster import Cluster, Kind, kinds_of, read_cluster
 from megatron_hetermoe.cost.curves import Notes
-from megatron_hetermoe.cost.tasks import TaskCosts, costs_of_plan
-from megatron_hetermoe.schedule.orders import Schedule, build
-from megatron_hetermoe.simulator.baselines import spread
-from megatron_hetermoe.simulator.events import simulate
+from megatron_hetermoe.cost.tasks import TaskCosts
+from megatron_hetermoe.schedule.orders import Schedule
+from megatron_hetermoe.simulator.events import simulate_stages
+from megatron_hetermoe.simulator.planned import priced_stages
 from megatron_hetermoe.simulator.summary import summarise
+from megatron_hetermoe.topology.layout import layout_of
+from megatron_hetermoe.topology.placement import even_placement
 
 MOST_MEMBERS = 16  # of a ZP group that is replayed; each is a process
 _RESULT = "seconds.json"
 
 
-def ways(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> dict[str, tuple[Schedule, TaskCosts]]:
+Stages = list[tuple[Schedule, TaskCosts]]  # of one ZP group in each
+
+
+def ways(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> dict[str, Stages]:
     """The plan, and what it is to be compared with: no expert on attention ranks, and no two microbatches at a time."""
-    planned = costs_of_plan(plan, cluster, kinds)
-    group = planned.group
-    even = TaskCosts(group, spread(group, range(group.attention_members, group.members)))
-
-    def schedule(name: str, costs: TaskCosts, wave: int | None) -> Schedule:
-        return build(name, plan.model.layers, costs.placement, group.attention_members, group.step.microbatches, wave,
-                     weight_gradients=costs.weight_gradients)
-
-    return {
-        "the plan": (schedule(plan.schedule, planned, plan.wave), planned),
-        "experts spread over expert ranks": (schedule(plan.schedule, even, plan.wave), even),
-        "that, one microbatch at a time": (schedule("sequential", even, None), even),
+    even = replace(plan, placement=even_placement(plan.model, layout_of(plan)).holders)
+    found = {
+        "the plan": plan,
+        "experts spread over expert ranks": even,
+        "that, one microbatch at a time": replace(even, schedule="sequential", wave=None),
     }
+    return {name: priced_stages(way, cluster, kinds) for name, way in found.items()}
 
 
 def replayed(
-    plan_path: str, cluster_path: str, found: Mapping[str, tuple[Schedule, TaskCosts]], scale: float
+    plan_path: str, cluster_path: str, found: Mapping[str, Stages], scale: float
 ) -> dict[str, tuple[float, float]]:
     """Runs every way here, one after the other.
 
@@ -60,7 +61,8 @@ def replayed(
     """
     from megatron_hetermoe.cli.launch import Ranks, interruptible
 
-    members = next(iter(found.values()))[1].group.members
+    stages = next(iter(found.values()))
+    members = len(stages) * stages[0][1].group.members
     if members > MOST_MEMBERS:
         raise UsageError([f"a ZP group of the plan has {members} members, and --replay starts a process for each: at most "
                           f"{MOST_MEMBERS}; plan for fewer GPUs"])
@@ -73,14 +75,14 @@ def replayed(
             raise RuntimeError(f"rank {ranks.failed} failed:\n" + ranks.log(ranks.failed).read_text(errors="replace"))
         measured = json.loads(Path(folder, _RESULT).read_text())
     return {
-        name: (scale * _tasks_seconds(*way), seconds) for (name, way), seconds in zip(found.items(), measured)
+        name: (scale * _tasks_seconds(way), seconds) for (name, way), seconds in zip(found.items(), measured)
     }
 
 
-def _tasks_seconds(schedule: Schedule, costs: TaskCosts) -> float:
+def _tasks_seconds(stages: Stages) -> float:
     """Of a simulated step until its last task ends: gradients are not replayed."""
-    result = simulate(schedule, costs)
-    return result.seconds - summarise(result).after
+    results = simulate_stages(stages)
+    return results[0].seconds - summarise(*results).after
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    own = torch.tensor(replay(rank, world, [priced(*way, float(scale)) for way in found.values()]), dtype=torch.float64)
+    own = torch.tensor(replay(rank, world, [priced(*way, scale=float(scale)) for way in found.values()]), dtype=torch.float64)
     dist.all_reduce(own, op=dist.ReduceOp.MAX)
     if rank == 0:
         Path(result).write_text(json.dumps(own.tolist()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -25,7 +25,7 @@ from megatron_hetermoe.topology.layout import Layout, layout_of
 from megatron_hetermoe.topology.placement import Placement
 
 _PAGE = Path(__file__).parent / "page"
-_CHANNELS = STREAMS[1:3]
+_CHANNELS = STREAMS[1:4]
 MEASURED, PREDICTED = "measured", "predicted"
 
 
@@ -36,12 +36,12 @@ class Run:
     Attributes:
         name: MEASURED or PREDICTED.
         spans: of its ranks, in seconds since its start.
-        results: of its ZP groups, from the first one on.
+        results: of its ZP groups, by their number.
     """
 
     name: str
     spans: Sequence[Span]
-    results: Sequence[Result]
+    results: Mapping[int, Result]
 
 
 def write_page(path: Path, title: str, plan: Plan, runs: Sequence[Run], notes: Sequence[str]) -> None:
@@ -65,8 +65,9 @@ def write_page(path: Path, title: str, plan: Plan, runs: Sequence[Run], notes: S
 
 
 def _facts(plan: Plan, run: Run) -> list[str]:
-    model, schedule = plan.model, run.results[0].schedule
+    model, schedule = plan.model, next(iter(run.results.values())).schedule
     groups = f", {plan.groups} ZP groups" if plan.groups > 1 else ""
+    groups += f", {plan.stages} pipeline stages" if plan.stages > 1 else ""
     facts = [
         f"{plan.attention_ranks} attention and {plan.expert_ranks} expert ranks{groups}",
         f"{model.layers} layers, {model.experts} experts, top {model.topk}, width {model.hidden}, "
@@ -84,17 +85,17 @@ def _facts(plan: Plan, run: Run) -> list[str]:
 
 def _run(run: Run, plan: Plan) -> dict[str, Any]:
     layout = layout_of(plan)
-    ranks = [rank for group in range(len(run.results)) for rank in layout.zp_group(group)]
+    ranks = [rank for group in run.results for rank in layout.zp_group(group)]
     microseconds = 1e6
     return {
-        "name": run.name, "seconds": run.results[0].seconds,
+        "name": run.name, "seconds": next(iter(run.results.values())).seconds,
         "ranks": sorted(_ranks(run, plan, layout), key=lambda entry: entry["rank"]),
         "spans": [
             [span.rank, STREAMS.index(span.stream), span.task, round(span.start * microseconds, 1),
              round(span.end * microseconds, 1), span.sent, sum(span.tokens), *_host(span)]
             for span in run.spans
         ],
-        "channels": [_channel(name, run.spans, len(ranks)) for name in _CHANNELS],
+        "channels": [_channel(name, run.spans, len(ranks)) for name in _CHANNELS[:2 + (plan.stages > 1)]],
         "load": _load(run.spans, plan, layout),
     }
 
@@ -112,7 +113,7 @@ def _ranks(run: Run, plan: Plan, layout: Layout) -> list[dict[str, Any]]:
     sent = Counter()
     for span in run.spans:
         sent[span.rank, span.stream] += span.sent
-    for group, result in enumerate(run.results):
+    for group, result in run.results.items():
         last = max(end for member in result.members for _, end in member.times.values())
         for member, summary in enumerate(summarise_members(result)):
             rank = layout.rank_of(group, member)
@@ -147,19 +148,29 @@ def _load(spans: Sequence[Span], plan: Plan, layout: Layout) -> dict[str, Any]:
         if not span.tokens or task is None or (task.kind, task.direction) != (Kind.DISPATCH, Pass.FORWARD):
             continue
         by_rank[span.rank] = by_rank.get(span.rank, 0) + sum(span.tokens)
-        for expert, count in zip(placement.held(task.layer, layout.holder_of(span.rank)), span.tokens, strict=True):
-            tokens[task.layer][expert] += count
-    first = [layout.rank_of(0, layout.members_of(holder)[0]) for holder in range(layout.holders)]
+        layer = plan.layers_of_stage(layout.stage_of(span.rank))[task.layer - 1]
+        for expert, count in zip(placement.held(layer, layout.holder_of(span.rank)), span.tokens, strict=True):
+            tokens[layer][expert] += count
+    stage_of = {layer: stage for stage in range(plan.stages) for layer in plan.layers_of_stage(stage)}
+
+    def first(layer: int, holder: int) -> int:
+        """A holder's first rank, in its stage's first group."""
+        return layout.rank_of(stage_of[layer] * layout.groups, layout.members_of(holder)[0])
+
+    def held(rank: int) -> int:
+        layers = plan.layers_of_stage(layout.stage_of(rank))
+        return placement.of_layers(layers).experts_held(layout.holder_of(rank))
+
     return {
         "layers": [
             {"layer": layer, "tokens": counts,
-             "names": [f"rank {first[holder]}" for holder in placement.holders[layer - 1]],
-             "roles": [layout.role(first[holder]) for holder in placement.holders[layer - 1]]}
+             "names": [f"rank {first(layer, holder)}" for holder in placement.holders[layer - 1]],
+             "roles": [layout.role(first(layer, holder)) for holder in placement.holders[layer - 1]]}
             for layer, counts in tokens.items() if counts
         ] if by_rank else [],
         "holders": [
             {"rank": rank, "role": layout.role(rank), "tokens": count,
-             "experts": placement.experts_held(layout.holder_of(rank))}
+             "experts": held(rank)}
             for rank, count in sorted(by_rank.items())
         ],
     }

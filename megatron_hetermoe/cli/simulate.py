@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "simulate", help="simulate the step of a plan", description="Runs a plan's schedule on predicted times: how "
-        "busy each pool is, where time is lost and why. One ZP group is simulated; the others do the same.")
+        "busy each pool is, where time is lost and why. One ZP group of each pipeline stage is simulated; the others do the same.")
     parser.add_argument("plan", metavar="plan.json")
     parser.add_argument("--cluster", required=True, metavar="CLUSTER.yaml")
     parser.add_argument("--timeline", metavar="FILE", help=f".html for a page; {', '.join(PICTURES)} for a picture "
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     notes = Notes()
     cluster = read_cluster(args.cluster, notes)
     predicted = predict(plan, cluster, args.plan, notes)
-    summary = summarise(predicted.result)
+    summary = summarise(*predicted.results)
     replayed = None
     if args.replay:
         kinds = kinds_of(cluster, plan.model, plan.attention_precision, notes)
@@ -81,18 +81,21 @@ def _write(path: Path, plan: Plan, predicted: Predicted, notes: Notes) -> None:
     if path.suffix == ".jsonl":
         write_jsonl(predicted.spans, path)
     elif path.suffix == ".html":
-        write_page(path, "A step as predicted", plan, [Run(PREDICTED, predicted.spans, [predicted.result])], [*notes])
+        write_page(path, "A step as predicted", plan, [Run(PREDICTED, predicted.spans, dict(zip(predicted.groups, predicted.results)))], [*notes])
     else:
         layout = predicted.layout
-        write_timeline(predicted.spans, {rank: layout.role(rank) for rank in layout.zp_group(0)}, path)
+        write_timeline(predicted.spans, {rank: layout.role(rank) for rank in predicted.ranks}, path)
 
 
 def _print(summary, notes, timeline: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from megatron_hetermoe.simulator.summary import CAUSES, STAGE
+
     console = Console()
-    causes = list(next(iter(summary.roles.values())).bubbles)
+    causes = [cause for cause in CAUSES
+              if cause != STAGE or any(role.bubbles[cause] for role in summary.roles.values())]
     table = Table("role", "computing", *(f"idle: {cause}" for cause in causes), title_justify="left",
                   title=f"step {summary.seconds:.4f} s; bound {summary.bound:.4f} s (the busiest rank's work), "
                         f"{summary.distance:.1%} above; after the last task {summary.after:.4f} s")

@@ -68,11 +68,11 @@ def _write_page(
     from megatron_hetermoe.simulator.planned import predict
     from megatron_hetermoe.simulator.recorded import results_of
 
-    runs = [Run(MEASURED, spans, results_of(spans, plan))]
+    runs = [Run(MEASURED, spans, dict(enumerate(results_of(spans, plan))))]
     notes = Notes()
     if cluster:
         predicted = predict(plan, read_cluster(cluster, notes), str(folder / "plan.json"), notes)
-        runs.append(Run(PREDICTED, predicted.spans, [predicted.result]))
+        runs.append(Run(PREDICTED, predicted.spans, dict(zip(predicted.groups, predicted.results))))
     write_page(out, f"Training step {step}, recorded in {folder.absolute().name}", plan, runs, [*notes])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,9 @@ class ModelShape:
     def expert_weights(self) -> int:
         """Weight elements of one routed expert, biases not counted."""
         return (3 if self.gated else 2) * self.hidden * self.expert_ffn
+
+    def of_layers(self, layers: range) -> ModelShape:
+        """The shape of some layers next to each other, which are then its layers from 1 on."""
+        moe = tuple(layer - layers.start + 1 for layer in self.moe_layers if layer in layers)
+        further = sum(layer > self.decoder_layers for layer in layers)
+        return replace(self, layers=len(layers), moe_layers=moe, mtp_layers=further)

@@ -64,6 +64,7 @@ class TaskSeconds:
             all members have come.
         expert_forward, expert_backward: E tasks of expert ranks.
         moved_forward, moved_backward: E tasks of attention ranks; 0 where they hold no expert.
+        handover: H tasks, of either pass; 0 where there is one pipeline stage.
     """
 
     attention_forward: float
@@ -76,3 +77,4 @@ class TaskSeconds:
     expert_backward: float
     moved_forward: float
     moved_backward: float
+    handover: float = 0.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from megatron_hetermoe.config.plan import DELAYED, TOGETHER, Plan
@@ -17,6 +18,7 @@ from megatron_hetermoe.cost.work import (
 )
 from megatron_hetermoe.schedule.tasks import Kind as TaskKind
 from megatron_hetermoe.schedule.tasks import Pass, Stream, Task
+from megatron_hetermoe.topology.layout import layout_of
 from megatron_hetermoe.topology.placement import Placement
 
 if TYPE_CHECKING:
@@ -71,16 +73,17 @@ class _Parts(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _parts_of(shape: ModelShape) -> tuple[_Parts, ...]:
+def _parts_of(shape: ModelShape, begins: bool, ends: bool) -> tuple[_Parts, ...]:
     """What A_1 to A_{K+1} are made of: A_k is the end of layer k-1 with attention and router of layer k
-    (``schedule.tasks``). Each further token that is predicted has an embedding, a head and a loss."""
+    (``schedule.tasks``). Only the first pipeline stage has the embedding, only the last one the head. Each further token that
+    is predicted has an embedding, a head and a loss."""
     moe = frozenset(shape.moe_layers)
 
     def parts(layer: int) -> _Parts:
         predicts = shape.decoder_layers < layer <= shape.layers
         return _Parts(
-            embedding=layer == 1 or predicts, dense=layer > 1 and layer - 1 not in moe,
-            heads=1 + shape.mtp_layers if layer > shape.layers else 0, projection=predicts,
+            embedding=begins and layer == 1 or predicts, dense=layer > 1 and layer - 1 not in moe,
+            heads=1 + shape.mtp_layers if ends and layer > shape.layers else 0, projection=predicts,
             attention=layer <= shape.layers, shared=layer in moe and shape.shared_expert_ffn > 0,
         )
 
@@ -126,6 +129,9 @@ class GroupCosts:
         precision: of parameters and activations.
         tensor: attention ranks that share the dense weights and a microbatch (tensor and sequence parallelism).
         merged: microbatches whose W task is in equal parts in the experts' backwards (``amortised``); 0 where it is not.
+        expert_tensor: expert ranks that share the weights of their experts, and are one member together; its figures are
+            those of each of them. Attention ranks hold no expert then.
+        stage, stages: which pipeline stage's group it is, of how many; the shape is that of its layers.
     """
 
     shape: ModelShape
@@ -135,11 +141,39 @@ class GroupCosts:
     groups: int
     precision: str
     tensor: int = 1
+    expert_tensor: int = 1
+    stage: int = 0
+    stages: int = 1
     merged: int = 0
 
     @property
     def members(self) -> int:
         return len(self.seats)
+
+    @property
+    def begins(self) -> bool:
+        """Whether it has the embedding."""
+        return self.stage == 0
+
+    @property
+    def ends(self) -> bool:
+        """Whether it has the head."""
+        return self.stage == self.stages - 1
+
+    def of_stages(self, stage_layers: Sequence[int]) -> tuple[GroupCosts, ...]:
+        """The groups of the pipeline stages that these layers are divided into; itself where there is one stage."""
+        if len(stage_layers) < 2:
+            return (self,)
+        ends = list(accumulate(stage_layers, initial=0))
+        return tuple(
+            replace(self, shape=self.shape.of_layers(range(first + 1, last + 1)), stage=stage, stages=len(stage_layers))
+            for stage, (first, last) in enumerate(pairwise(ends))
+        )
+
+    @property
+    def dense(self) -> float:
+        """Weights of an attention rank's dense part."""
+        return dense_parameters(self.shape, self.step.vocabulary, self.begins, self.ends) / self.tensor
 
     @cached_property
     def alike(self) -> dict[tuple[bool, str], tuple[int, ...]]:
@@ -190,7 +224,7 @@ class GroupCosts:
 
     def _of_layers(self, price: Callable[[_Parts], _Price]) -> list[_Price]:
         """The price of A_1 to A_{K+1}: each once of those that are made of the same parts."""
-        parts = _parts_of(self.shape)
+        parts = _parts_of(self.shape, self.begins, self.ends)
         known = {one: price(one) for one in set(parts)}
         return [known[one] for one in parts]
 
@@ -225,9 +259,19 @@ class GroupCosts:
         return replace(self, merged=wave)
 
     def _expert_task(self, seat: Seat, tokens: float) -> tuple[float, float]:
-        """Seconds of one expert on so many tokens, forward and backward."""
-        forward, backward = seat.kind.expert(tokens, self.step.recompute)
-        return forward, backward + (seat.kind.activation_again(tokens) if self.step.activation_again else 0.0)
+        """Seconds of one expert on so many tokens. Ranks that share it do an equal part of its width each, on the tokens of
+        all, which are copied among them before and whose addends come back after, in both passes (``mcore.tasks``)."""
+        kind, shares, recompute = seat.kind, self.expert_tensor, self.step.recompute
+        again = kind.activation_again(tokens) / shares if self.step.activation_again else 0.0
+        if shares == 1:
+            forward, backward = kind.expert(tokens, recompute)
+            return forward, backward + again
+        forward, backward = kind.feed_forward(self.shape.expert_ffn // shares, tokens, recompute)
+        size = tokens * self.shape.hidden * BYTES[self.precision] / shares
+        # One copy carries the tokens of all experts that a holder has of a layer.
+        held = max(1.0, self.shape.experts / (self.members - self.attention_members))
+        copies = 2 * (shares - 1) * (size / seat.pool.intra.bandwidth + seat.pool.intra.latency / held)
+        return forward + copies, backward + again + copies * (2 if recompute == "full" else 1)
 
     def _attention_task(self, seat: Seat, of: _Parts) -> tuple[float, float]:
         """Seconds of an A task, forward and backward.
@@ -289,6 +333,27 @@ class GroupCosts:
 
         return np.array([[link.bandwidth for link in links(seat.pool)] for seat in self.seats])
 
+    @cached_property
+    def _holder_shares(self) -> np.ndarray:
+        """[members]: what each rank of a holder gets of its tokens; an owner's go to one of them."""
+        import numpy as np
+
+        owners = self.attention_members
+        share = -(-owners // self.expert_tensor) / owners
+        return np.array([1.0] * owners + [share] * (self.members - owners))
+
+    @property
+    def handover(self) -> int:
+        """Bytes that an attention rank hands over to a stage beside its own, for a microbatch."""
+        return round(self.rank_tokens * self.shape.hidden * BYTES[self.precision])
+
+    def handover_seconds(self, member: int) -> float:
+        """Of handing that over, between nodes where the pool has more than one: stages are next to each other in rank
+        order, with all ZP groups of a stage between. Channels of the same ranks are not slowed down by it."""
+        pool = self.seats[member].pool
+        link = pool.intra if pool.nodes == 1 else pool.rank_inter
+        return link.latency + self.handover / link.bandwidth
+
     def link_seconds(self, kind: TaskKind, stream: Stream, experts: np.ndarray) -> np.ndarray:
         """How long a transfer alone occupies each link.
 
@@ -305,12 +370,13 @@ class GroupCosts:
         owners = self.attention_members
         size = self.rows_per_expert * self.bytes_per_row(kind)
         loads = np.zeros((*experts.shape, LINKS))
+        held = experts * self._holder_shares
         leaving, entering = ((INTRA_OUT, INTER_OUT), (INTRA_IN, INTER_IN))
         if stream is Stream.BACK:
             leaving, entering = entering, leaving
         for reach, at_owner, at_holder in zip(self._reach, leaving, entering):
             loads[..., :owners, at_owner] += size * (experts @ reach.T)
-            loads[..., at_holder] += size * experts * reach.sum(axis=0)
+            loads[..., at_holder] += size * held * reach.sum(axis=0)
         seconds = loads / self._bandwidth
         channel = self.seats[0].pool.channel
         if channel:
@@ -329,10 +395,13 @@ class GroupCosts:
             experts: all (layer, expert) pairs that it holds.
         """
         size = GRADIENT_BYTES[self.precision]
-        seconds = self._ring(member, experts * self.shape.expert_weights * size, self.groups, shared=True)
+        routed = experts * self.shape.expert_weights / self.expert_tensor
+        seconds = self._ring(member, routed * size, self.groups, shared=True)
         if member < self.attention_members:
-            dense = dense_parameters(self.shape, self.step.vocabulary) / self.tensor * size
-            seconds += self._ring(member, dense, self.groups * self.replicas, shared=self.tensor > 1)
+            seconds += self._ring(member, self.dense * size, self.groups * self.replicas, shared=self.tensor > 1)
+            if self.stages > 1 and self.shape.tied_embeddings and (self.begins or self.ends):
+                # The embedding is on the first stage and on the last.
+                seconds += self._ring(member, self.step.vocabulary * self.shape.hidden / self.tensor * size, 2, shared=True)
         return seconds
 
     def _ring(self, member: int, size: float, ranks: int, shared: bool) -> float:
@@ -348,10 +417,10 @@ class GroupCosts:
     def optimizer(self, member: int, experts: int) -> float:
         """Seconds of a member's optimizer step, arguments as for reduction."""
         share = self.groups if self.step.distributed_optimizer else 1
-        parameters = experts * self.shape.expert_weights / share
+        parameters = experts * self.shape.expert_weights / self.expert_tensor / share
         if member < self.attention_members:
             share = self.groups * self.replicas if self.step.distributed_optimizer else 1
-            parameters += dense_parameters(self.shape, self.step.vocabulary) / self.tensor / share
+            parameters += self.dense / share
         return self.seats[member].kind.optimizer(parameters)
 
 
@@ -425,18 +494,25 @@ class TaskCosts:
         """Bytes that a member sends others in a task; none in one that is no transfer."""
         if task.stream is Stream.COMPUTE:
             return 0
+        if task.kind is TaskKind.HANDOVER:
+            leaves = (task.layer > self.group.shape.layers) == (task.direction is Pass.FORWARD)
+            return self.group.handover if leaves else 0
         held, owners = self._counts[task.layer - 1], range(self.group.attention_members)
         if task.stream is Stream.OUT:
             experts = sum(held) - held[member] if member in owners else 0
         else:
-            experts = held[member] * sum(owner != member for owner in owners)
+            experts = held[member] * sum(owner != member for owner in owners) * self._share(member)
         return round(self.group.rows_per_expert * self.group.bytes_per_row(task.kind) * experts)
 
     def received(self, member: int, task: Task) -> tuple[int, ...]:
         """The tokens for each of a member's experts that a dispatch brings it; none in another task."""
         if task.kind is not TaskKind.DISPATCH or task.direction is not Pass.FORWARD:
             return ()
-        return (round(self.group.expert_tokens),) * self._counts[task.layer - 1][member]
+        return (round(self.group.expert_tokens * self._share(member)),) * self._counts[task.layer - 1][member]
+
+    def _share(self, member: int) -> float:
+        """What each of the ranks that are a member gets of its tokens, on average."""
+        return 1.0 if member < self.group.attention_members else 1 / self.group.expert_tensor
 
     def reduction(self, member: int) -> float:
         """Seconds of a member's gradient reduction."""
@@ -471,14 +547,24 @@ class TaskCosts:
             found[f"moved_{name}"] = computed(TaskKind.EXPERT, way, range(m), layers)
             found[f"dispatch_{name}"] = sent(TaskKind.DISPATCH, way)
             found[f"combine_{name}"] = sent(TaskKind.COMBINE, way)
+        found["handover"] = max(map(group.handover_seconds, range(m))) if group.stages > 1 else 0.0
         return TaskSeconds(**found)
 
 
-def costs_of_plan(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> TaskCosts:
-    """The prices of a plan that was made for a cluster."""
+def typical(stages: Sequence[TaskCosts]) -> TaskSeconds:
+    """The median of each kind and pass, over pipeline stages."""
+    each = [asdict(costs.typical()) for costs in stages]
+    return TaskSeconds(**{name: statistics.median(one[name] for one in each) for name in each[0]})
+
+
+def costs_of_plan(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind], stage: int = 0) -> TaskCosts:
+    """The prices of a plan that was made for a cluster, for a ZP group of a pipeline stage."""
     assert plan.step is not None and plan.pools
+    layout = layout_of(plan)
     seats = seats_of(plan.pools, cluster, kinds)
-    attention = plan.attention_ranks // plan.groups
     group = GroupCosts(
-        plan.model, plan.step, seats, attention, plan.groups, plan.attention_precision, plan.tensor_parallel)
-    return TaskCosts(group, Placement(plan.placement, len(seats)), plan.weight_gradients)
+        plan.model, plan.step, tuple(seats[layout.members_of(holder)[0]] for holder in range(layout.holders)), layout.m,
+        plan.groups, plan.attention_precision, plan.tensor_parallel, plan.expert_tensor_parallel,
+    )
+    placement = Placement(plan.placement, layout.holders).of_layers(plan.layers_of_stage(stage))
+    return TaskCosts(group.of_stages(plan.stage_layers)[stage], placement, plan.weight_gradients)

@@ -77,8 +77,14 @@ def projection_width(shape: ModelShape) -> int:
 
 
 @lru_cache(maxsize=256)
-def dense_parameters(shape: ModelShape, vocabulary: int) -> int:
-    """Weights of an attention rank beside the experts that it holds: all but the routed experts."""
+def dense_parameters(shape: ModelShape, vocabulary: int, begins: bool = True, ends: bool = True) -> int:
+    """Weights of an attention rank beside the experts that it holds: all but the routed experts.
+
+    Args:
+        shape: of the layers that it has.
+        vocabulary: rows of the output layer.
+        begins, ends: whether it has the embedding, and final norm and output layer; tied, they are one only on one rank.
+    """
     width = shape.heads * shape.head_dim
     matrices = 3 if shape.gated else 2
     attention = shape.hidden * (2 * width + 2 * shape.query_groups * shape.head_dim) + 2 * shape.hidden
@@ -87,6 +93,7 @@ def dense_parameters(shape: ModelShape, vocabulary: int) -> int:
         dense_layers * shape.dense_ffn + len(shape.moe_layers) * shape.shared_expert_ffn
     )
     router = len(shape.moe_layers) * shape.hidden * shape.experts
-    embeddings = vocabulary * shape.hidden * (1 if shape.tied_embeddings else 2)
+    matrices = 1 if begins and ends and shape.tied_embeddings else begins + ends
     further = shape.mtp_layers * (2 * shape.hidden + 3) * shape.hidden  # what joins two to one, and three norms
-    return shape.layers * attention + feed_forward + router + embeddings + shape.hidden + further
+    embeddings = (matrices * vocabulary + ends) * shape.hidden
+    return shape.layers * attention + feed_forward + router + embeddings + further

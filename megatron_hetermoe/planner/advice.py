@@ -72,14 +72,17 @@ def with_attention_alone(best: Priced, alones: Sequence[Alone]) -> Plan:
 
 def baselines(best: Priced) -> dict[str, float]:
     """Tokens a second of other ways to use the same GPUs, memory not counted: an upper bound on each."""
-    group, groups = best.option.group, best.option.groups
-    tokens = group_tokens(group) * groups
-    even = spread(group, range(group.attention_members, group.members))
+    option, group = best.option, best.option.group
+    m, copies = option.m, option.groups * len(option.stages)
+    seats = (*group.seats[:m], *(seat for seat in group.seats[m:] for _ in range(group.expert_tensor)))
+    every = replace(group, seats=seats, expert_tensor=1)
+    tokens = group_tokens(every) * copies
+    even = spread(every, range(m, every.members))
     return {
-        "expert parallelism over all ranks": groups * expert_parallel_tokens_per_second(group, group.seats),
-        "naive disaggregation": tokens / float(long_step_seconds(group, counts_of(even), 1)[0]),
-        "pipeline, best split of layers": tokens / pipeline(group).seconds,
-        "ideal sum of pools": tokens / ideal_seconds(group),
+        "expert parallelism over all ranks": copies * expert_parallel_tokens_per_second(every, seats),
+        "naive disaggregation": tokens / float(long_step_seconds(every, counts_of(even), 1)[0]),
+        "pipeline, best split of layers": tokens / pipeline(every).seconds,
+        "ideal sum of pools": tokens / ideal_seconds(every),
     }
 
 

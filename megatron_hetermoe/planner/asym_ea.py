@@ -51,8 +51,10 @@ class Limits:
 def limits_of(group: GroupCosts, wave: float, weight_gradients: str = TOGETHER) -> Limits:
     """The bounds with that many microbatches on their way, as ``memory.in_flight`` counts them."""
     pairs = [0] * group.members
-    for members in group.alike.values():
+    for (is_attention, _), members in group.alike.items():
         most = most_experts(group, members[0], wave, weight_gradients)
+        if is_attention and group.expert_tensor > 1:
+            most = min(most, 0)
         for member in members:
             pairs[member] = most
     return Limits(tuple(pairs))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER
 from megatron_hetermoe.cost.tasks import BYTES, GRADIENT_BYTES, GroupCosts
-from megatron_hetermoe.cost.work import dense_parameters
 
 MARGIN = 0.10  # share of a GPU's memory that a plan leaves free, for fragmentation and what nobody counted
 IMBALANCE = 1.25  # rows that an expert may get, over balanced routing
@@ -46,7 +45,7 @@ def usable(group: GroupCosts, member: int) -> float:
     return group.seats[member].pool.memory * (1 - MARGIN)
 
 
-def in_flight(schedule: str, wave: int, microbatches: int, layers: int) -> float:
+def in_flight(schedule: str, wave: int, microbatches: int, layers: int, behind: int = 0) -> float:
     """The microbatches whose activations are there at once, each counted as the share of its layers that are.
 
     Args:
@@ -54,8 +53,11 @@ def in_flight(schedule: str, wave: int, microbatches: int, layers: int) -> float
         wave: R.
         microbatches: of a step.
         layers: K.
+        behind: pipeline stages behind this one, each of which has a wave that comes back.
     """
-    return wave * (1 + 1 / layers) if schedule == "overlapped" and wave < microbatches else float(wave)
+    if schedule == "overlapped" and wave < microbatches:
+        return wave * (1 + 1 / layers)
+    return float(min(wave * (1 + behind), microbatches))
 
 
 def member_memory(
@@ -73,8 +75,8 @@ def member_memory(
     """
     shape, step = group.shape, group.step
     figures = group.seats[member].kind.memory_figures
-    dense = dense_parameters(shape, step.vocabulary) / group.tensor if member < group.attention_members else 0
-    routed = experts * shape.expert_weights
+    dense = group.dense if member < group.attention_members else 0.0
+    routed = experts * shape.expert_weights / group.expert_tensor
     state = _MOMENTS + (_MASTER if BYTES[group.precision] < 4 else 0)
     shares = (group.groups * group.replicas, group.groups) if step.distributed_optimizer else (1, 1)
     rows = group.expert_tokens * imbalance
@@ -84,7 +86,8 @@ def member_memory(
         # The layer at hand: gradients of its outputs, of its inputs and inside one expert.
         per_layer = -(-experts // len(shape.moe_layers))
         size = BYTES[group.precision]
-        transient = rows * size * (3 * per_layer * shape.hidden + 4 * shape.expert_ffn)
+        copied = group.expert_tensor > 1  # addends of the tokens of all ranks that share the experts
+        transient = rows * size * ((3 + copied) * per_layer * shape.hidden + 4 * shape.expert_ffn / group.expert_tensor)
         if weight_gradients == MERGED:
             transient += wave * per_layer * rows * _row_bytes_until_weights(group)
     if dense:
@@ -94,7 +97,7 @@ def member_memory(
         # result, which the head gets.
         activations += wave * tokens * shape.mtp_layers * 5 * shape.hidden * BYTES[group.precision]
         # Logits with their gradient, in the weights' type and in fp32, or the permuted tokens of a layer.
-        logits = tokens * step.vocabulary * 2 * (BYTES[group.precision] + 4) * (1 + shape.mtp_layers)
+        logits = tokens * step.vocabulary * 2 * (BYTES[group.precision] + 4) * (1 + shape.mtp_layers) * group.ends
         permuted = 4 * tokens * shape.topk * shape.hidden * BYTES[group.precision]
         # Ranks that share a microbatch gather its tokens, and the gradients of these.
         gathered = 2 * (group.tensor - 1) * tokens * shape.hidden * BYTES[group.precision]
@@ -137,14 +140,17 @@ def imbalance_that_fits(
 
 def expert_row_bytes(group: GroupCosts, member: int) -> float:
     """What a holder keeps of a row until its backward: the input, what goes into the activation function and, unless
-    that runs again, comes out of it, the probability."""
+    that runs again, comes out of it, the probability. Ranks that share experts have the input of all their rows each, and
+    keep what they were sent themselves where all of it runs again."""
     figures, again = group.seats[member].kind.memory_figures, group.step.activation_again
     measured = f"expert_activation{'_again' if again else ''}_per_row"
+    shape, size, shares = group.shape, BYTES[group.precision], group.expert_tensor
+    row = size * shape.hidden
     if measured in figures:
-        return figures[measured]
-    shape, size = group.shape, BYTES[group.precision]
-    inside = 0 if group.step.recompute == "full" else ((3 if shape.gated else 2) - again) * shape.expert_ffn
-    return size * (shape.hidden + inside) + 4
+        return row + (figures[measured] - row) / shares if shares > 1 else figures[measured]
+    if group.step.recompute == "full":
+        return row / shares + 4
+    return row + size * ((3 if shape.gated else 2) - again) * shape.expert_ffn / shares + 4
 
 
 def _row_bytes_until_weights(group: GroupCosts) -> float:
@@ -152,11 +158,12 @@ def _row_bytes_until_weights(group: GroupCosts) -> float:
     product's gradient, what the backward has made again, and in the W task a copy of that product's rows and gradient in
     the experts' order. The first product's gradient comes as what it was made from goes, where that was kept."""
     shape, step = group.shape, group.step
-    row = shape.hidden + (shape.hidden + shape.expert_ffn)
+    inner = shape.expert_ffn / group.expert_tensor
+    row = shape.hidden + (shape.hidden + inner)
     if step.recompute == "full":
-        row += shape.hidden + (3 if shape.gated else 2) * shape.expert_ffn
+        row += shape.hidden + (3 if shape.gated else 2) * inner
     elif step.activation_again:
-        row += shape.expert_ffn
+        row += inner
     return BYTES[group.precision] * row
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -13,11 +13,12 @@ from megatron_hetermoe.config.step import RECOMPUTE, Step
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
 from megatron_hetermoe.planner.asym_ea import Limits, limits_of
-from megatron_hetermoe.planner.memory import member_memory, usable
+from megatron_hetermoe.planner.memory import in_flight, member_memory, usable
 from megatron_hetermoe.schedule.tasks import Kind as TaskKind
 from megatron_hetermoe.schedule.tasks import Stream
 
 MOST_MEMBERS = 64  # ranks of a ZP group; larger ones only make each expert's tokens more and each transfer wider
+Way = tuple[int, tuple[int, ...]]  # expert ranks that share an expert, layers of each pipeline stage
 _A, _E, _BOTH, _UNUSED = "attention", "expert", "both", "unused"
 
 
@@ -36,6 +37,8 @@ class Question:
         tensor: choices of how many attention ranks share the dense weights and a microbatch.
         weight_gradients: choices, of ``config.plan.WEIGHT_GRADIENTS``.
         activation_again: choices, the first where expert ranks have room for a whole step.
+        expert_tensor: choices of how many expert ranks share an expert.
+        stage_layers: choices of the layers of each pipeline stage; empty for one stage.
         schedules: choices, "zebra" and perhaps "overlapped", where a step has more than one wave.
     """
 
@@ -50,6 +53,18 @@ class Question:
     weight_gradients: tuple[str, ...] = (TOGETHER,)
     schedules: tuple[str, ...] = ("zebra", "overlapped")
     activation_again: tuple[bool, ...] = (False,)
+    expert_tensor: tuple[int, ...] = (1,)
+    stage_layers: tuple[tuple[int, ...], ...] = ((),)
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """Each of these choices with each; the first is the plain one, unless it is asked for otherwise."""
+        return tuple(product(self.expert_tensor, self.stage_layers))
+
+    @property
+    def plain(self) -> Question:
+        """The part of it that has the first way only."""
+        return replace(self, expert_tensor=self.expert_tensor[:1], stage_layers=self.stage_layers[:1])
 
 
 @dataclass(frozen=True)
@@ -59,13 +74,20 @@ class Option:
     Attributes:
         attention, expert: ranks of one ZP group by pool.
         groups: G.
-        group: its costs.
+        group: its costs, with all layers.
+        stage_layers: of each pipeline stage; empty for one stage.
     """
 
     attention: tuple[tuple[str, int], ...]
     expert: tuple[tuple[str, int], ...]
     groups: int
     group: GroupCosts
+    stage_layers: tuple[int, ...] = ()
+
+    @cached_property
+    def stages(self) -> tuple[GroupCosts, ...]:
+        """The group's costs in each stage."""
+        return self.group.of_stages(self.stage_layers)
 
     @property
     def m(self) -> int:
@@ -73,22 +95,30 @@ class Option:
 
     @property
     def n(self) -> int:
-        return self.group.members - self.group.attention_members
+        return sum(count for _, count in self.expert)
+
+    @property
+    def is_plain(self) -> bool:
+        """One stage, whole experts."""
+        return len(self.stages) == self.group.expert_tensor == 1
 
     def used(self) -> dict[str, int]:
         """GPUs of each pool that take part."""
         used: dict[str, int] = {}
         for name, count in (*self.attention, *self.expert):
-            used[name] = used.get(name, 0) + count * self.groups
+            used[name] = used.get(name, 0) + count * self.groups * len(self.stages)
         return used
 
     def describe(self) -> str:
         """In a few words, such as ``2 x (4 new attention + 3 old expert)``."""
         def ranks(role: str, pools: tuple[tuple[str, int], ...]) -> str:
-            shared = f", {self.group.tensor} a microbatch" if role == _A and self.group.tensor > 1 else ""
+            tensor, experts = self.group.tensor, self.group.expert_tensor
+            shared = f", {tensor} a microbatch" if role == _A and tensor > 1 else ""
+            shared += f", {experts} an expert" if role == _E and experts > 1 else ""
             return " + ".join(f"{count} {name}" for name, count in pools) + f" {role}{shared}"
 
-        return f"{self.groups} x ({ranks('attention', self.attention)}, {ranks('expert', self.expert)})"
+        stages = f"{len(self.stages)} stages x " if self.stage_layers else ""
+        return f"{stages}{self.groups} x ({ranks('attention', self.attention)}, {ranks('expert', self.expert)})"
 
     @property
     def tokens(self) -> int:
@@ -98,37 +128,19 @@ class Option:
 
     @cached_property
     def bound(self) -> float:
-        """Tokens a second that the option cannot exceed, whatever the placement: no ramp, all work spread perfectly,
-        and the channels' bytes of the experts that attention ranks cannot take."""
-        group = self.group
-        attention = {members: [sum(pair) for pair in zip(*group.attention[members[0]])]
-                     for (is_attention, _), members in group.alike.items() if is_attention}
-        worst = sum(max(layer) for layer in zip(*attention.values()))
-        speeds = [1 / sum(pair) if sum(pair) else float("inf") for pair in group.expert]
-        experts = group.shape.experts
-        layers = len(group.shape.moe_layers)
-        sent = self._channel_seconds
-        free = sum(len(members) * speeds[members[0]] * sum(rest) for members, rest in attention.items())
-        # All layers together, each rank always busy: sum(speed) * T = work, with attention first. An E task may run
-        # beside another layer's attention, so only the sums over layers bind.
-        balanced = (experts * layers + free) / sum(speeds)
-        moved_share = max(0.0, balanced - worst) * sum(speeds[:self.m]) / (experts * layers)
-        seconds = max(balanced, worst, sent * layers * max(0.0, 1 - moved_share))
-        once = max(group.optimizer(members[0], 0) for members in group.alike.values())
-        return self.tokens / (seconds * group.step.microbatches + once)
-
-    @cached_property
-    def _channel_seconds(self) -> float:
-        """Of one layer on the busier channel, with all experts on expert ranks in proportion to their speed."""
-        import numpy as np
-
-        group = self.group
-        speeds = np.array([0.0] * self.m + [1 / max(1e-12, sum(pair)) for pair in group.expert[self.m:]])
-        experts = group.shape.experts * speeds / speeds.sum()
-        dispatch, combine = (
-            float(group.link_seconds(kind, Stream.OUT, experts).max()) for kind in (TaskKind.DISPATCH, TaskKind.COMBINE)
-        )
-        return dispatch + combine
+        """Tokens a second that the option cannot exceed, whatever the placement: the slowest stage's work, which begins
+        when a microbatch has come through the stages before and ends when its gradients have gone back."""
+        known: dict[tuple, float] = {}
+        microbatches, before, slowest = self.group.step.microbatches, 0.0, 0.0
+        for group in self.stages:
+            key = group.begins, group.ends, group.shape
+            if key not in known:
+                known[key] = _microbatch_bound(group) * microbatches + max(
+                    group.optimizer(members[0], 0) for members in group.alike.values())
+            slowest = max(slowest, before + known[key])
+            before += min(sum(map(sum, group.attention[members[0]])) for (is_attention, _), members in group.alike.items()
+                          if is_attention)
+        return self.tokens / slowest
 
     @cached_property
     def wave(self) -> int:
@@ -141,40 +153,87 @@ class Option:
             low, high = (middle, high) if self.fits(middle) else (low, middle - 1)
         return low
 
-    def limits(self, wave: float, weight_gradients: str = TOGETHER) -> Limits:
-        return limits_of(self.group, wave, weight_gradients)
+    def limits(self, wave: int, schedule: str = "zebra", weight_gradients: str = TOGETHER) -> tuple[Limits, ...]:
+        """What fits in each stage, which has as many waves on the way as there are stages from it on."""
+        microbatches, last = self.group.step.microbatches, len(self.stages) - 1
+        return tuple(
+            limits_of(group, in_flight(schedule, wave, microbatches, group.shape.layers, last - stage), weight_gradients)
+            for stage, group in enumerate(self.stages)
+        )
 
     def fits(self, wave: int) -> bool:
         """Whether all experts find room with that many microbatches on their way."""
-        limits = self.limits(wave)
-        pairs = self.group.shape.experts * len(self.group.shape.moe_layers)
-        return min(limits.pairs) >= 0 and limits.total(range(self.group.members)) >= pairs
+        return all(_hold(group, limits, range(group.members)) for group, limits in zip(self.stages, self.limits(wave)))
 
     @property
     def has_room(self) -> bool:
         """Whether the expert ranks hold all experts with all of a step's microbatches on their way."""
-        limits = self.limits(self.group.step.microbatches)
-        pairs = self.group.shape.experts * len(self.group.shape.moe_layers)
-        return min(limits.pairs) >= 0 and limits.total(range(self.m, self.group.members)) >= pairs
+        return all(_hold(group, limits, range(self.m, group.members))
+                   for group, limits in zip(self.stages, self.limits(self.group.step.microbatches)))
 
     def shortfall(self) -> float:
         """Bytes that all ranks of a group together lack, with one microbatch on its way; negative if it fits."""
-        group = self.group
-        lacking = sum(member_memory(group, member, 0, 1).total - usable(group, member)
-                      for member in range(group.members))
-        shape = group.shape
-        pair = [member_memory(group, member, len(shape.moe_layers), 1).total - member_memory(group, member, 0, 1).total
-                for member in range(group.members)]
-        return lacking + shape.experts * min(pair)
+        return max(map(_shortfall, self.stages))
 
 
-def options(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> Iterator[Option]:
+def _hold(group: GroupCosts, limits: Limits, members: range) -> bool:
+    """Whether these members have room for all experts of the group's layers, and all ranks for what is theirs anyway."""
+    pairs = group.shape.experts * len(group.shape.moe_layers)
+    return min(limits.pairs) >= 0 and limits.total(members) >= pairs
+
+
+def _shortfall(group: GroupCosts) -> float:
+    shape, ranks = group.shape, [1] * group.attention_members
+    ranks += [group.expert_tensor] * (group.members - group.attention_members)
+    lacking = sum(count * (member_memory(group, member, 0, 1).total - usable(group, member))
+                  for member, count in enumerate(ranks))
+    pair = [member_memory(group, member, len(shape.moe_layers), 1).total - member_memory(group, member, 0, 1).total
+            for member in range(group.members)]
+    return lacking + shape.experts * min(count * one for count, one in zip(ranks, pair))
+
+
+def _microbatch_bound(group: GroupCosts) -> float:
+    """Seconds that a microbatch takes at least: no ramp, all work spread perfectly, and the channels' bytes of the
+    experts that attention ranks cannot take."""
+    attention = {members: [sum(pair) for pair in zip(*group.attention[members[0]])]
+                 for (is_attention, _), members in group.alike.items() if is_attention}
+    worst = sum(max(layer) for layer in zip(*attention.values()))
+    speeds = [1 / sum(pair) if sum(pair) else float("inf") for pair in group.expert]
+    m, experts, layers = group.attention_members, group.shape.experts, len(group.shape.moe_layers)
+    sent = _channel_seconds(group)
+    if group.expert_tensor > 1:  # attention ranks hold no expert
+        return max(experts * layers / sum(speeds[m:]), worst, sent * layers)
+    free = sum(len(members) * speeds[members[0]] * sum(rest) for members, rest in attention.items())
+    # All layers together, each rank always busy: sum(speed) * T = work, with attention first. An E task may run
+    # beside another layer's attention, so only the sums over layers bind.
+    balanced = (experts * layers + free) / sum(speeds)
+    moved_share = max(0.0, balanced - worst) * sum(speeds[:m]) / (experts * layers)
+    return max(balanced, worst, sent * layers * max(0.0, 1 - moved_share))
+
+
+def _channel_seconds(group: GroupCosts) -> float:
+    """Of one layer on the busier channel, with all experts on expert ranks in proportion to their speed."""
+    import numpy as np
+
+    m = group.attention_members
+    speeds = np.array([0.0] * m + [1 / max(1e-12, sum(pair)) for pair in group.expert[m:]])
+    experts = group.shape.experts * speeds / speeds.sum()
+    dispatch, combine = (
+        float(group.link_seconds(kind, Stream.OUT, experts).max()) for kind in (TaskKind.DISPATCH, TaskKind.COMBINE)
+    )
+    return dispatch + combine
+
+
+def options(
+    question: Question, cluster: Cluster, kinds: Mapping[str, Kind], ways: Sequence[Way] | None = None
+) -> Iterator[Option]:
     """All layouts whose batch divides, with each way to do a step, whether or not they fit.
 
     Megatron asks that the global batch divides by micro batch x attention ranks, those that share a microbatch counted
     once; these sit on one node. A pool does attention, experts, both
     (its attention ranks first) or nothing; at most one pool does both. Attention in bf16 takes GPUs that have it.
     """
+    ways = question.ways if ways is None else ways
     sequences = question.global_batch // question.micro_batch
     names = list(cluster.pools)
     seen = set()
@@ -185,29 +244,65 @@ def options(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> 
             continue
         if not (by_role[_A] or by_role[_BOTH]) or not (by_role[_E] or by_role[_BOTH]) or len(by_role[_BOTH]) > 1:
             continue
-        for groups in _divisors(sequences):
-            each = {name: cluster.pools[name].gpus // groups for name in names}
+        for groups, (shares, stage_layers) in product(_divisors(sequences), ways):
+            each = {name: cluster.pools[name].gpus // (groups * max(1, len(stage_layers))) for name in names}
             for replicas, tensor in product(_divisors(sequences // groups), question.tensor):
                 split = _split(by_role, each, replicas * tensor, kinds, question)
                 if split is None:
                     continue
                 attention, expert = split
+                if shares > 1:
+                    expert = tuple((name, count - count % shares) for name, count in expert)
                 members = sum(count for _, count in (*attention, *expert))
-                if members > MOST_MEMBERS or (attention, expert, groups, tensor) in seen \
-                        or not _may_share(question.shape, cluster, attention, tensor):
+                layout = attention, expert, groups, tensor, shares, stage_layers
+                if members > MOST_MEMBERS or layout in seen \
+                        or not _may_share(question.shape, cluster, attention, tensor) \
+                        or shares > 1 and not _may_share_experts(question, cluster, expert, shares):
                     continue
-                seen.add((attention, expert, groups, tensor))
-                yield from _steps(question, cluster, kinds, attention, expert, groups, tensor)
+                seen.add(layout)
+                yield from _steps(question, cluster, kinds, *layout)
+
+
+def variants(
+    plain: Sequence[Option], question: Question, cluster: Cluster, kinds: Mapping[str, Kind]
+) -> Iterator[Option]:
+    """The question's other ways, on the ZP groups of layouts of its first way: of a layout's groups, several are the stages
+    of a pipeline. So the work of a rank is the same; memory, ramps and what does not divide are not."""
+    seen = set()
+    for option in plain:
+        for shares, stage_layers in question.ways[1:]:
+            groups, left = divmod(option.groups, max(1, len(stage_layers)))
+            expert = tuple((name, count - count % shares) for name, count in option.expert)
+            layout = option.attention, expert, groups, option.group.tensor, shares, stage_layers
+            if left or layout in seen or shares > 1 and not _may_share_experts(question, cluster, expert, shares):
+                continue
+            seen.add(layout)
+            yield from _steps(question, cluster, kinds, *layout)
 
 
 def _may_share(shape: ModelShape, cluster: Cluster, attention: tuple[tuple[str, int], ...], tensor: int) -> bool:
     """Whether so many attention ranks of a ZP group can share a microbatch: what they split divides, and nodes do."""
     divided = (shape.heads, shape.query_groups, shape.sequence, shape.dense_ffn, shape.shared_expert_ffn)
-    return not any(size % tensor for size in divided) and not any(count % tensor or cluster.pools[name].gpus_per_node % tensor for name, count in attention)
+    return not any(size % tensor for size in divided) and not any(
+        count % tensor or cluster.pools[name].gpus_per_node % tensor for name, count in attention)
 
 
-def _steps(question, cluster, kinds, attention, expert, groups, tensor) -> Iterator[Option]:
-    pools = [name for name, count in (*attention, *expert) for _ in range(count)]
+def _may_share_experts(question: Question, cluster: Cluster, expert: tuple[tuple[str, int], ...], shares: int) -> bool:
+    """Whether so many expert ranks of a ZP group can share experts, and where it is a choice, should: when a layer's
+    experts do not divide over the ranks, less of them is left over."""
+    if question.shape.expert_ffn % shares or any(
+            not count or cluster.pools[name].gpus_per_node % shares for name, count in expert):
+        return False
+    ranks, experts = sum(count for _, count in expert), question.shape.experts
+    return len(question.expert_tensor) == 1 or -(-experts * shares // ranks) / shares < -(-experts // ranks)
+
+
+def _steps(
+    question: Question, cluster: Cluster, kinds: Mapping[str, Kind], attention: tuple[tuple[str, int], ...],
+    expert: tuple[tuple[str, int], ...], groups: int, tensor: int, shares: int, stage_layers: tuple[int, ...],
+) -> Iterator[Option]:
+    """A layout with each way to do a step. Where a pipeline is a choice, and one stage on the same ranks has room for a
+    step as the user asks for it, there is none: stages only add ramps."""
     m = sum(count for _, count in attention)
     microbatches = question.global_batch // question.micro_batch // (groups * (m // tensor))
     base = None
@@ -217,15 +312,26 @@ def _steps(question, cluster, kinds, attention, expert, groups, tensor) -> Itera
         for distributed in question.distributed_optimizer:
             step = Step(question.micro_batch, microbatches, question.vocabulary, recompute, distributed)
             if base is None:
-                seats = seats_of(pools, cluster, kinds)
-                base = GroupCosts(question.shape, step, seats, m, groups, question.precision, tensor)
+                seats = seats_of([name for name, count in (*attention, *expert) for _ in range(count)], cluster, kinds)
+                base = GroupCosts(question.shape, step, (*seats[:m], *seats[m::shares]), m, groups, question.precision,
+                                  tensor, shares)
+                if stage_layers and len(question.stage_layers) > 1 and _roomy(base, len(stage_layers)):
+                    return
             for again in (False,) if recompute == "full" else question.activation_again:
                 if again and not all(seat.kind.has_activation_again for seat in base.seats):
                     continue
-                option = Option(attention, expert, groups, replace(base, step=replace(step, activation_again=again)))
+                option = Option(attention, expert, groups,
+                                replace(base, step=replace(step, activation_again=again)), stage_layers)
                 yield option
                 if option.has_room:
                     break
+
+
+def _roomy(group: GroupCosts, stages: int) -> bool:
+    """Whether as many ZP groups more, in place of stages, have room for all layers and all of their microbatches."""
+    microbatches = max(1, group.step.microbatches // stages)
+    return _hold(group, limits_of(replace(group, groups=group.groups * stages), microbatches),
+                 range(group.attention_members, group.members))
 
 
 def _split(by_role, each, m, kinds, question) -> tuple[tuple, tuple] | None:

@@ -14,7 +14,7 @@ from megatron_hetermoe.config.plan import (
     ATTENTION_KERNELS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS, Plan, read_plan,
 )
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
+from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems, stage_problems
 from megatron_hetermoe.topology.placement import even_placement, placement_from_document
 
 # Flags that a plan file decides, and the plan's field that each is shorthand for.
@@ -141,18 +141,9 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
         plan.context_parallel, plan.stages,
     ):
         problems.add(problem)
-    further = plan.model.mtp_layers
-    own = (*plan.stage_layers[:-1], plan.stage_layers[-1] - further) if plan.stage_layers else ()
-    if own and (sum(own) != plan.model.decoder_layers or min(own) < 1):
-        beside = f" beside the {further} that predict further tokens" if further else ""
-        problems.add(f"pipeline stages of {', '.join(map(str, own))} layers do not make up the model's "
-                     f"{plan.model.decoder_layers}{beside}, at least one each: change --pipeline-model-parallel-size or what each stage "
-                     "has (--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers, "
-                     "--pipeline-model-parallel-layout)")
+    for problem in stage_problems(plan):
+        problems.add(problem)
     _check_world(plan.attention_ranks, plan.expert_ranks, world_size, problems)
-    if plan.schedule == "overlapped" and plan.stages > 1:
-        problems.add(f"overlapped waves are not supported with {plan.stages} pipeline stages, where 1F1B has a wave's forward "
-                     "beside another one's backward already: use --hetermoe-schedule zebra")
     if plan.schedule not in SCHEDULES:
         problems.add(f"the plan's schedule is {plan.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
     beside = EXPERT_PRECISIONS.get(plan.attention_precision, ())

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from megatron_hetermoe.config.plan import DELAYED, MERGED, TOGETHER, Plan
 from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.cost.cluster import Cluster, Kind
-from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
+from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, typical
 from megatron_hetermoe.planner.asym_ea import LONG, Assignment, balance, placement_of
 from megatron_hetermoe.planner.memory import imbalance_that_fits, in_flight, member_memory, most_imbalance
-from megatron_hetermoe.planner.options import Option, Question, options
+from megatron_hetermoe.planner.options import Option, Question, options, variants
+from megatron_hetermoe.planner.staged import balance_stages, divisions, parts_of, quick_seconds, scheduled
 from megatron_hetermoe.schedule.orders import build
-from megatron_hetermoe.simulator.events import simulate
+from megatron_hetermoe.simulator.events import simulate, simulate_stages
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _QUICK = 40  # options that are simulated
+_STAGED = 8  # options of pipelines and shared experts that are simulated after them, half of them where a few are
+_VARIED = 24  # layouts of which pipelines are made, or experts shared
+_NEAR = 0.97  # of the best plan's speed, which a pipeline must have by its first figure to be simulated in full
 _FEW = 12  # of them, where only a figure to compare with is asked for
 _OVERLAPPED = 1.4  # times as fast, that filling the ramps of waves may make a step: more than it did on any plan that ships
 _WORTH_A_DELAY = 0.99  # of a step's time; W tasks are more kernels than prices know of
@@ -43,11 +52,16 @@ class Priced:
     weight_gradients: str = TOGETHER
     schedule: str = "zebra"
 
-    @property
-    def in_flight(self) -> float:
-        """Microbatches on their way, as memory counts them."""
-        group = self.option.group
-        return in_flight(self.schedule, self.wave, group.step.microbatches, group.shape.layers)
+    @cached_property
+    def _stages(self) -> list[tuple[GroupCosts, np.ndarray, float]]:
+        """For each pipeline stage costs, experts that each member holds in all its layers, microbatches on their way."""
+        experts, stages = self.assignment.experts, self.option.stages
+        parts = parts_of(self.option.stage_layers or (len(experts),))
+        return [
+            (group, experts[part.start - 1:part.stop - 1].sum(axis=0), in_flight(
+                self.schedule, self.wave, group.step.microbatches, group.shape.layers, len(stages) - 1 - group.stage))
+            for group, part in zip(stages, parts)
+        ]
 
     def busy(self, role: str) -> float:
         """Share of the step in which a role's ranks compute, on average."""
@@ -60,34 +74,32 @@ class Priced:
             work += sum(group.expert[member]) * float(experts[:, member].sum())
             if role == ATTENTION:
                 work += sum(map(sum, group.attention[member]))
-        return work * group.step.microbatches / len(members) / self.assignment.seconds
+        ranks = len(members) * len(self.option.stages)
+        return work * group.step.microbatches / ranks / self.assignment.seconds
 
     def without_work(self) -> dict[str, int]:
         """Expert ranks of each pool that hold no expert."""
-        group, held = self.option.group, self.assignment.experts.sum(axis=0)
         idle: dict[str, int] = {}
-        for member in _members(group, EXPERT):
-            if not held[member]:
-                name = group.seats[member].pool.name
-                idle[name] = idle.get(name, 0) + self.option.groups
+        for group, held, _ in self._stages:
+            for member in _members(group, EXPERT):
+                if not held[member]:
+                    name = group.seats[member].pool.name
+                    idle[name] = idle.get(name, 0) + self.option.groups * group.expert_tensor
         return idle
 
     def bytes_of(self, role: str) -> float:
         """Of a role's fullest rank."""
-        group, experts = self.option.group, self.assignment.experts
-        return max(member_memory(group, member, int(experts[:, member].sum()), self.in_flight,
-                                 weight_gradients=self.weight_gradients).total
-                   for member in _members(group, role))
+        return max(member_memory(group, member, int(held[member]), wave, weight_gradients=self.weight_gradients).total
+                   for group, held, wave in self._stages for member in _members(group, role))
 
     @property
     def imbalance(self) -> tuple[float, float]:
         """How uneven routing may become before some GPU is full, and the most that it can become there: rows of a
         member's experts, over those of balanced routing."""
-        group, held = self.option.group, self.assignment.experts.sum(axis=0)
         return min(
-            (imbalance_that_fits(group, member, int(held[member]), self.in_flight, self.weight_gradients),
+            (imbalance_that_fits(group, member, int(held[member]), wave, self.weight_gradients),
              most_imbalance(group, int(held[member])))
-            for member in range(group.members) if held[member]
+            for group, held, wave in self._stages for member in range(group.members) if held[member]
         )
 
     def plan(self) -> Plan:
@@ -98,12 +110,16 @@ class Priced:
             self.bytes_of(ATTENTION), self.bytes_of(EXPERT), any(seat.kind.estimated for seat in group.seats),
         )
         placement = placement_of(self.assignment.experts)
+        copies = option.groups * len(option.stages)
         return Plan(
-            group.shape, option.m * option.groups, option.n * option.groups, option.groups,
+            group.shape, option.m * copies, option.n * copies, option.groups,
             placement.holders, self.schedule, self.wave, group.precision, _expert_precision(group),
-            tensor_parallel=group.tensor, weight_gradients=self.weight_gradients,
-            pools=tuple(seat.pool.name for seat in group.seats), step=group.step,
-            predicted=prediction, tasks=TaskCosts(group, placement).typical(),
+            tensor_parallel=group.tensor, expert_tensor_parallel=group.expert_tensor,
+            weight_gradients=self.weight_gradients, stage_layers=option.stage_layers,
+            pools=tuple(name for name, count in (*option.attention, *option.expert) for _ in range(count)),
+            step=group.step, predicted=prediction, tasks=typical([
+                TaskCosts(stage, placement.of_layers(part))
+                for stage, part in zip(option.stages, parts_of(option.stage_layers or (group.shape.layers,)))]),
         )
 
 
@@ -152,14 +168,56 @@ def search(
         most: options that are simulated.
     """
     tell("listing layouts")
-    considered = list(options(question, cluster, kinds))
-    fitting = [option for option in considered if option.fits(1)]
-    # Copies of a layout with more ZP groups have the same bound; the smaller groups waste less on what does not divide.
-    fitting.sort(key=lambda option: (-float(f"{option.bound:.2g}"), option.group.members, -option.bound))
-    fitting = _by_turns(fitting)
+    considered = list(options(question, cluster, kinds, question.ways[:1]))
+    fitting = _by_turns(_highest_first(considered))
+    priced, simulated = _simulate(fitting, question, most, 0.0, tell)
+    if len(question.ways) > 1:
+        reached = max((one.tokens_per_second for one in priced), default=0.0)
+        tell("listing pipelines and shared experts")
+        special = list(variants(_by_bound(considered)[:_VARIED], question, cluster, kinds) if priced else
+                       options(question, cluster, kinds, question.ways[1:]))
+        highest = [option for option in _highest_first(special) if option.bound > reached]
+        considered, fitting = considered + special, fitting + highest
+        more, count = _simulate(_by_turns(highest), question, _STAGED if most == _QUICK else _STAGED // 2, reached, tell)
+        priced, simulated = priced + more, simulated + count
+    priced.sort(key=_fastest)
+    if thorough:
+        tell("placing experts of the best layouts")
+        priced = _thoroughly(priced)
+    by_layout: dict[tuple, Priced] = {}
+    for one in priced:
+        option = one.option
+        by_layout.setdefault((option.attention, option.expert, option.groups, option.group.tensor,
+                              option.group.expert_tensor, option.stage_layers), one)
+    best = list(by_layout.values())
+    if thorough and best:
+        best[0] = _with_weight_tasks(best[0], question.weight_gradients)
+    return Found(tuple(best), len(considered), len(fitting), simulated)
+
+
+def _highest_first(considered: list[Option]) -> list[Option]:
+    """The options that fit, by their bounds. Copies of a layout with more ZP groups have the same bound; the smaller groups
+    waste less on what does not divide."""
+    return _sorted(option for option in considered if option.fits(1))
+
+
+def _by_bound(considered: list[Option]) -> list[Option]:
+    """An option of each layout, whether or not it fits, some of each sort among the first."""
+    layouts = {(option.attention, option.expert, option.groups, option.group.tensor): option for option in reversed(considered)}
+    return _by_turns(_sorted(layouts.values()))
+
+
+def _sorted(found: Iterable[Option]) -> list[Option]:
+    return sorted(found, key=lambda option: (-float(f"{option.bound:.2g}"), option.group.members, -option.bound))
+
+
+def _simulate(
+    fitting: list[Option], question: Question, most: int, reached: float, tell: Callable[[str], None]
+) -> tuple[list[Priced], int]:
+    """Prices options one after the other, at most so many of those whose bound is above what was ``reached``, in tokens a
+    second. Returns them, and how many were looked at."""
     priced: list[Priced] = []
     simulated = 0
-    reached = 0.0
     for option in fitting:
         if simulated == most:
             break
@@ -167,20 +225,10 @@ def search(
             continue
         simulated += 1
         tell(f"simulating layout {simulated} of at most {min(len(fitting), most)}: {option.describe()}")
-        found = _best_wave(option, question.schedules, reached)
+        found = _staged_wave(option) if option.stage_layers else _best_wave(option, question.schedules, reached)
         priced += found
         reached = max([reached, *(one.tokens_per_second for one in found)])
-    priced.sort(key=_fastest)
-    if thorough:
-        tell("placing experts of the best layouts")
-        priced = _thoroughly(priced)
-    by_layout: dict[tuple, Priced] = {}
-    for one in priced:
-        by_layout.setdefault((one.option.attention, one.option.expert, one.option.groups, one.option.group.tensor), one)
-    best = list(by_layout.values())
-    if thorough and best:
-        best[0] = _with_weight_tasks(best[0], question.weight_gradients)
-    return Found(tuple(best), len(considered), len(fitting), simulated)
+    return priced, simulated
 
 
 def _by_turns(fitting: list[Option]) -> list[Option]:
@@ -193,7 +241,8 @@ def _by_turns(fitting: list[Option]) -> list[Option]:
     seen: Counter[tuple] = Counter()
     turns = {}
     for option in fitting:
-        sort = (tuple(name for name, _ in option.attention), tuple(name for name, _ in option.expert), option.group.tensor)
+        sort = (tuple(name for name, _ in option.attention), tuple(name for name, _ in option.expert), option.group.tensor,
+                option.group.expert_tensor, len(option.stages))
         turns[id(option)] = seen[sort]
         seen[sort] += 1
     sorts = sorted(fitting, key=lambda option: turns[id(option)])
@@ -208,9 +257,12 @@ def _with_weight_tasks(one: Priced, choices: tuple[str, ...]) -> Priced:
 
 
 def _merged(one: Priced) -> Priced | None:
-    """With one W task for a layer and a wave; where experts take less of the step, others of them may move."""
-    group = one.option.group
-    assignment = balance(group, one.option.limits(one.in_flight, MERGED), one.wave, True, one.schedule, MERGED)
+    """With one W task for a layer and a wave; where experts take less of the step, others of them may move. None for
+    pipelines, whose placement is that of each stage by itself."""
+    if one.option.stage_layers:
+        return None
+    limits = one.option.limits(one.wave, one.schedule, MERGED)[0]
+    assignment = balance(one.option.group, limits, one.wave, True, one.schedule, MERGED)
     return assignment and replace(one, assignment=assignment, tokens_per_second=one.option.tokens / assignment.seconds,
                                   weight_gradients=MERGED)
 
@@ -220,9 +272,13 @@ def _delayed(one: Priced) -> Priced | None:
     group, placement = one.option.group, placement_of(one.assignment.experts)
     if group.shape.layers * group.step.microbatches > LONG or group.tensor > 1:
         return None
-    orders = build(one.schedule, group.shape.layers, placement, group.attention_members, group.step.microbatches,
-                   one.wave, weight_gradients=DELAYED)
-    seconds = simulate(orders, TaskCosts(group, placement, weight_gradients=DELAYED)).seconds
+    if one.option.stage_layers:
+        stages = scheduled(one.option.stages, one.assignment.experts, one.wave, group.step.microbatches, DELAYED)
+        seconds = simulate_stages(stages)[0].seconds
+    else:
+        orders = build(one.schedule, group.shape.layers, placement, group.attention_members, group.step.microbatches,
+                       one.wave, weight_gradients=DELAYED)
+        seconds = simulate(orders, TaskCosts(group, placement, DELAYED)).seconds
     assignment = replace(one.assignment, seconds=seconds)
     return replace(one, assignment=assignment, tokens_per_second=one.option.tokens / seconds, weight_gradients=DELAYED)
 
@@ -234,6 +290,9 @@ def _thoroughly(priced: list[Priced]) -> list[Priced]:
     quick = list(priced)
     while quick and (len(full) < _THOROUGH or _fastest(quick[0]) < min(map(_fastest, full))):
         one = quick.pop(0)
+        if one.option.stage_layers and full and one.tokens_per_second < _NEAR * max(done.tokens_per_second for done in full):
+            full.append(one)
+            continue
         full += filter(None, [_price(one.option, one.wave, one.schedule, thorough=True)])
     return sorted((*full, *quick), key=_fastest)
 
@@ -266,12 +325,29 @@ def _best_wave(option: Option, schedules: tuple[str, ...], to_beat: float) -> li
     return priced
 
 
+def _staged_wave(option: Option) -> list[Priced]:
+    """A pipeline with the wave that is fastest by a first figure: large ones keep other stages waiting, small ones have more
+    ramps."""
+    total = option.group.step.microbatches
+    best = None
+    for wave in sorted({-(-total // count) for count in range(-(-total // option.wave), total + 1)}, reverse=True):
+        seconds = quick_seconds(option.stages, option.limits(wave), wave)
+        if seconds is None:
+            continue
+        if best is not None and seconds >= best[0]:
+            break
+        best = seconds, wave
+    return list(filter(None, [_price(option, best[1], "zebra", thorough=False)])) if best else []
+
+
 def _price(option: Option, wave: int, schedule: str, thorough: bool) -> Priced | None:
-    group = option.group
-    limits = option.limits(in_flight(schedule, wave, group.step.microbatches, group.shape.layers))
-    if min(limits.pairs) < 0:
+    limits = option.limits(wave, schedule)
+    if min(min(of_stage.pairs) for of_stage in limits) < 0:
         return None
-    assignment = balance(group, limits, wave, thorough, schedule)
+    if option.stage_layers:
+        assignment = balance_stages(option.stages, limits, wave, thorough)
+    else:
+        assignment = balance(option.group, limits[0], wave, thorough, schedule)
     if assignment is None:
         return None
     return Priced(option, wave, assignment, option.tokens / assignment.seconds, schedule=schedule)
@@ -319,21 +395,30 @@ def left_out(found: Found, cluster: Cluster) -> list[LeftOut]:
 
 
 def after_losing_a_node(
-    question: Question, cluster: Cluster, kinds: Mapping[str, Kind]
+    question: Question, cluster: Cluster, kinds: Mapping[str, Kind], best: Priced | None = None
 ) -> dict[str, Priced | None]:
     """For each pool, a good plan when one of its nodes is gone, of fewer layouts than ``search`` looks at; None when nothing
-    fits then."""
+    fits then. Of pipelines and shared experts only such are looked at as the best plan with all nodes has."""
     result = {}
+    if best is None or best.option.is_plain:
+        question = question.plain
+    else:
+        like = best.option.stage_layers, best.option.group.expert_tensor
+        question = replace(
+            question, stage_layers=tuple(one for one in question.stage_layers if one in (question.stage_layers[0], like[0])),
+            expert_tensor=tuple(one for one in question.expert_tensor if one in (question.expert_tensor[0], like[1])))
+    question = replace(question, schedules=("zebra",))
     for name in cluster.pools:
         rest = cluster.without_node(name)
-        found = search(replace(question, schedules=("zebra",)), rest, kinds, thorough=False, most=_FEW)
+        found = search(question, rest, kinds, thorough=False, most=_FEW)
         result[name] = found.best[0] if found.best else None
     return result
 
 
 def fits(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> bool:
     """Whether any layout holds the model."""
-    return any(option.fits(1) for option in options(question, cluster, kinds))
+    return any(option.fits(1) for ways in (question.ways[:1], question.ways[1:])
+               for option in options(question, cluster, kinds, ways))
 
 
 def smaller(question: Question, layers: int) -> Question:
@@ -342,4 +427,10 @@ def smaller(question: Question, layers: int) -> Question:
     fewer = shape.decoder_layers - layers
     own = tuple(layer for layer in shape.moe_layers if layer <= layers)
     further = tuple(layer - fewer for layer in shape.moe_layers if layer > shape.decoder_layers)
-    return replace(question, shape=replace(shape, layers=shape.layers - fewer, moe_layers=(*own, *further)))
+    shape = replace(shape, layers=shape.layers - fewer, moe_layers=(*own, *further))
+    stage_layers = question.stage_layers
+    if stage_layers != ((),):
+        # As many stages as were asked for, or may be.
+        counts = {len(one) for one in stage_layers}
+        stage_layers = tuple(one for one in ((), *divisions(shape)) if len(one) in counts) or ((),)
+    return replace(question, shape=shape, stage_layers=stage_layers)

@@ -23,59 +23,76 @@ from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
 @dataclass(frozen=True)
 class Case:
-    """A schedule with the price of each task.
+    """Schedules with the price of each task.
 
     Attributes:
-        schedule: what is run.
-        seconds: for each member, of each of its tasks.
+        stages: what the ZP group of each pipeline stage runs.
+        seconds: for each stage and member, of each of its tasks.
     """
 
-    schedule: Schedule
-    seconds: tuple[dict[Task, float], ...]
+    stages: tuple[Schedule, ...]
+    seconds: tuple[tuple[dict[Task, float], ...], ...]
+
+    @property
+    def members(self) -> int:
+        """Of one stage's group."""
+        return self.stages[0].placement.members
 
 
-def priced(schedule: Schedule, costs: TaskCosts, scale: float = 1.0) -> Case:
-    """A schedule with prices, multiplied by ``scale``. A transfer has the price that it has alone on its links."""
-    def price(member: int, task: Task) -> float:
+def priced(*stages: tuple[Schedule, TaskCosts], scale: float = 1.0) -> Case:
+    """The schedule of each stage's ZP group with its prices, multiplied by ``scale``. A transfer has the price that it has
+    alone on its links."""
+    def price(schedule: Schedule, costs: TaskCosts, member: int, task: Task) -> float:
         if task.stream is Stream.COMPUTE:
             return scale * costs.seconds(member, task, schedule.microbatches_of(task))
+        if task.stream is Stream.STAGES:
+            return scale * costs.group.handover_seconds(member)
         transfer = costs.transfer(task)
         return scale * (transfer.latency + transfer.seconds)
 
-    return Case(schedule, tuple(
-        {task: price(member, task) for order in schedule.member(member).streams.values() for task in order}
-        for member in range(schedule.placement.members)
+    return Case(tuple(schedule for schedule, _ in stages), tuple(
+        tuple(
+            {task: price(schedule, costs, member, task) for order in schedule.member(member).streams.values() for task in order}
+            for member in range(schedule.placement.members)
+        )
+        for schedule, costs in stages
     ))
 
 
 def replay(rank: int, world: int, cases: Sequence[Case]) -> list[float]:
-    """Runs cases one after the other, each with a rank for each member; all ranks of the world call it.
+    """Runs cases one after the other, each with a rank for each member of each stage; all ranks of the world call it.
 
     Returns:
         Seconds of each case on this rank, 0 where it has no use for the rank.
     """
     seconds = []
     for case in cases:
-        members = case.schedule.placement.members
-        groups = [dist.new_group(list(range(members))) for _ in range(2)]
+        stage, member = divmod(rank, case.members)
+        of_stages = [range(first, first + case.members) for first in range(0, len(case.stages) * case.members, case.members)]
+        of_places = list(zip(*of_stages)) if len(case.stages) > 1 else []
+        inside = [[dist.new_group(list(ranks)) for _ in range(2)] for ranks in of_stages]
+        across = [dist.new_group(list(ranks)) for ranks in of_places]
         dist.barrier()
-        if rank >= members:
+        if stage >= len(case.stages):
             seconds.append(0.0)
             continue
         channels = {
-            stream: Channel(group, group, range(members), rank)
-            for stream, group in zip((Stream.OUT, Stream.BACK), groups)
+            stream: Channel(group, group, of_stages[stage], member)
+            for stream, group in zip((Stream.OUT, Stream.BACK), inside[stage])
         }
-        table = replay_table(case.schedule, rank, case.seconds[rank].__getitem__, channels)
+        if across:
+            channels[Stream.STAGES] = Channel(across[member], across[member], of_places[member], stage)
+        schedule = case.stages[stage]
+        table = replay_table(schedule, member, case.seconds[stage][member].__getitem__, channels, stage)
         start = time.perf_counter()
-        executor.run(case.schedule.member(rank), table, HostStreams())
+        executor.run(schedule.member(member), table, HostStreams())
         seconds.append(time.perf_counter() - start)
     dist.barrier()
     return seconds
 
 
 def replay_table(
-    schedule: Schedule, member: int, seconds: Callable[[Task], float], channels: dict[Stream, Channel]
+    schedule: Schedule, member: int, seconds: Callable[[Task], float], channels: dict[Stream, Channel], stage: int = 0
 ) -> Table:
     """What the executor calls in place of a model.
 
@@ -85,7 +102,8 @@ def replay_table(
         schedule: that the executor runs.
         member: this rank.
         seconds: the price of a task: of this member's, or of a transfer.
-        channels: OUT and BACK.
+        channels: OUT and BACK, and STAGES where there are several.
+        stage: this rank's.
     """
     takers = {
         layer: sorted({*range(schedule.attention_members), *schedule.placement.holders_of(layer)})
@@ -99,8 +117,13 @@ def replay_table(
         _meet(channels[task.stream], [other for other in takers[task.layer] if other != member])
         wait(task)
 
+    def hand_over(task: Task) -> None:
+        _meet(channels[Stream.STAGES], [stage + 1 if task.layer > schedule.layers else stage - 1])
+        wait(task)
+
+    transfers = {Kind.HANDOVER: hand_over, Kind.DISPATCH: transfer, Kind.COMBINE: transfer}
     return {
-        (kind, direction): wait if kind in (Kind.ATTENTION, Kind.EXPERT) else transfer
+        (kind, direction): transfers.get(kind, wait)
         for kind in Kind for direction in Pass
     }
 

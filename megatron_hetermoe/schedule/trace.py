@@ -10,8 +10,9 @@ from pathlib import Path
 from megatron_hetermoe.config.errors import Problems
 
 STEP, REDUCE, OPTIMIZER = "step", "reduce", "optimizer"  # a stream for what is no task, and what is there
-STREAMS = ("compute", "out", "back", STEP)  # rows of a rank in a viewer, top to bottom
-_COLOURS = {"A": "thread_state_running", "E": "rail_animation", "D": "thread_state_iowait", "C": "rail_response"}
+STREAMS = ("compute", "out", "back", "stages", STEP)  # rows of a rank in a viewer, top to bottom
+_COLOURS = {"A": "thread_state_running", "E": "rail_animation", "D": "thread_state_iowait", "C": "rail_response",
+            "H": "rail_load"}
 
 
 @dataclass(frozen=True)

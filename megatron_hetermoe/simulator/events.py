@@ -1,9 +1,10 @@
 """Discrete events over a schedule: the second driver of what the executor runs.
 
-Each member has three streams, as in ``runtime.executor``: a task starts when it heads its stream and all that
+Each member has the streams that it has in ``runtime.executor``: a task starts when it heads its stream and all that
 ``MemberSchedule.waits`` names for it is done. A transfer starts when that holds for every member that takes part and
 ends for all at once. All attention members take part in each, so a channel carries one at a time; two on opposite
-channels share the links of a member that both sends and receives in both, and slow down together.
+channels share the links of a member that both sends and receives in both, and slow down together. What pipeline stages
+hand over starts when both ranks have come to it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from dataclasses import dataclass
 
 from megatron_hetermoe.cost.tasks import TaskCosts, Transfer
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
-from megatron_hetermoe.schedule.tasks import Stream, Task
+from megatron_hetermoe.schedule.tasks import Pass, Stream, Task
 from megatron_hetermoe.schedule.trace import OPTIMIZER, REDUCE, STEP, Span
 
 _CHANNELS = (Stream.OUT, Stream.BACK)
-_STREAMS = (Stream.COMPUTE, *_CHANNELS)
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,22 @@ class Result:
     members: tuple[MemberResult, ...]
     seconds: float
 
-    def spans(self, rank_of: Callable[[int], int], costs: TaskCosts) -> list[Span]:
+    def spans(
+        self, rank_of: Callable[[int], int], costs: TaskCosts, holder_of: Callable[[int], int] = lambda member: member
+    ) -> list[Span]:
         """The step as a trace.
 
         Args:
             rank_of: global rank of a member.
             costs: that were simulated.
+            holder_of: the member that it is in these.
         """
         spans = []
         for member, result in enumerate(self.members):
-            rank = rank_of(member)
+            rank, holder = rank_of(member), holder_of(member)
             spans += [
-                Span(rank, task.stream.value, str(task), *times, costs.sent(member, task),
-                     costs.received(member, task))
+                Span(rank, task.stream.value, str(task), *times, costs.sent(holder, task),
+                     costs.received(holder, task))
                 for task, times in result.times.items()
             ]
             for name, (start, end) in ((REDUCE, result.reduced), (OPTIMIZER, result.stepped)):
@@ -78,34 +81,50 @@ def simulate(schedule: Schedule, costs: TaskCosts) -> Result:
         schedule: its tasks and their orders.
         costs: the price of each, for the schedule's placement and with W tasks where it has them.
     """
-    assert schedule.placement == costs.placement and schedule.weight_gradients == costs.weight_gradients
-    alike = members_alike(schedule, costs)
-    run = _Run(schedule, costs, [members[0] for members in alike])
+    return simulate_stages([(schedule, costs)])[0]
+
+
+def simulate_stages(stages: Sequence[tuple[Schedule, TaskCosts]]) -> tuple[Result, ...]:
+    """One step of one ZP group in each pipeline stage, with what they hand over.
+
+    Args:
+        stages: for each, its schedule and costs, as of ``simulate``.
+    """
+    assert all(schedule.placement == costs.placement and schedule.weight_gradients == costs.weight_gradients
+               for schedule, costs in stages)
+    alike = members_alike(stages)
+    tracks = [(stage, members[0]) for stage in range(len(stages)) for members in alike]
+    run = _Run(stages, tracks)
     run.go()
     reduced = {}
-    for member in run.members:
-        end = max((times[1] for times in run.times[member].values()), default=0.0)
-        reduced[member] = (end, end + (0.0 if schedule.forward_only else costs.reduction(member)))
+    for track, (stage, member) in enumerate(tracks):
+        schedule, costs = stages[stage]
+        end = max((times[1] for times in run.times[track].values()), default=0.0)
+        reduced[track] = (end, end + (0.0 if schedule.forward_only else costs.reduction(member)))
     # The norm of all gradients is known when the last rank has reduced its own, and nobody steps before.
     norm = max(end for _, end in reduced.values())
-    by_member: dict[int, MemberResult] = {}
-    for members in alike:
-        first = members[0]
-        step = 0.0 if schedule.forward_only else costs.optimizer(first)
-        result = MemberResult(run.times[first], reduced[first], (norm, norm + step))
-        by_member.update(dict.fromkeys(members, result))
-    results = tuple(by_member[member] for member in range(schedule.placement.members))
-    return Result(schedule, results, max(result.stepped[1] for result in results))
+    found: list[dict[int, MemberResult]] = [{} for _ in stages]
+    for track, (stage, member) in enumerate(tracks):
+        schedule, costs = stages[stage]
+        step = 0.0 if schedule.forward_only else costs.optimizer(member)
+        result = MemberResult(run.times[track], reduced[track], (norm, norm + step))
+        found[stage].update(dict.fromkeys(alike[track % len(alike)], result))
+    seconds = max(result.stepped[1] for members in found for result in members.values())
+    return tuple(
+        Result(schedule, tuple(members[member] for member in range(schedule.placement.members)), seconds)
+        for (schedule, _), members in zip(stages, found)
+    )
 
 
-def members_alike(schedule: Schedule, costs: TaskCosts) -> list[list[int]]:
-    """The members, put together where role, pool and number of experts in every layer are the same: all that a task's
-    price and a member's order depend on, so these do the same at the same time."""
+def members_alike(stages: Sequence[tuple[Schedule, TaskCosts]]) -> list[list[int]]:
+    """The members, put together where role, pool and number of experts in every layer of every stage are the same: all
+    that a task's price and a member's order depend on, so these do the same at the same time."""
     alike: dict[tuple, list[int]] = {}
-    layers = range(1, schedule.layers + 1)
+    schedule, costs = stages[0]
+    held = [counts for of, prices in stages for layer in range(1, of.layers + 1) if (counts := prices.experts(layer))]
     for member, seat in enumerate(costs.group.seats):
-        held = tuple(costs.experts(layer)[member] for layer in layers if costs.experts(layer))
-        alike.setdefault((member < schedule.attention_members, seat.pool.name, held), []).append(member)
+        key = (member < schedule.attention_members, seat.pool.name, tuple(counts[member] for counts in held))
+        alike.setdefault(key, []).append(member)
     return list(alike.values())
 
 
@@ -122,26 +141,35 @@ class _Active:
     version: int = 0  # of its pace; an end that was expected at an older one does not count
 
 
-class _Run:
-    """The state of one simulation."""
+_Channel = tuple[int, Stream]  # of a stage
+_Handover = tuple[int, int, Pass, int]  # stage that is nearer to the model's begin, member, pass, microbatch
 
-    def __init__(self, schedule: Schedule, costs: TaskCosts, members: Sequence[int]):
-        self.members = members
-        self.times: dict[int, dict[Task, tuple[float, float]]] = {member: {} for member in members}
-        self._schedule = schedule
-        self._costs = costs
-        self._orders: dict[int, MemberSchedule] = {member: schedule.member(member) for member in members}
-        self._next = {(member, stream): 0 for member in members for stream in _STREAMS}
-        self._busy: set[tuple[int, Stream]] = set()
-        self._parts: dict[Task, list[int]] = {}
-        for member, orders in self._orders.items():
+
+class _Run:
+    """The state of one simulation.
+
+    Args:
+        stages: schedules and costs.
+        tracks: stage and member of whatever does its tasks by itself.
+    """
+
+    def __init__(self, stages: Sequence[tuple[Schedule, TaskCosts]], tracks: Sequence[tuple[int, int]]):
+        self.times: list[dict[Task, tuple[float, float]]] = [{} for _ in tracks]
+        self._tracks = tracks
+        self._costs = [stages[stage][1] for stage, _ in tracks]
+        self._schedules = [schedule for schedule, _ in stages]
+        self._orders: list[MemberSchedule] = [stages[stage][0].member(member) for stage, member in tracks]
+        self._next = {(track, stream): 0 for track, orders in enumerate(self._orders) for stream in orders.streams}
+        self._busy: set[tuple[int, Stream]] = set()  # also with a transfer that others have not come to
+        self._parts: dict[tuple[int, Task], list[int]] = {}
+        for track, (stage, _) in enumerate(tracks):
             for stream in _CHANNELS:
-                for task in orders.streams[stream]:
-                    self._parts.setdefault(task, []).append(member)
-        self._arrived: dict[Task, int] = {}
-        self._waiting: set[tuple[int, Stream]] = set()  # members that have come to a transfer
-        self._active: dict[Stream, _Active] = {}
-        self._events: list[tuple[float, int, int, Task, Stream | None, int]] = []
+                for task in self._orders[track].streams[stream]:
+                    self._parts.setdefault((stage, task), []).append(track)
+        self._arrived: dict[tuple[int, Task], int] = {}
+        self._met: dict[_Handover, tuple[int, Task]] = {}  # who has come to it first
+        self._active: dict[_Channel, _Active] = {}
+        self._events: list[tuple[float, int, Callable[..., None], tuple]] = []
         self._number = 0  # of events, so that equal times keep the order in which they were made
 
     def go(self) -> None:
@@ -150,71 +178,77 @@ class _Run:
         Raises:
             AssertionError: when tasks are left that can never start; ``schedule.checks`` proves that none are.
         """
-        for member in self.members:
-            for stream in _STREAMS:
-                self._try(member, stream, 0.0)
+        for track in range(len(self._tracks)):
+            self._try_all(track, 0.0)
         while self._events:
-            now, _, member, task, channel, version = heapq.heappop(self._events)
-            active = self._active.get(channel)
-            if channel is None:
-                self._finish_compute(member, task, now)
-            elif active and active.task == task and active.version == version:
-                self._finish_transfer(channel, now)
-        left = [(key, self._orders[key[0]].streams[key[1]][at]) for key, at in self._next.items()
-                if at < len(self._orders[key[0]].streams[key[1]])]
-        assert not left, f"stuck before {left[0][1]} on member {left[0][0][0]}"
+            now, _, finish, what = heapq.heappop(self._events)
+            finish(*what, now)
+        left = [(track, self._orders[track].streams[stream][at]) for (track, stream), at in self._next.items()
+                if at < len(self._orders[track].streams[stream])]
+        assert not left, f"stuck before {left[0][1]} on member {self._tracks[left[0][0]]}"
 
-    def _try(self, member: int, stream: Stream, now: float) -> None:
+    def _try_all(self, track: int, now: float) -> None:
+        for stream in self._orders[track].streams:
+            self._try(track, stream, now)
+
+    def _try(self, track: int, stream: Stream, now: float) -> None:
         """Starts the head of a stream if it may start."""
-        key = (member, stream)
-        orders = self._orders[member]
+        key = (track, stream)
+        orders = self._orders[track]
         at = self._next[key]
-        if key in self._busy or key in self._waiting or at == len(orders.streams[stream]):
+        if key in self._busy or at == len(orders.streams[stream]):
             return
         task = orders.streams[stream][at]
-        done = self.times[member]
+        done = self.times[track]
         if not all(wait in done for wait in orders.waits[task]):
             return
+        self._busy.add(key)
+        stage, member = self._tracks[track]
         if stream is Stream.COMPUTE:
-            self._busy.add(key)
-            end = now + self._seconds(member, task)
             # Its end is known, but it counts as done from then on only, so times gets it when the event comes.
-            self._push(end, member, task, None, 0)
+            seconds = self._costs[track].seconds(member, task, self._schedules[stage].microbatches_of(task))
+            self._push(now + seconds, self._finish_task, ((track,), task, now))
+        elif stream is Stream.STAGES:
+            self._hand_over(track, task, now)
+        else:
+            self._arrived[stage, task] = self._arrived.get((stage, task), 0) + 1
+            if self._arrived[stage, task] == len(self._parts[stage, task]):
+                assert (stage, stream) not in self._active, "a channel carries one transfer at a time"
+                # Latency shares no link; it passes before the first share is carried.
+                self._active[stage, stream] = _Active(task, self._costs[track].transfer(task), now, 1.0, now, 0.0)
+                self._repace(stage, now)
+
+    def _hand_over(self, track: int, task: Task, now: float) -> None:
+        """Starts what stages hand over, when the other one has come to it too."""
+        stage, member = self._tracks[track]
+        key = (stage if task.layer > self._schedules[stage].layers else stage - 1, member, task.direction, task.microbatch)
+        if key not in self._met:
+            self._met[key] = track, task
             return
-        self._waiting.add(key)
-        self._arrived[task] = self._arrived.get(task, 0) + 1
-        if self._arrived[task] == len(self._parts[task]):
-            assert stream not in self._active, "a channel carries one transfer at a time"
-            price = self._costs.transfer(task)
-            # Latency shares no link; it passes before the first share is carried.
-            self._active[stream] = _Active(task, price, now, 1.0, now, 0.0)
-            self._repace(now)
+        other, its_task = self._met[key]
+        end = now + self._costs[track].group.handover_seconds(member)
+        self._push(end, self._finish_task, ((track,), task, now))
+        self._push(end, self._finish_task, ((other,), its_task, now))
 
-    def _seconds(self, member: int, task: Task) -> float:
-        return self._costs.seconds(member, task, self._schedule.microbatches_of(task))
+    def _finish_task(self, tracks: Sequence[int], task: Task, start: float, now: float) -> None:
+        for track in tracks:
+            self.times[track][task] = (start, now)
+            self._busy.remove((track, task.stream))
+            self._next[track, task.stream] += 1
+        for track in tracks:
+            self._try_all(track, now)
 
-    def _finish_compute(self, member: int, task: Task, now: float) -> None:
-        self._busy.remove((member, Stream.COMPUTE))
-        self.times[member][task] = (now - self._seconds(member, task), now)
-        self._next[member, Stream.COMPUTE] += 1
-        for stream in _STREAMS:
-            self._try(member, stream, now)
+    def _finish_transfer(self, channel: _Channel, active: _Active, version: int, now: float) -> None:
+        if self._active.get(channel) is not active or active.version != version:
+            return
+        del self._active[channel]
+        stage, _ = channel
+        self._repace(stage, now)
+        self._finish_task(self._parts[stage, active.task], active.task, active.start, now)
 
-    def _finish_transfer(self, channel: Stream, now: float) -> None:
-        active = self._active.pop(channel)
-        members = self._parts[active.task]
-        for member in members:
-            self.times[member][active.task] = (active.start, now)
-            self._waiting.remove((member, channel))
-            self._next[member, channel] += 1
-        self._repace(now)
-        for member in members:
-            for stream in _STREAMS:
-                self._try(member, stream, now)
-
-    def _repace(self, now: float) -> None:
-        """Sets the pace of what is on its way, after one came or went."""
-        actives = list(self._active.values())
+    def _repace(self, stage: int, now: float) -> None:
+        """Sets the pace of what is on its way in a stage, after one came or went."""
+        actives = [self._active[stage, stream] for stream in _CHANNELS if (stage, stream) in self._active]
         for active in actives:
             # Time before ``since`` was latency: nothing was carried in it.
             carried = max(0.0, now - active.since) * active.pace
@@ -230,8 +264,9 @@ class _Run:
             active.pace = 1 / (active.price.seconds * slowdown) if active.price.seconds else float("inf")
             rest = active.left * active.price.seconds * slowdown
             active.version += 1
-            self._push(active.since + rest, -1, active.task, active.task.stream, active.version)
+            self._push(active.since + rest, self._finish_transfer,
+                       ((stage, active.task.stream), active, active.version))
 
-    def _push(self, when: float, member: int, task: Task, channel: Stream | None, version: int) -> None:
+    def _push(self, when: float, finish: Callable[..., None], what: tuple) -> None:
         self._number += 1
-        heapq.heappush(self._events, (when, self._number, member, task, channel, version))
+        heapq.heappush(self._events, (when, self._number, finish, what))

@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import MOST
 from megatron_hetermoe.config.plan import PRECISIONS, SCHEDULES, Plan
 from megatron_hetermoe.config.step import RECOMPUTE
-from megatron_hetermoe.cost.cluster import Cluster, kinds_of
+from megatron_hetermoe.cost.cluster import Cluster, Kind, kinds_of
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.tasks import TaskCosts, costs_of_plan
-from megatron_hetermoe.schedule.orders import build
+from megatron_hetermoe.schedule.orders import Schedule
+from megatron_hetermoe.schedule.pipeline import schedule_of
 from megatron_hetermoe.schedule.trace import Span
-from megatron_hetermoe.simulator.events import Result, simulate
-from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
+from megatron_hetermoe.simulator.events import Result, simulate_stages
+from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems, stage_problems
+from megatron_hetermoe.topology.placement import Placement
 
-_MAY_BE_ZERO = ("dense_ffn", "shared_expert_ffn")  # widths of what a model may not have
+_MAY_BE_ZERO = ("dense_ffn", "shared_expert_ffn", "mtp_layers")  # of what a model may not have
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """One step as it is predicted. One ZP group is simulated; the others do the same.
+    """One step as it is predicted. One ZP group of each pipeline stage is simulated; the others do the same.
 
     Attributes:
-        result: of the group.
-        costs: that it was simulated with.
+        results: of each stage's first group; members are ranks, those that are a holder together do the same.
+        costs: of each stage, that it was simulated with; members are holders.
         layout: the plan's.
     """
 
-    result: Result
-    costs: TaskCosts
+    results: tuple[Result, ...]
+    costs: tuple[TaskCosts, ...]
     layout: Layout
 
     @cached_property
     def spans(self) -> list[Span]:
-        """The first ZP group's trace."""
-        return self.result.spans(lambda member: self.layout.rank_of(0, member), self.costs)
+        """The first ZP groups' trace."""
+        return [span for group, result, costs in zip(self.groups, self.results, self.costs)
+                for span in result.spans(lambda member, group=group: self.layout.rank_of(group, member), costs, self._holder)]
+
+    @property
+    def groups(self) -> range:
+        """The first ZP group of each stage."""
+        return range(0, self.layout.stages * self.layout.groups, self.layout.groups)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of these groups."""
+        return sorted(rank for group in self.groups for rank in self.layout.zp_group(group))
+
+    def _holder(self, member: int) -> int:
+        return self.layout.holder_of(self.layout.rank_of(0, member))
 
 
-def predict(plan: Plan, cluster: Cluster, origin: str, notes: Notes) -> Predicted:
+def predict(
+    plan: Plan, cluster: Cluster, origin: str, notes: Notes, kinds: Mapping[str, Kind] | None = None
+) -> Predicted:
     """Simulates a plan's step.
 
     Args:
@@ -48,18 +67,29 @@ def predict(plan: Plan, cluster: Cluster, origin: str, notes: Notes) -> Predicte
         cluster: that it was made for.
         origin: the plan's file, for messages.
         notes: gets what is to be said of the prices.
+        kinds: what its GPUs cost, in place of the files that the cluster names.
 
     Raises:
         UsageError: with all that keeps the plan from being priced.
     """
     _check(plan, cluster, origin)
-    costs = costs_of_plan(plan, cluster, kinds_of(cluster, plan.model, plan.attention_precision, notes))
     layout = layout_of(plan)
-    schedule = build(
-        plan.schedule, plan.model.layers, costs.placement, layout.m, plan.step.microbatches, plan.wave,
-        weight_gradients=plan.weight_gradients,
-    )
-    return Predicted(simulate(schedule, costs), costs, layout)
+    kinds = kinds or kinds_of(cluster, plan.model, plan.attention_precision, notes)
+    stages = priced_stages(plan, cluster, kinds)
+    holders = [layout.holder_of(rank) for rank in layout.zp_group(0)]
+    results = tuple(replace(result, members=tuple(result.members[holder] for holder in holders))
+                    for result in simulate_stages(stages))
+    return Predicted(results, tuple(costs for _, costs in stages), layout)
+
+
+def priced_stages(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> list[tuple[Schedule, TaskCosts]]:
+    """The schedule of each pipeline stage's ZP group, the executor's own, and its costs."""
+    layout = layout_of(plan)
+    placement = Placement(plan.placement, layout.holders)
+    return [
+        (schedule_of(plan, placement, layout.m, stage, plan.step.microbatches), costs_of_plan(plan, cluster, kinds, stage))
+        for stage in range(plan.stages)
+    ]
 
 
 def _check(plan: Plan, cluster: Cluster, origin: str) -> None:
@@ -68,32 +98,34 @@ def _check(plan: Plan, cluster: Cluster, origin: str) -> None:
     if plan.step is None or not plan.pools:
         problems.add(f"{origin} says no step and no pools: make it with `hetermoe plan --cluster`, or there is nothing "
                      f"to price")
-    if max(plan.context_parallel, plan.expert_tensor_parallel) > 1:
-        problems.add(f"{origin} has context parallelism, or experts shared by ranks, which nothing prices yet: simulate a "
-                     f"plan without that")
-    if plan.stages > 1:
-        problems.add(f"{origin} has {plan.stages} pipeline stages, which nothing prices yet: simulate a plan with one")
+    if plan.context_parallel > 1:
+        problems.add(f"{origin} has context parallelism, which nothing prices yet: simulate a plan without that")
     for name in sorted(set(plan.pools) - cluster.pools.keys()):
         problems.add(f"{origin} uses the pool {name}, {cluster.origin} has {', '.join(cluster.pools)}: give the "
                      f"cluster file that it was made for")
-    for problem in layout_problems(
-        plan.attention_ranks, plan.expert_ranks, max(1, plan.groups), plan.tensor_parallel
-    ):
+    wrong = layout_problems(
+        plan.attention_ranks, plan.expert_ranks, max(1, plan.groups), plan.tensor_parallel, plan.expert_tensor_parallel, 1,
+        plan.stages,
+    )
+    for problem in wrong:
         problems.add(f"{origin}: {problem}")
     figures = _figures(plan)
     for problem in figures:
         problems.add(f"{origin}: {problem}: make it anew")
-    if figures or not plan.pools:
+    if figures or wrong or not plan.pools:
         problems.raise_if_any()  # what follows counts with them
-    members = (plan.attention_ranks + plan.expert_ranks) // plan.groups
+    layout = layout_of(replace(plan, context_parallel=1))
+    members = layout.m + layout.n
     if len(plan.pools) != members:
         problems.add(f"{origin} names pools for {len(plan.pools)} members, a ZP group of it has {members}: make it "
                      f"anew")
     experts = [plan.model.experts if layer in plan.model.moe_layers else 0
                for layer in range(1, plan.model.layers + 1)]
     if [len(layer) for layer in plan.placement] != experts \
-            or any(not 0 <= holder < members for layer in plan.placement for holder in layer):
+            or any(not 0 <= holder < layout.holders for layer in plan.placement for holder in layer):
         problems.add(f"{origin}: the placement does not fit the model or the layout: make it anew")
+    for problem in stage_problems(plan):
+        problems.add(f"{origin}: {problem}")
     problems.raise_if_any()
 
 

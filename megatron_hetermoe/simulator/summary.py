@@ -13,8 +13,9 @@ RAMP = "ramp"  # before a member's first task of a wave
 TURN = "turn"  # between a member's last forward and first backward of a wave
 CHANNEL = "channel"  # what the next task waits for was on its way
 OTHER_POOL = "other pool"  # what the next task waits for was not computed yet
+STAGE = "other stage"  # what the next task waits for, another pipeline stage had not handed over
 TAIL = "tail"  # after its last task, until the slowest member has ended too
-CAUSES = (RAMP, TURN, CHANNEL, OTHER_POOL, TAIL)
+CAUSES = (RAMP, TURN, CHANNEL, OTHER_POOL, STAGE, TAIL)
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,28 @@ class Summary:
     after: float
 
 
-def summarise(result: Result) -> Summary:
-    """The summary of a step."""
-    members = summarise_members(result)
-    bound = max(member.work + member.after for member in members)
-    m = result.schedule.attention_members
-    roles = {
-        role: _on_average(part, result.seconds)
-        for role, part in ((ATTENTION, members[:m]), (EXPERT, members[m:])) if part
+def summarise(*results: Result) -> Summary:
+    """The summary of a step, of one ZP group in each pipeline stage."""
+    last = max(map(_last_task, results))
+    of_stages = [summarise_members(result, last) for result in results]
+    bound = max(member.work + member.after for members in of_stages for member in members)
+    m, seconds = results[0].schedule.attention_members, results[0].seconds
+    by_role = {
+        ATTENTION: [member for members in of_stages for member in members[:m]],
+        EXPERT: [member for members in of_stages for member in members[m:]],
     }
-    after = result.seconds - _last_task(result)
-    return Summary(result.seconds, roles, bound, result.seconds / bound - 1, after)
+    roles = {role: _on_average(members, seconds) for role, members in by_role.items() if members}
+    return Summary(seconds, roles, bound, seconds / bound - 1, seconds - last)
 
 
-def summarise_members(result: Result) -> list[MemberSummary]:
-    """The summary of each member of the ZP group."""
-    last = _last_task(result)
+def summarise_members(result: Result, last: float | None = None) -> list[MemberSummary]:
+    """The summary of each member of a ZP group.
+
+    Args:
+        result: of the group.
+        last: when the last task of all stages ends; where it is not given, the group's.
+    """
+    last = _last_task(result) if last is None else last
     known: dict[int, MemberSummary] = {}  # members that share a result share this too
     for member in result.members:
         if id(member) not in known:
@@ -134,9 +141,10 @@ def _bubbles(
                 causes[TURN] += gap
             else:
                 sent = max((arrival for arrival in arrivals), key=lambda times: times[1], default=(start, start))[0]
+                waited = STAGE if any(wait.kind is Kind.HANDOVER for wait in schedule.dependencies(task)) else OTHER_POOL
                 on_way = start - max(clock, min(sent, start))
                 causes[CHANNEL] += on_way
-                causes[OTHER_POOL] += gap - on_way
+                causes[waited] += gap - on_way
         clock = end
         begun.add(wave)
         if turns:

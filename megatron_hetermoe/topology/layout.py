@@ -217,6 +217,23 @@ def layout_problems(
     return problems
 
 
+def stage_problems(plan: Plan) -> list[str]:
+    """What keeps a plan's layers and schedule from being divided into its pipeline stages, one sentence each."""
+    problems = []
+    further = plan.model.mtp_layers
+    own = (*plan.stage_layers[:-1], plan.stage_layers[-1] - further) if plan.stage_layers else ()
+    if own and (sum(own) != plan.model.decoder_layers or min(own) < 1):
+        beside = f" beside the {further} that predict further tokens" if further else ""
+        problems.append(f"pipeline stages of {', '.join(map(str, own))} layers do not make up the model's "
+                        f"{plan.model.decoder_layers}{beside}, at least one each: change --pipeline-model-parallel-size or what "
+                        "each stage has (--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers, "
+                        "--pipeline-model-parallel-layout)")
+    if plan.schedule == "overlapped" and plan.stages > 1:
+        problems.append(f"overlapped waves are not supported with {plan.stages} pipeline stages, where 1F1B has a wave's "
+                        "forward beside another one's backward already: use --hetermoe-schedule zebra")
+    return problems
+
+
 def _runs(ranks: range, length: int) -> tuple[tuple[int, ...], ...]:
     """Ranks in groups of so many next to each other."""
     return tuple(tuple(ranks[first:first + length]) for first in range(0, len(ranks), length))

@@ -17,6 +17,7 @@ from megatron_hetermoe.cost.cluster import Cluster, cluster_from_document, kinds
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.planner.advice import alone, baselines
 from megatron_hetermoe.planner.options import Question
+from megatron_hetermoe.planner.staged import divisions
 from megatron_hetermoe.planner.search import after_losing_a_node, search
 
 MODEL = ModelShape(
@@ -52,14 +53,15 @@ def main() -> None:
         cluster = cluster_of(names, gpus)
         # Eight microbatches for each GPU of the newest kind, as far as it is a whole number of them.
         batch = 8 * cluster.pools["new"].gpus
-        question = Question(MODEL, "fp16", 1, batch, 32_000, tensor=(1, 2, 4, 8))
+        question = Question(MODEL, "fp16", 1, batch, 32_000, tensor=(1, 2, 4, 8), expert_tensor=(1, 2, 4),
+                            stage_layers=((), *divisions(MODEL)))
         wall, cpu = time.perf_counter(), time.process_time()
         kinds = kinds_of(cluster, MODEL, "fp16", Notes())
         found = search(question, cluster, kinds)
         searched = time.process_time() - cpu
         baselines(found.best[0])
         alone(question, cluster, kinds)
-        after_losing_a_node(question, cluster, kinds)
+        after_losing_a_node(question, cluster, kinds, found.best[0])
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         growth = ""
         if len(names) in before:

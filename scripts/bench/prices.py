@@ -119,6 +119,6 @@ def _by_kind(question: Question, cluster: Cluster, kinds: dict[str, Kind]) -> Op
 
 def _priced(option: Option) -> Priced | None:
     """With as many microbatches on the way as fit, and the placement that is fastest then; None if nothing fits."""
-    limits = option.limits(option.wave, MERGED)
+    limits = option.limits(option.wave, weight_gradients=MERGED)[0]
     assignment = balance(option.group, limits, option.wave, weight_gradients=MERGED) if option.wave else None
     return assignment and Priced(option, option.wave, assignment, option.tokens / assignment.seconds, MERGED)

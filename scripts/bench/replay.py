@@ -91,7 +91,7 @@ def configurations() -> list[tuple[Schedule, Prices]]:
 
 def cases() -> list[Case]:
     """The same, as the executor runs them."""
-    return [priced(schedule, prices) for schedule, prices in configurations()]
+    return [priced(configuration) for configuration in configurations()]
 
 
 def predictions() -> list[float]:

@@ -106,15 +106,54 @@ def test_a_plan_with_a_figure_that_nothing_can_be_priced_with(tmp_path, ask, cap
     assert path[-1] in capsys.readouterr().err or path == ("model", "layers")
 
 
-def test_a_pipeline_is_not_priced(tmp_path, ask, capsys):
-    out = tmp_path / "plan.json"
-    assert command.main(["plan", "recipe.yaml", "--cluster", cluster(tmp_path), "--out", str(out)]) == 0
+def staged(out, cluster, stage_layers, **changed):
+    """Has a plan for a half of the cluster made one of two stages of all of it."""
+    assert command.main(["plan", "recipe.yaml", "--cluster", cluster, "--out", str(out)]) == 0
     document = json.loads(out.read_text())
-    document["stage_layers"] = [1] * document["model"]["layers"]
+    stages = len(stage_layers)
+    document |= {"stage_layers": stage_layers, "schedule": "zebra", "attention_ranks": stages * document["attention_ranks"],
+                 "expert_ranks": stages * document["expert_ranks"], **changed}
     out.write_text(json.dumps(document))
+
+
+def test_a_pipeline_is_simulated_and_drawn(tmp_path, ask, capsys):
+    out, on = tmp_path / "plan.json", cluster(tmp_path, gpus=1)
+    staged(out, on, [2, 2])
     capsys.readouterr()
-    assert command.main(["simulate", str(out), "--cluster", cluster(tmp_path)]) == 2
-    assert "pipeline stages, which nothing prices yet: simulate a plan with one" in capsys.readouterr().err
+    for ending in ("json", "jsonl", "html", "svg"):
+        timeline = tmp_path / f"t.{ending}"
+        assert command.main(["simulate", str(out), "--cluster", on, "--timeline", str(timeline), "--json"]) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert summary["roles"]["attention"]["bubbles"]["other stage"] > 0
+        assert timeline.stat().st_size
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    ranks = {name: {event["pid"] for event in events if event["name"] == name} for name in ("HF_3,1", "HF_1,1", "HB_3,1")}
+    assert ranks == {"HF_3,1": {0}, "HF_1,1": {1}, "HB_3,1": {0}}  # attention ranks come first
+    assert command.main(["simulate", str(out), "--cluster", on]) == 0
+    assert "stage" in capsys.readouterr().out
+
+
+def test_a_pipeline_is_replayed(tmp_path, ask, capsys):
+    out, on = tmp_path / "plan.json", cluster(tmp_path, gpus=1)
+    ask(global_batch=2)
+    staged(out, on, [2, 2])
+    capsys.readouterr()
+    assert command.main(["simulate", str(out), "--cluster", on, "--replay", "3", "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)["replay"]
+    assert all(0.1 < one["simulated"] < one["replayed"] + 0.01 for one in replayed.values()), replayed
+
+
+def test_stages_that_do_not_fit_the_model_are_refused(tmp_path, ask, capsys):
+    out, on = tmp_path / "plan.json", cluster(tmp_path)
+    for layers, said in (([3, 3], "do not make up the model's 4"), ([4, 0], "at least one each")):
+        staged(out, on, layers)
+        capsys.readouterr()
+        assert command.main(["simulate", str(out), "--cluster", on]) == 2
+        assert said in capsys.readouterr().err
+    staged(out, on, [2, 2], schedule="overlapped")
+    capsys.readouterr()
+    assert command.main(["simulate", str(out), "--cluster", on]) == 2
+    assert "overlapped waves are not supported with 2 pipeline stages" in capsys.readouterr().err
 
 
 def test_a_plan_for_another_cluster_is_refused(tmp_path, ask, capsys):

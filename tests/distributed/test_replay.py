@@ -14,15 +14,16 @@ from ranks import run_function
 sys.path[:0] = [str(Path(__file__).parents[2] / "scripts" / "bench"), str(Path(__file__).parents[1] / "unit")]
 
 import replay  # noqa: E402
-from pricing import cluster, group, profile, shape  # noqa: E402
+from pricing import cluster, group, of_stages, profile, shape  # noqa: E402
 
 from megatron_hetermoe.cost.tasks import TaskCosts  # noqa: E402
 from megatron_hetermoe.planner.asym_ea import Limits, balance, placement_of  # noqa: E402
 from megatron_hetermoe.runtime.replay import priced, replay as run_replay  # noqa: E402
 from megatron_hetermoe.schedule.orders import build  # noqa: E402
 from megatron_hetermoe.simulator.baselines import spread  # noqa: E402
-from megatron_hetermoe.simulator.events import simulate  # noqa: E402
+from megatron_hetermoe.simulator.events import simulate, simulate_stages  # noqa: E402
 
+SLOW = profile(shape(), (0.02, 0.04), (0.01, 0.02))
 MARGIN = 1.2  # between one way and the next as simulated; what a machine does meanwhile changes all of them
 
 
@@ -32,6 +33,20 @@ def test_no_step_is_shorter_than_the_simulators():
     assert len(measured) == len(told) == 12
     # A clock tick of slack: processes do not start a case in the same instant.
     assert all(real > simulated - 0.01 for real, simulated in zip(measured, told)), list(zip(measured, told))
+
+
+def test_stages_hand_over_as_simulated():
+    """Two stages of one attention and one expert rank: no step is over before the simulator's, and what a stage hands over
+    keeps the next one from starting."""
+    told, cases = [], []
+    for bandwidth in (1e9, 5e5):  # a handover takes 16 us, or 33 ms
+        stages = of_stages(group(1, 1, shape(layers=2), microbatches=3, new=SLOW, old=SLOW, on=cluster(1, 1, bandwidth=bandwidth)),
+                           (1, 1), wave=1)
+        cases.append(priced(*stages))
+        told.append(simulate_stages(stages)[0].seconds)
+    measured = [max(of_case) for of_case in zip(*run_function(run_replay, 4, cases, timeout=200))]
+    assert all(real > simulated - 0.01 for real, simulated in zip(measured, told)), list(zip(measured, told))
+    assert told[1] > told[0] and measured[1] > measured[0]
 
 
 def test_the_executor_ranks_schedules_and_placements_as_the_simulator_does():
@@ -47,7 +62,7 @@ def test_the_executor_ranks_schedules_and_placements_as_the_simulator_does():
     cases, told = [], []
     for name, placement in (("sequential", even), ("zebra", even), ("zebra", moved)):
         schedule = build(name, of.layers, placement, 2, 4, None)
-        cases.append(priced(schedule, TaskCosts(costs, placement)))
+        cases.append(priced((schedule, TaskCosts(costs, placement))))
         told.append(simulate(schedule, TaskCosts(costs, placement)).seconds)
     assert told[0] > MARGIN * told[1] and told[1] > MARGIN * told[2], told
     naive, zebra, asymmetric = (max(of_case) for of_case in zip(*run_function(run_replay, 4, cases, timeout=200)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import Step
 from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Link
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.profile import Profile, Profiled, taken_for
-from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
+from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, seats_of
+from megatron_hetermoe.schedule.pipeline import schedule_of
+from megatron_hetermoe.simulator.baselines import spread
 
 PRECISION = "bf16"
 
@@ -50,3 +53,18 @@ def group(m=2, n=2, of=None, microbatches=4, new=None, old=None, on=None, groups
     kinds = {name: Profiled(profiles[name], of, PRECISION, Notes()) for name in profiles}
     seats = seats_of(["new"] * m + ["old"] * n, on, kinds)
     return GroupCosts(of, Step(micro_batch, microbatches, 1000), seats, m, groups, PRECISION)
+
+
+def of_stages(priced, stage_layers, wave=None, placement=None):
+    """Schedules and costs of the pipeline stages that a group's layers are divided into; experts spread over expert ranks
+    unless a placement of all layers says otherwise."""
+    m, n = priced.attention_members, priced.members - priced.attention_members
+    placement = placement or spread(priced, range(m, priced.members))
+    stages = len(stage_layers)
+    plan = Plan(priced.shape, m * stages, n * stages, 1, placement.holders, wave=wave,
+                stage_layers=tuple(stage_layers) if stages > 1 else ())
+    return [
+        (schedule_of(plan, placement, m, stage, priced.step.microbatches),
+         TaskCosts(costs, placement.of_layers(plan.layers_of_stage(stage))))
+        for stage, costs in enumerate(priced.of_stages(stage_layers))
+    ]

@@ -17,11 +17,14 @@ from megatron_hetermoe.planner.asym_ea import Limits, counts_of, feasible, long_
 from megatron_hetermoe.planner.memory import expert_row_bytes, in_flight, member_memory, usable
 from megatron_hetermoe.planner.options import Question, options
 from megatron_hetermoe.planner.search import _by_turns, after_losing_a_node, left_out, search, smaller
+from megatron_hetermoe.planner.staged import divisions
 from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.simulator.baselines import expert_parallel_tokens_per_second, spread
 from megatron_hetermoe.simulator.events import simulate
 from megatron_hetermoe.simulator.fast import step_seconds
+from megatron_hetermoe.simulator.planned import predict
+from megatron_hetermoe.topology.layout import layout_of
 
 OF = shape(layers=2, experts=4)
 
@@ -354,3 +357,77 @@ def test_the_activation_runs_again_where_memory_keeps_waves_small():
 
     assert chosen(1.69e9, {"expert_activation_again": longer})
     assert not chosen(1.69e9, {}) and not chosen(40e9, {"expert_activation_again": longer})
+
+
+STAGED = shape(layers=30, experts=4, topk=1)
+
+
+def staged_question(**changed):
+    return replace(question(STAGED, batch=8), stage_layers=((), *divisions(STAGED)), expert_tensor=(1, 2), **changed)
+
+
+def test_layers_divide_as_megatrons_flags_can_say():
+    assert divisions(shape(layers=32))[1] == (8, 8, 8, 8)
+    assert divisions(shape(layers=27)) == ((14, 13), (7, 7, 7, 6))  # eight stages would be 3, ..., 3 and 6
+    assert divisions(shape(layers=4, moe_layers=(3, 4))) == ()  # a stage without experts
+
+
+def test_pipelines_are_planned_where_memory_calls_for_them():
+    """One stage cannot hold the layers; two can, and the plan says what the simulator says, within memory."""
+    on = cluster(4, 4, memory=1.6805e9)
+    priced = kinds(on, STAGED)
+    assert not search(staged_question().plain, on, priced, thorough=False).best
+    best = search(staged_question(), on, priced).best[0]
+    assert best.option.stage_layers == (15, 15) and "2 stages x" in best.option.describe()
+    assert best.tokens_per_second <= best.option.bound
+    plan = plan_from_json(best.plan().to_json(), "plan.json")
+    assert plan.stages == 2 and layout_of(plan).world_size == sum(best.option.used().values()) == 8
+    assert predict(plan, on, "plan.json", Notes(), priced).results[0].seconds == pytest.approx(plan.predicted.step_seconds, rel=0.02)
+    for stage in range(2):
+        costs = costs_of_plan(plan, on, priced, stage)
+        there = in_flight("zebra", plan.wave, plan.step.microbatches, 15, behind=1 - stage)
+        for member in range(costs.group.members):
+            memory = member_memory(costs.group, member, costs.placement.experts_held(member), there)
+            assert memory.total <= usable(costs.group, member)
+    lost = after_losing_a_node(staged_question(), on, priced, best)
+    assert lost == {"new": None, "old": None}
+
+
+def test_no_pipeline_where_one_stage_has_room():
+    on = cluster(4, 4)
+    found = search(staged_question(), on, kinds(on, STAGED))
+    assert all(one.option.is_plain for one in found.best)
+    asked = replace(question(STAGED, batch=8), stage_layers=((10, 20),))
+    assert search(asked, on, kinds(on, STAGED)).best[0].plan().stage_layers == (10, 20)
+
+
+def test_experts_are_shared_where_they_do_not_divide():
+    """Of two experts of a layer on four ranks each would have a half; on whole ones two would wait."""
+    of = shape(layers=2, experts=2, hidden=256)
+    on = cluster(1, 4, bandwidth=1e12, latency=0)
+    priced = kinds_of(on, of, PRECISION, Notes(), {
+        "new": profile(of, expert=(0.3, 0.6)), "old": profile(of, (1.0, 2.0), (3e-3, 6e-3))})
+    asked = replace(question(of, batch=2), expert_tensor=(1, 2))
+    whole, best = (search(one, on, priced).best[0] for one in (asked.plain, asked))
+    assert best.option.group.expert_tensor == 2 and "2 an expert" in best.option.describe()
+    assert best.tokens_per_second > whole.tokens_per_second
+    plan = plan_from_json(best.plan().to_json(), "plan.json")
+    assert plan.expert_tensor_parallel == 2 and plan.expert_ranks == 4
+    assert all(holder >= plan.attention_ranks for layer in plan.placement for holder in layer)
+    assert predict(plan, on, "plan.json", Notes(), priced).results[0].seconds == pytest.approx(plan.predicted.step_seconds)
+
+
+def test_sharing_an_expert_halves_what_a_rank_has_of_it():
+    of = shape(experts=4)
+    whole = group(2, 2, of)
+    shared = replace(whole, expert_tensor=2)
+    one, half = (member_memory(priced, 2, 6, 2) for priced in (whole, shared))
+    assert half.weights == one.weights / 2 and half.optimizer == one.optimizer / 2
+    inside = 3 * of.expert_ffn * 2
+    assert expert_row_bytes(whole, 2) - expert_row_bytes(shared, 2) == inside / 2  # the input is on both
+    copies = 2 * (whole.expert_tokens * of.hidden * 2 / 2 / 1e9 + 1e-5 / 2)
+    assert shared.expert[2][0] == pytest.approx(whole.expert[2][0] / 2 + copies)
+    assert shared.reduction(2, 6) <= whole.reduction(2, 6)
+    dispatch = Task(Kind.DISPATCH, Pass.FORWARD, 1, 0)
+    placement = spread(whole, [2, 3])
+    assert TaskCosts(shared, placement).transfer(dispatch).loads.max() <= TaskCosts(whole, placement).transfer(dispatch).loads.max()

@@ -2,7 +2,8 @@
 
 const CAUSES = {
   work: "computing", ramp: "ramp: before the first task of a wave", turn: "turn: between forward and backward",
-  channel: "channel: data on its way", "other pool": "other pool: not computed yet", tail: "tail: after the last task",
+  channel: "channel: data on its way", "other pool": "other pool: not computed yet",
+  "other stage": "other stage: not handed over yet", tail: "tail: after the last task",
   after: "gradient reduction, optimizer", end: "waiting for the step's end",
 };
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -66,7 +67,8 @@ function shares(runs) {
 }
 
 function traffic(runs) {
-  const meaning = { out: "out: tokens to the experts' holders, gradients of outputs", back: "back: outputs to the tokens' owners, gradients of tokens" };
+  const meaning = { out: "out: tokens to the experts' holders, gradients of outputs", back: "back: outputs to the tokens' owners, gradients of tokens",
+    stages: "stages: hidden states to the next pipeline stage, their gradients to the one before" };
   const body = runs.flatMap((run) => run.channels.map((channel) => [
     meaning[channel.name], run.name, channel.transfers.toLocaleString("en"),
     `<span data-channel="${channel.name}" data-run="${run.name}" data-bytes="${channel.bytes}">${bytes(channel.bytes)}</span>`,

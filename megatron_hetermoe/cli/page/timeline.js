@@ -4,11 +4,13 @@
 const KINDS = {
   AF: "attention forward", AB: "attention backward", AW: "attention weights", EF: "experts forward",
   EB: "experts backward", EW: "experts weights",
+  HF: "handover between stages", HB: "handover backward",
   DF: "dispatch", CF: "combine", CB: "combine backward", DB: "dispatch backward",
   reduce: "gradient reduction", optimizer: "optimizer step",
 };
-const DARK_TEXT = new Set(["AF", "EF", "EB", "DF", "CF", "reduce"]);
+const DARK_TEXT = new Set(["AF", "EF", "EB", "DF", "CF", "HF", "reduce"]);
 const GUTTER = 132, AXIS = 26, HEADER = 26;
+const CHANNELS = ["out", "back", "stages"], STAGES = 3, STEP = 4; // streams: compute is 0
 const [RANK, STREAM, TASK, START, END, SENT, TOKENS, HOST, LEAD] = [0, 1, 2, 3, 4, 5, 6, 7, 8]; // the last two on a GPU only
 
 const kindOf = (task) => (task.includes("_") ? task.slice(0, 2) : task);
@@ -40,7 +42,8 @@ class Timeline {
   panel(run, index, parent) {
     const crowded = run.ranks.length > 12;
     const heights = crowded ? [13, 5, 5] : [22, 11, 11];
-    const band = heights[0] + heights[1] + heights[2] + (crowded ? 6 : 12);
+    if (run.spans.some((span) => span[STREAM] === STAGES)) heights.push(heights[2]);
+    const band = heights.reduce((a, b) => a + b, 0) + (crowded ? 6 : 12);
     const lanes = run.ranks.flatMap(({ rank }, row) => {
       const top = (index ? HEADER : AXIS + HEADER) + row * band;
       return heights.map((height, stream) => ({
@@ -48,9 +51,9 @@ class Timeline {
         spans: [],
       }));
     });
-    const byKey = new Map(lanes.map((lane) => [lane.rank * 3 + lane.stream, lane]));
+    const byKey = new Map(lanes.map((lane) => [lane.rank * STEP + lane.stream, lane]));
     run.spans.forEach((span, number) => {
-      const lane = byKey.get(span[RANK] * 3 + (span[STREAM] === 3 ? 0 : span[STREAM]));
+      const lane = byKey.get(span[RANK] * STEP + (span[STREAM] === STEP ? 0 : span[STREAM]));
       lane.spans.push(Object.assign(span, { number }));
     });
     lanes.forEach((lane) => lane.spans.sort((one, other) => one[START] - other[START]));
@@ -97,7 +100,7 @@ class Timeline {
       this.drawLane(ctx, lane, width, colours);
     }
     run.ranks.forEach((entry, row) => {
-      const lane = lanes[3 * row];
+      const lane = lanes[panel.heights.length * row];
       ctx.textAlign = "left";
       ctx.fillStyle = ink;
       ctx.font = `500 ${panel.crowded ? 11 : 12.5}px system-ui, sans-serif`;
@@ -107,9 +110,9 @@ class Timeline {
       ctx.fillText(entry.role, offset, lane.top + lane.height / 2);
       if (panel.crowded) return;
       ctx.font = "10px system-ui, sans-serif";
-      ["out", "back"].forEach((name, below) => {
+      CHANNELS.slice(0, panel.heights.length - 1).forEach((name, below) => {
         ctx.textAlign = "right";
-        ctx.fillText(name, GUTTER - 8, lanes[3 * row + 1 + below].top + 5);
+        ctx.fillText(name, GUTTER - 8, lanes[panel.heights.length * row + 1 + below].top + 5);
       });
     });
     this.drawMarks(ctx, panel, width);
@@ -156,7 +159,7 @@ class Timeline {
       ctx.fillRect(left, lane.top, Math.max(right - left - gap, 0.5), lane.height);
       drawnTo = Math.max(drawnTo, Math.ceil(right));
       if (lane.stream || right - left < 24 || lane.height < 12) continue;
-      const text = span[STREAM] === 3 ? kind : span[TASK].slice(3);
+      const text = span[STREAM] === STEP ? kind : span[TASK].slice(3);
       if (ctx.measureText(text).width > right - left - 6) continue;
       ctx.fillStyle = DARK_TEXT.has(kind) ? "#16202a" : "#ffffff";
       ctx.fillText(text, (Math.max(left, GUTTER) + Math.min(right, width)) / 2, lane.top + lane.height / 2 + 0.5);
