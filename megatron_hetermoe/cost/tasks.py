@@ -284,7 +284,7 @@ class GroupCosts:
         if self.tensor == 1:
             return times
         shared = sum(1 for part in parts if sum(part))
-        again = 2 if self.step.recompute == "full" and not of.head else 0
+        again = 2 if self.step.recompute == "full" and not of.heads else 0
         return tuple(
             seconds / self.tensor + shared * count * self._gather_seconds(seat)
             for seconds, count in zip(times, (2, 3 + again))
