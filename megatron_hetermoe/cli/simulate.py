@@ -23,7 +23,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "simulate", help="simulate the step of a plan", description="Runs a plan's schedule on predicted times: how "
-        "busy each pool is, where time is lost and why. One ZP group of each pipeline stage is simulated; the others do the same.")
+        "busy each pool is, where time is lost and why. One ZP group of each pipeline stage is simulated; the others do the "
+        "same.")
     parser.add_argument("plan", metavar="plan.json")
     parser.add_argument("--cluster", required=True, metavar="CLUSTER.yaml")
     parser.add_argument("--timeline", metavar="FILE", help=f".html for a page; {', '.join(PICTURES)} for a picture "
@@ -81,7 +82,8 @@ def _write(path: Path, plan: Plan, predicted: Predicted, notes: Notes) -> None:
     if path.suffix == ".jsonl":
         write_jsonl(predicted.spans, path)
     elif path.suffix == ".html":
-        write_page(path, "A step as predicted", plan, [Run(PREDICTED, predicted.spans, dict(zip(predicted.groups, predicted.results)))], [*notes])
+        run = Run(PREDICTED, predicted.spans, dict(zip(predicted.groups, predicted.results)))
+        write_page(path, "A step as predicted", plan, [run], [*notes])
     else:
         layout = predicted.layout
         write_timeline(predicted.spans, {rank: layout.role(rank) for rank in predicted.ranks}, path)

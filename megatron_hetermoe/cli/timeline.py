@@ -22,7 +22,8 @@ _KINDS = {
     "HF": ("#f4a6b8", "handover between stages"), "HB": ("#c9415f", "handover backward"),
     REDUCE: ("#aab2bb", "gradient reduction"), OPTIMIZER: ("#6d7784", "optimizer step"),
 }
-_ROWS = {"compute": (0.0, 0.56), "out": (0.58, 0.14), "back": (0.74, 0.14), "stages": (0.9, 0.07), STEP: (0.0, 0.56)}  # top and height inside a rank's band
+# Top and height inside a rank's band.
+_ROWS = {"compute": (0.0, 0.56), "out": (0.58, 0.14), "back": (0.74, 0.14), "stages": (0.9, 0.07), STEP: (0.0, 0.56)}
 _WIDE = 0.012  # share of the picture's width from which a task has room for its microbatch's number
 
 

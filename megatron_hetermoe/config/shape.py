@@ -26,6 +26,11 @@ class ModelShape:
         tied_embeddings: whether the output layer is the embedding.
         sequence: tokens of one sequence.
         mtp_layers: the last of the layers, which predict one token further each (multi-token prediction).
+        kv_lora_rank: width that keys and values are compressed to in multi-latent attention; 0 without it. The widths below
+            are its own, and then those of heads and groups above do not count.
+        q_lora_rank: width that queries are compressed to; 0 where they are not.
+        qk_head_dim, qk_position_dim: of a head's query and key, the part without positions and the part with.
+        v_head_dim: of a head's value.
     """
 
     layers: int
@@ -43,11 +48,41 @@ class ModelShape:
     tied_embeddings: bool
     sequence: int
     mtp_layers: int = 0
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_head_dim: int = 0
+    qk_position_dim: int = 0
+    v_head_dim: int = 0
 
     @property
     def decoder_layers(self) -> int:
         """Layers that do not predict further tokens: Megatron's ``--num-layers``."""
         return self.layers - self.mtp_layers
+
+    @property
+    def query_width(self) -> int:
+        """Of all heads' queries together; of keys too, as the attention core reads them in multi-latent attention."""
+        return self.heads * (self.qk_head_dim + self.qk_position_dim if self.kv_lora_rank else self.head_dim)
+
+    @property
+    def value_width(self) -> int:
+        """Of what all heads together put out."""
+        return self.heads * (self.v_head_dim if self.kv_lora_rank else self.head_dim)
+
+    @property
+    def latent_width(self) -> int:
+        """What multi-latent attention makes of a token before its queries, keys and values: 0 for other attention."""
+        return self.q_lora_rank + self.kv_lora_rank + self.qk_position_dim
+
+    @property
+    def attention_weights(self) -> int:
+        """Weight elements of a layer's attention, norms and biases not counted."""
+        output = self.value_width * self.hidden
+        if not self.kv_lora_rank:
+            return output + self.hidden * (self.query_width + 2 * self.query_groups * self.head_dim)
+        queries = self.q_lora_rank * (self.hidden + self.query_width) or self.hidden * self.query_width
+        down = self.hidden * (self.kv_lora_rank + self.qk_position_dim)
+        return output + queries + down + self.kv_lora_rank * self.heads * (self.qk_head_dim + self.v_head_dim)
 
     @property
     def expert_weights(self) -> int:

@@ -15,7 +15,8 @@ from megatron_hetermoe.cost.estimate import Seconds
 
 FORMAT = 1
 # Fields of the shape that a part's time depends on. Layers do not matter: parts are measured one by one.
-_TIMED = ("hidden", "expert_ffn", "gated", "heads", "query_groups", "head_dim", "topk")
+_LATENT = ("kv_lora_rank", "q_lora_rank", "qk_head_dim", "qk_position_dim", "v_head_dim")  # not in older profiles
+_TIMED = ("hidden", "expert_ffn", "gated", "heads", "query_groups", "head_dim", "topk", *_LATENT)
 _PARTS = ("attention", "attention_core_recomputed", "expert", "expert_activation_again", "head", "embedding")
 _REQUIRED = ("attention", "expert")
 # Bytes; each is optional and replaces the planner's own arithmetic.
@@ -144,8 +145,9 @@ class Profiled:
         # A GPU without bf16 is measured in fp16, and then takes experts only.
         self.bf16 = not (precision == "bf16" and profile.taken_for.get("precision") == "fp16")
         wanted = taken_for(shape, precision if self.bf16 else "fp16")
-        differing = [f"{name} {profile.taken_for.get(name)} there, {value} here"
-                     for name, value in wanted.items() if profile.taken_for.get(name) != value]
+        there = {**dict.fromkeys(_LATENT, 0), **profile.taken_for}
+        differing = [f"{name} {there.get(name)} there, {value} here"
+                     for name, value in wanted.items() if there.get(name) != value]
         if differing:
             raise UsageError([f"the profile of {profile.kind} was taken for other shapes ({'; '.join(differing)}): "
                               f"take one for this model"])

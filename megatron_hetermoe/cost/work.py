@@ -39,11 +39,11 @@ class Work:
 
 def attention_work(shape: ModelShape, tokens: int) -> Work:
     """One sequence through norm, projections, attention core, norm, router and the sum of combine."""
-    hidden, width = shape.hidden, shape.heads * shape.head_dim
-    projections = hidden * (2 * width + 2 * shape.query_groups * shape.head_dim)
-    matmul = 2 * tokens * (projections + hidden * shape.experts)
-    rows = tokens * (14 * hidden + 6 * width + 2 * shape.topk * hidden)  # norms, residuals, rotary, permuted tokens
-    return Work(matmul, 2 * tokens * tokens * width, _HALF * (rows + projections), 25)
+    hidden, core = shape.hidden, shape.query_width + shape.value_width
+    matmul = 2 * tokens * (shape.attention_weights + hidden * shape.experts)
+    # Norms, residuals, rotary, permuted tokens.
+    rows = tokens * (14 * hidden + 3 * core + 4 * shape.latent_width + 2 * shape.topk * hidden)
+    return Work(matmul, tokens * tokens * core, _HALF * (rows + shape.attention_weights), 25)
 
 
 def feed_forward_work(shape: ModelShape, ffn: int, tokens: float) -> Work:
@@ -85,9 +85,8 @@ def dense_parameters(shape: ModelShape, vocabulary: int, begins: bool = True, en
         vocabulary: rows of the output layer.
         begins, ends: whether it has the embedding, and final norm and output layer; tied, they are one only on one rank.
     """
-    width = shape.heads * shape.head_dim
     matrices = 3 if shape.gated else 2
-    attention = shape.hidden * (2 * width + 2 * shape.query_groups * shape.head_dim) + 2 * shape.hidden
+    attention = shape.attention_weights + 2 * shape.hidden
     dense_layers = shape.layers - len(shape.moe_layers)
     feed_forward = matrices * shape.hidden * (
         dense_layers * shape.dense_ffn + len(shape.moe_layers) * shape.shared_expert_ffn

@@ -344,7 +344,14 @@ def model_shape(args: argparse.Namespace, problems: Problems) -> ModelShape | No
         tied_embeddings=not args.untie_embeddings_and_output_weights,
         sequence=args.seq_length,
         mtp_layers=predicted,
+        **(_latent(args) if args.multi_latent_attention else {}),
     )
+
+
+def _latent(args: argparse.Namespace) -> dict[str, int]:
+    """The widths of multi-latent attention."""
+    return {"kv_lora_rank": args.kv_lora_rank, "q_lora_rank": args.q_lora_rank or 0, "qk_head_dim": args.qk_head_dim,
+            "qk_position_dim": args.qk_pos_emb_head_dim, "v_head_dim": args.v_head_dim}
 
 
 def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:

@@ -176,8 +176,13 @@ def attention_token_bytes(group: GroupCosts, member: int) -> float:
     kept = size * (shape.hidden + shape.topk * shape.hidden)
     if group.step.recompute == "full":
         return kept
-    width, groups = shape.heads * shape.head_dim, shape.query_groups * shape.head_dim
-    kept += size * (4 * shape.hidden + 3 * width + 3 * groups) + 8 * shape.experts + 4 * shape.heads
+    inside = 3 * shape.query_width + 3 * shape.query_groups * shape.head_dim
+    if shape.kv_lora_rank:
+        # Queries before and after rotary, keys, values and output of all heads, what keys and values are taken from, and the
+        # latent ones before and after their norm.
+        expanded = shape.heads * (shape.qk_head_dim + shape.v_head_dim)
+        inside = 3 * shape.query_width + 2 * shape.value_width + expanded + 2 * shape.latent_width
+    kept += size * (4 * shape.hidden + inside) + 8 * shape.experts + 4 * shape.heads
     if shape.shared_expert_ffn:
         kept += size * 3 * shape.shared_expert_ffn
     if kind.estimated and not kind.device.flash_attention and group.step.recompute == "none":

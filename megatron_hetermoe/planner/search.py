@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 _QUICK = 40  # options that are simulated
 _STAGED = 8  # options of pipelines and shared experts that are simulated after them, half of them where a few are
 _VARIED = 24  # layouts of which pipelines are made, or experts shared
-_NEAR = 0.97  # of the best plan's speed, which a pipeline must have by its first figure to be simulated in full
+_NEAR = 0.95  # of the best plan's speed, which a pipeline must have by its first figure to be simulated in full
 _FEW = 12  # of them, where only a figure to compare with is asked for
 _OVERLAPPED = 1.4  # times as fast, that filling the ramps of waves may make a step: more than it did on any plan that ships
 _WORTH_A_DELAY = 0.99  # of a step's time; W tasks are more kernels than prices know of
+_WORTH_STAGES = 0.97  # of its speed, that a pipeline counts with beside layouts of one stage
 _THOROUGH = 3  # of these, the best ones whose placement is searched in full
 
 
@@ -157,7 +158,8 @@ def search(
 
     Every option has a bound on its throughput that no placement can beat. Options, of each sort some, are simulated from
     the highest on, with placements that differ by layer only in what does not divide, until no bound is above the best that
-    was found. The best few get the full search of ``asym_ea.balance``.
+    was found. Then pipelines and layouts that share experts, made of the layouts with the highest bounds, where their own
+    bounds are above that. The best few get the full search of ``asym_ea.balance``.
 
     Args:
         question: what is to be trained.
@@ -298,8 +300,10 @@ def _thoroughly(priced: list[Priced]) -> list[Priced]:
 
 
 def _fastest(one: Priced) -> tuple[float, int, bool]:
-    """Sorts the fastest first, and of equals the one that needs fewer GPUs, and less memory."""
-    return -one.tokens_per_second, sum(one.option.used().values()), one.schedule != "zebra"
+    """Sorts the fastest first, and of equals the one that needs fewer GPUs, and less memory. A pipeline must be faster by more
+    than its first figure may be off."""
+    speed = one.tokens_per_second * (_WORTH_STAGES if one.option.stage_layers else 1)
+    return -speed, sum(one.option.used().values()), one.schedule != "zebra"
 
 
 def _best_wave(option: Option, schedules: tuple[str, ...], to_beat: float) -> list[Priced]:

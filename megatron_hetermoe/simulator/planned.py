@@ -20,7 +20,9 @@ from megatron_hetermoe.simulator.events import Result, simulate_stages
 from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems, stage_problems
 from megatron_hetermoe.topology.placement import Placement
 
-_MAY_BE_ZERO = ("dense_ffn", "shared_expert_ffn", "mtp_layers")  # of what a model may not have
+# Of what a model may not have.
+_MAY_BE_ZERO = ("dense_ffn", "shared_expert_ffn", "kv_lora_rank", "q_lora_rank", "qk_head_dim", "qk_position_dim", "v_head_dim",
+                "mtp_layers")
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class RoleSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """One step of one ZP group.
+    """One step of one ZP group, of each pipeline stage.
 
     Attributes:
         seconds: of the step.

@@ -17,8 +17,8 @@ from megatron_hetermoe.cost.cluster import Cluster, cluster_from_document, kinds
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.planner.advice import alone, baselines
 from megatron_hetermoe.planner.options import Question
-from megatron_hetermoe.planner.staged import divisions
 from megatron_hetermoe.planner.search import after_losing_a_node, search
+from megatron_hetermoe.planner.staged import divisions
 
 MODEL = ModelShape(
     layers=32, moe_layers=tuple(range(1, 33)), experts=8, topk=2, hidden=4096, expert_ffn=14336, dense_ffn=14336,

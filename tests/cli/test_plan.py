@@ -59,6 +59,19 @@ def test_the_tables_say_estimated_and_what_was_not_searched(tmp_path, ask, capsy
     assert "estimated" in text and "not searched" in text and "a node of old lost" in text
 
 
+@pytest.mark.parametrize("layers, said", [
+    ([], ""), ([4, 4], " --pipeline-model-parallel-size 2"),
+    ([14, 13], " --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 14"),
+    ([7, 7, 7, 6], " --pipeline-model-parallel-size 4 --decoder-last-pipeline-num-layers 6"),
+])
+def test_the_flags_of_a_plan(layers, said):
+    step = {"micro_batch": 2, "distributed_optimizer": False, "recompute": "none", "activation_again": False}
+    of = {"step": step, "tensor_parallel": 1, "expert_tensor_parallel": 1, "stage_layers": layers}
+    assert plan.flags_of(of) == f" --micro-batch-size 2{said}"
+    of["expert_tensor_parallel"] = 2
+    assert " --expert-tensor-parallel-size 2" in plan.flags_of(of)
+
+
 def test_a_model_that_fits_nowhere_ends_with_what_would(tmp_path, ask, capsys):
     ask(shape=MODEL.__class__(**{**MODEL.__dict__, "layers": 400, "moe_layers": tuple(range(1, 401))}))
     assert command.main(["plan", "recipe.yaml", "--cluster", cluster(tmp_path)]) == 2

@@ -40,8 +40,8 @@ def test_stages_hand_over_as_simulated():
     keeps the next one from starting."""
     told, cases = [], []
     for bandwidth in (1e9, 5e5):  # a handover takes 16 us, or 33 ms
-        stages = of_stages(group(1, 1, shape(layers=2), microbatches=3, new=SLOW, old=SLOW, on=cluster(1, 1, bandwidth=bandwidth)),
-                           (1, 1), wave=1)
+        on = cluster(1, 1, bandwidth=bandwidth)
+        stages = of_stages(group(1, 1, shape(layers=2), microbatches=3, new=SLOW, old=SLOW, on=on), (1, 1), wave=1)
         cases.append(priced(*stages))
         told.append(simulate_stages(stages)[0].seconds)
     measured = [max(of_case) for of_case in zip(*run_function(run_replay, 4, cases, timeout=200))]

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from parity_cases import placement_file
 from ranks import Run, assert_same_steps
+
+from megatron_hetermoe.cli.plan import flags_of
+from megatron_hetermoe.cost.cluster import cluster_from_document, kinds_of
+from megatron_hetermoe.cost.curves import Notes
+from megatron_hetermoe.planner.options import Question
+from megatron_hetermoe.planner.search import search
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from shapes import shape  # noqa: E402
 
 SHORT = {"num_layers": 4, "global_batch_size": 4}
 
@@ -130,3 +142,19 @@ def test_beside_shared_attention(parity, shared):
 @pytest.mark.slow
 def test_beside_shared_experts(parity):
     check(parity, 1, 2, expert_tensor_parallel_size=2)
+
+
+def test_a_planned_pipeline_trains(parity, tmp_path):
+    """The planner's plan, with the flags that it names, on the ranks that it asks for."""
+    link = {"gb_per_s": 10, "latency_us": 10}
+    on = cluster_from_document({"pools": {
+        name: {"kind": kind, "nodes": 1, "gpus_per_node": 2, "memory_gb": 32, "intra_node": link, "inter_node": link}
+        for name, kind in (("new", "A40"), ("old", "V100-SXM2"))}}, "cluster")
+    of = shape(layers=4)
+    asked = Question(of, "fp32", 1, 4, 255, ("none",), (False,), stage_layers=((2, 2),))
+    plan = search(asked, on, kinds_of(on, of, "fp32", Notes())).best[0].plan()
+    assert (plan.attention_ranks, plan.expert_ranks, plan.stages) == (2, 2, 2)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    flags = flags_of(asdict(plan)).split()
+    assert flags == ["--micro-batch-size", "1", "--pipeline-model-parallel-size", "2"]
+    check(parity, 1, 1, hetermoe=["--hetermoe-plan", str(tmp_path / "plan.json")])

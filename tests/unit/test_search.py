@@ -53,7 +53,7 @@ def test_the_best_is_the_fastest_and_no_faster_than_its_bound():
     on = cluster(4, 4)
     found = search(question(), on, kinds(on))
     speeds = [one.tokens_per_second for one in found.best]
-    assert speeds == sorted(speeds, reverse=True)
+    assert speeds == sorted(speeds, reverse=True)  # none of them is a pipeline
     assert all(one.tokens_per_second <= one.option.bound * (1 + 1e-9) for one in found.best)
     best = found.best[0]
     assert {name for name, _ in best.option.attention} == {"new"}  # attention is five times slower on "old"
@@ -382,7 +382,8 @@ def test_pipelines_are_planned_where_memory_calls_for_them():
     assert best.tokens_per_second <= best.option.bound
     plan = plan_from_json(best.plan().to_json(), "plan.json")
     assert plan.stages == 2 and layout_of(plan).world_size == sum(best.option.used().values()) == 8
-    assert predict(plan, on, "plan.json", Notes(), priced).results[0].seconds == pytest.approx(plan.predicted.step_seconds, rel=0.02)
+    simulated = predict(plan, on, "plan.json", Notes(), priced).results[0].seconds
+    assert simulated == pytest.approx(plan.predicted.step_seconds, rel=0.02)
     for stage in range(2):
         costs = costs_of_plan(plan, on, priced, stage)
         there = in_flight("zebra", plan.wave, plan.step.microbatches, 15, behind=1 - stage)
@@ -428,6 +429,6 @@ def test_sharing_an_expert_halves_what_a_rank_has_of_it():
     copies = 2 * (whole.expert_tokens * of.hidden * 2 / 2 / 1e9 + 1e-5 / 2)
     assert shared.expert[2][0] == pytest.approx(whole.expert[2][0] / 2 + copies)
     assert shared.reduction(2, 6) <= whole.reduction(2, 6)
-    dispatch = Task(Kind.DISPATCH, Pass.FORWARD, 1, 0)
-    placement = spread(whole, [2, 3])
-    assert TaskCosts(shared, placement).transfer(dispatch).loads.max() <= TaskCosts(whole, placement).transfer(dispatch).loads.max()
+    loads = [TaskCosts(priced, spread(whole, [2, 3])).transfer(Task(Kind.DISPATCH, Pass.FORWARD, 1, 0)).loads
+             for priced in (shared, whole)]
+    assert loads[0].max() <= loads[1].max()
