@@ -20,7 +20,7 @@ UNSUPPORTED_STAGES: tuple[tuple[str, Callable[[argparse.Namespace], object], str
 
 
 def stage_layers(args: argparse.Namespace) -> tuple[int, ...]:
-    """The layers of each pipeline stage, empty for one stage.
+    """The layers of each pipeline stage, empty for one stage; of each chunk where stages have several, as ``Plan`` has them.
 
     As Megatron divides them (transformer_block.py, get_num_layers_to_build), with the rest of a division left out. Those
     that predict further tokens are the last stage's.
@@ -72,6 +72,11 @@ def can_be_staged(args: argparse.Namespace, flags: Flags, problems: Problems) ->
     if not 1 <= stages <= args.num_layers:
         problems.add(f"--pipeline-model-parallel-size {stages} with {args.num_layers} layers: it must be from 1 to that")
         return False
+    for flag, value in (("--num-virtual-stages-per-pipeline-rank", args.num_virtual_stages_per_pipeline_rank),
+                        ("--num-layers-per-virtual-pipeline-stage", args.num_layers_per_virtual_pipeline_stage)):
+        if value is not None and value < 1:
+            problems.add(f"{flag} is {value}: it must be from 1 on")
+            return False
     if args.pipeline_model_parallel_layout:
         wrong = division_problems(args.pipeline_model_parallel_layout, stages)
         for problem in wrong:

@@ -185,5 +185,7 @@ def test_pipelines_that_do_not_fit(tmp_path):
         assert problem in said, problem
     assert "--pipeline-model-parallel-size 3 with 2 layers: it must be from 1 to that" in refused(
         [*OURS, *tiny(pipeline_model_parallel_size=3)], tmp_path)
+    virtual = refused([*OURS, *tiny(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=0)], tmp_path)
+    assert "--num-virtual-stages-per-pipeline-rank is 0: it must be from 1 on" in virtual
     layout = refused([*OURS, *tiny(num_layers=3, pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|t|tL")], tmp_path)
     assert "has 3 stages, which --pipeline-model-parallel-size 2 does not divide: change one" in layout
