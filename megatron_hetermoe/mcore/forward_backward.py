@@ -175,8 +175,8 @@ class ForwardBackward:
         parts = session.layout.context * (session.layout.tensor if config.sequence_parallel else 1)
         shape = batch[0] // parts, batch[1], config.hidden_size
         return Handover(
-            session.stages, session.stage, session.layout.stages, session.firsts, shape, config.pipeline_dtype or config.params_dtype,
-            session.device,
+            session.stages, session.stage, session.layout.stages, session.firsts, shape,
+            config.pipeline_dtype or config.params_dtype, session.device,
         )
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.runtime.transfers import Transfers
 from megatron_hetermoe.schedule.orders import Schedule
-from megatron_hetermoe.schedule.interleaved import schedule_of
+from megatron_hetermoe.schedule.interleaved import first_numbers, schedule_of
 from megatron_hetermoe.schedule.tasks import Kind
 from megatron_hetermoe.topology.layout import ATTENTION, Layout, layout_of
 from megatron_hetermoe.topology.placement import Placement
@@ -70,7 +70,7 @@ class Session:
     @cached_property
     def firsts(self) -> tuple[int, ...]:
         """The number in tasks of each chunk's first layer."""
-        return tuple(1 + sum(len(layers) + 1 for layers in self.chunks[:chunk]) for chunk in range(len(self.chunks)))
+        return first_numbers([len(layers) for layers in self.chunks])
 
     def chunk_of(self, layer: int) -> int:
         """The chunk of a layer, or of the A task that ends one, which has this number in tasks."""

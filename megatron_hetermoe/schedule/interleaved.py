@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -17,7 +17,12 @@ from megatron_hetermoe.topology.placement import Placement
 _FORWARD, _BACKWARD = 1, 2  # how long a part takes of a wave, for the order of handovers
 
 
-class Step(NamedTuple):
+def first_numbers(chunk_layers: Sequence[int]) -> tuple[int, ...]:
+    """The number in tasks of each chunk's first layer, from how many layers each has."""
+    return tuple(1 + sum(chunk_layers[:chunk]) + chunk for chunk in range(len(chunk_layers)))
+
+
+class Move(NamedTuple):
     """What a stage does next: a unit of one of its chunks, or the handovers of a wave that a neighbour takes part in.
 
     Attributes:
@@ -66,7 +71,7 @@ def chunk_units(stage: int, stages: int, chunks: int, waves: int, forward_only: 
 
 
 @cache
-def timeline(stages: int, chunks: int, waves: int, forward_only: bool) -> tuple[tuple[Step, ...], ...]:
+def timeline(stages: int, chunks: int, waves: int, forward_only: bool) -> tuple[tuple[Move, ...], ...]:
     """For each stage what it does, in order: all stages' parts of one order of everything.
 
     In that order a handover stands once for both of its ends, after what it carries is made and before it is used. So
@@ -77,7 +82,7 @@ def timeline(stages: int, chunks: int, waves: int, forward_only: bool) -> tuple[
     queues = [chunk_units(stage, stages, chunks, waves, forward_only) for stage in range(stages)]
     free = [0] * stages
     there: dict[tuple[Pass, int, int], int] = {}  # direction, part of the model, wave: when it is done
-    events: list[tuple[int, bool, int, Step]] = []  # when, whether a unit, stage, step
+    events: list[tuple[int, bool, int, Move]] = []  # when, whether a unit, stage, move
 
     def start(stage: int, chunk: int, unit: Unit) -> int | None:
         """When a stage could begin a unit; None before what it needs is known."""
@@ -93,7 +98,7 @@ def timeline(stages: int, chunks: int, waves: int, forward_only: bool) -> tuple[
         before, after = (part, part + 1) if direction is Pass.FORWARD else (part - 1, part)
         if 0 <= before and after < stages * chunks:
             for one, is_end in ((before, True), (after, False)):
-                events.append((when, False, one % stages, Step(one // stages, None, direction, is_end, wave)))
+                events.append((when, False, one % stages, Move(one // stages, None, direction, is_end, wave)))
 
     while any(queues):
         heads = [(stage, 0) for stage in range(stages) if queues[stage]]
@@ -106,14 +111,14 @@ def timeline(stages: int, chunks: int, waves: int, forward_only: bool) -> tuple[
                 break
         begin, stage, place = min(begins)
         chunk, unit = queues[stage].pop(place)
-        events.append((begin, True, stage, Step(chunk, unit)))
+        events.append((begin, True, stage, Move(chunk, unit)))
         free[stage] = begin
         for direction, wave, takes in ((Pass.FORWARD, unit.forward, _FORWARD), (Pass.BACKWARD, unit.backward, _BACKWARD)):
             if wave is not None:
                 free[stage] += takes
                 hand_over(direction, chunk * stages + stage, wave, free[stage])
     events.sort(key=lambda event: event[:2])  # keeps both ends of a handover in one place
-    return tuple(tuple(step for _, _, of, step in events if of == stage) for stage in range(stages))
+    return tuple(tuple(move for _, _, of, move in events if of == stage) for stage in range(stages))
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class InterleavedSchedule(Schedule):
     @cached_property
     def firsts(self) -> tuple[int, ...]:
         """The number of each chunk's first layer."""
-        return tuple(1 + sum(self.chunk_layers[:chunk]) + chunk for chunk in range(len(self.chunk_layers)))
+        return first_numbers(self.chunk_layers)
 
     @cached_property
     def chunks(self) -> tuple[StageSchedule, ...]:
@@ -151,7 +156,7 @@ class InterleavedSchedule(Schedule):
         )
 
     @cached_property
-    def _steps(self) -> tuple[Step, ...]:
+    def _moves(self) -> tuple[Move, ...]:
         return timeline(self.stages, len(self.chunk_layers), len(self.waves), self.forward_only)[self.stage]
 
     def _own(self, task: Task) -> tuple[int, Task]:
@@ -174,20 +179,20 @@ class InterleavedSchedule(Schedule):
 
     def issue_order(self) -> Iterator[Task]:
         """As ``StageSchedule.issue_order``; that all stages get through is by ``timeline``."""
-        for step in self._steps:
-            chunk = self.chunks[step.chunk]
-            if step.unit is None:
-                tasks = chunk.handovers(step.direction, chunk.layers + 1 if step.is_end else 1, step.wave)
+        for move in self._moves:
+            chunk = self.chunks[move.chunk]
+            if move.unit is None:
+                tasks = chunk.handovers(move.direction, chunk.layers + 1 if move.is_end else 1, move.wave)
             else:
-                tasks = (task for task in chunk.issue_wave_of(step.unit) if is_of(task, step.unit))
-            yield from (self._numbered(step.chunk, task) for task in tasks)
+                tasks = (task for task in chunk.issue_wave_of(move.unit) if is_of(task, move.unit))
+            yield from (self._numbered(move.chunk, task) for task in tasks)
 
     def _compute_order(self) -> Iterator[Task]:
-        for step in self._steps:
-            if step.unit is not None:
-                chunk = self.chunks[step.chunk]
-                yield from (self._numbered(step.chunk, task) for task in chunk.compute_wave_of(step.unit)
-                            if is_of(task, step.unit))
+        for move in self._moves:
+            if move.unit is not None:
+                chunk = self.chunks[move.chunk]
+                yield from (self._numbered(move.chunk, task) for task in chunk.compute_wave_of(move.unit)
+                            if is_of(task, move.unit))
 
     def _transfer(self, task: Task) -> Iterator[Task]:
         chunk, own = self._own(task)

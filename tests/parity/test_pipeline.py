@@ -133,8 +133,8 @@ def test_beside_shared_experts(parity):
 
 def test_virtual_stages(parity):
     """Two chunks a stage, and waves that do not divide by the stages."""
-    check(parity, 1, 1, hetermoe=["--hetermoe-wave", "2"], split={"num_virtual_stages_per_pipeline_rank": 2}, global_batch_size=6,
-          use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    check(parity, 1, 1, hetermoe=["--hetermoe-wave", "2"], split={"num_virtual_stages_per_pipeline_rank": 2},
+          global_batch_size=6, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 
 
 LAYOUT = {"pipeline_model_parallel_layout": "Et|tt|t|tL"}
