@@ -111,7 +111,7 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
         problems.add("no plan is made for expert tensor and context parallelism yet, which the recipe asks for: plan "
                      "without them, or give ranks and placement by hand")
     if parallelism.stage_layers:
-        problems.add(f"no plan is made for pipelines yet, and the recipe asks for {len(parallelism.stage_layers)} stages: "
+        problems.add(f"no plan is made for pipelines yet, and the recipe asks for {parallelism.stages} stages: "
                      "plan with --pipeline-model-parallel-size 1, or give ranks and placement by hand")
     problems.raise_if_any()
     vocabulary = vocabulary or getattr(parsed, "padded_vocab_size", None) or parsed.vocab_size
