@@ -112,7 +112,10 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
     if parallelism.context > 1:
         problems.add("no plan is made for context parallelism yet, which the recipe asks for: plan without it, or give ranks "
                      "and placement by hand")
-    if shape is not None and parallelism.stage_layers and not _may_be_staged(shape, parallelism.stage_layers):
+    if parallelism.virtual_stages > 1:
+        problems.add(f"no plan is made for virtual stages yet, and the recipe asks for {parallelism.virtual_stages} of each stage: "
+                     "plan without them, or give ranks and placement by hand")
+    elif shape is not None and parallelism.stage_layers and not _may_be_staged(shape, parallelism.stage_layers):
         problems.add(f"pipeline stages of {', '.join(map(str, parallelism.stage_layers))} layers are no plan for "
                      f"{shape.layers} layers, of which each stage must have one with experts: change "
                      "--pipeline-model-parallel-size or the layers of the first and last stage")

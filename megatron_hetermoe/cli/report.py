@@ -148,17 +148,19 @@ def _load(spans: Sequence[Span], plan: Plan, layout: Layout) -> dict[str, Any]:
         if not span.tokens or task is None or (task.kind, task.direction) != (Kind.DISPATCH, Pass.FORWARD):
             continue
         by_rank[span.rank] = by_rank.get(span.rank, 0) + sum(span.tokens)
-        layer = plan.layers_of_stage(layout.stage_of(span.rank))[task.layer - 1]
+        (layers,) = plan.chunks_of_stage(layout.stage_of(span.rank))
+        layer = layers[task.layer - 1]
         for expert, count in zip(placement.held(layer, layout.holder_of(span.rank)), span.tokens, strict=True):
             tokens[layer][expert] += count
-    stage_of = {layer: stage for stage in range(plan.stages) for layer in plan.layers_of_stage(stage)}
+    stage_of = {layer: stage for stage in range(plan.stages) for (layers,) in [plan.chunks_of_stage(stage)]
+                for layer in layers}
 
     def first(layer: int, holder: int) -> int:
         """A holder's first rank, in its stage's first group."""
         return layout.rank_of(stage_of[layer] * layout.groups, layout.members_of(holder)[0])
 
     def held(rank: int) -> int:
-        layers = plan.layers_of_stage(layout.stage_of(rank))
+        (layers,) = plan.chunks_of_stage(layout.stage_of(rank))
         return placement.of_layers(layers).experts_held(layout.holder_of(rank))
 
     return {

@@ -45,12 +45,14 @@ class Plan:
         expert_tensor_parallel: expert ranks that share the weights of their experts.
         weight_gradients: one of WEIGHT_GRADIENTS: with those of activations; or in tasks of their own after these; or the
             experts' alone in tasks of their own, one for a layer and a wave, and all others with those of activations.
-        stage_layers: how many layers each pipeline stage has; empty where there is one stage.
+        stage_layers: how many layers each pipeline stage has; empty where there is one stage. With virtual stages, how many
+            each chunk has: the first of each stage, then the second of each, and so on, which is the order in the model.
         pools: for each member of a ZP group, the pool of the cluster file that it is of; empty when no cluster file
             was there.
         step: the step that was planned for, None when nothing was predicted.
         predicted: what is expected of it.
         tasks: what is expected of its tasks.
+        virtual_stages: chunks that each pipeline stage has.
     """
 
     model: ModelShape
@@ -73,18 +75,20 @@ class Plan:
     step: Step | None = None
     predicted: Prediction | None = None
     tasks: TaskSeconds | None = None
+    virtual_stages: int = 1
 
     @property
     def stages(self) -> int:
         """P, the number of pipeline stages."""
-        return max(1, len(self.stage_layers))
+        return max(1, len(self.stage_layers) // self.virtual_stages)
 
-    def layers_of_stage(self, stage: int) -> range:
-        """The layers, from 1 on, of a pipeline stage, from 0 on."""
+    def chunks_of_stage(self, stage: int) -> tuple[range, ...]:
+        """The layers, from 1 on, of each chunk of a pipeline stage, from 0 on; of the stage itself where it is one."""
         if not self.stage_layers:
-            return range(1, self.model.layers + 1)
-        first = 1 + sum(self.stage_layers[:stage])
-        return range(first, first + self.stage_layers[stage])
+            return (range(1, self.model.layers + 1),)
+        parts = range(stage, len(self.stage_layers), self.stages)
+        firsts = [1 + sum(self.stage_layers[:part]) for part in parts]
+        return tuple(range(first, first + self.stage_layers[part]) for first, part in zip(firsts, parts))
 
     @property
     def has_loss_scale(self) -> bool:

@@ -566,5 +566,5 @@ def costs_of_plan(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind], stage
         plan.model, plan.step, tuple(seats[layout.members_of(holder)[0]] for holder in range(layout.holders)), layout.m,
         plan.groups, plan.attention_precision, plan.tensor_parallel, plan.expert_tensor_parallel,
     )
-    placement = Placement(plan.placement, layout.holders).of_layers(plan.layers_of_stage(stage))
+    placement = Placement(plan.placement, layout.holders).of_chunks(plan.chunks_of_stage(stage))
     return TaskCosts(group.of_stages(plan.stage_layers)[stage], placement, plan.weight_gradients)

@@ -28,7 +28,7 @@ from megatron_hetermoe.mcore.graphs import graph_problems
 from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.mcore.session import DTYPES
-from megatron_hetermoe.mcore.stages import UNSUPPORTED_STAGES, can_be_staged, stage_layers
+from megatron_hetermoe.mcore.stages import UNSUPPORTED_STAGES, can_be_staged, stage_layers, virtual_stages
 from megatron_hetermoe.planner.resolve import Parallelism, resolve
 from megatron_hetermoe.topology.layout import EXPERT, layout_of
 
@@ -239,7 +239,7 @@ def parallelism_of(args: argparse.Namespace) -> Parallelism:
     """What Megatron's flags, before their validation, say of ranks that share weights or sequences."""
     return Parallelism(
         args.tensor_model_parallel_size, args.expert_tensor_parallel_size or 1, args.context_parallel_size,
-        stage_layers(args),
+        stage_layers(args), virtual_stages(args),
     )
 
 

@@ -257,7 +257,7 @@ def _same_shards(folder: Path, plan: Plan) -> bool:
     saved = read_plan(folder / PLAN)
     return all(getattr(saved, field) == getattr(plan, field)
                for field in ("attention_ranks", "expert_ranks", "groups", "placement", "tensor_parallel",
-                             "context_parallel", "expert_tensor_parallel", "stage_layers"))
+                             "context_parallel", "expert_tensor_parallel", "stage_layers", "virtual_stages"))
 
 
 def _look(folder: Path) -> tuple[str, list[int]] | None:

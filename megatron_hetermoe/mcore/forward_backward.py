@@ -78,17 +78,20 @@ class ForwardBackward:
             On attention ranks of the last pipeline stage what the loss function reports for each microbatch; on expert ranks
             the same for the whole step, since the last rank prints; elsewhere nothing.
         """
-        (wrapped,) = model if isinstance(model, list) else [model]
-        config = get_model_config(wrapped)
+        wrapped = model if isinstance(model, list) else [model]
+        config = get_model_config(wrapped[0])
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
         schedule, member = self._schedule(num_microbatches, forward_only)
-        inputs = StepInputs(
-            unwrap_model(wrapped), config, schedule, forward_step_func,
-            data_iterator[0] if isinstance(data_iterator, list) else data_iterator,
-            forward_only, collect_non_loss_data, None if forward_only else self._delayed(wrapped),
-            None if forward_only else self._graphs,
-        )
+        count, no_sync = len(wrapped), config.no_sync_func
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator] * count
+        inputs = [
+            StepInputs(unwrap_model(chunk), config, schedule, forward_step_func, iterator, own_no_sync, forward_only,
+                       collect_non_loss_data, None if forward_only else self._delayed(wrapped),
+                       None if forward_only else self._graphs)
+            for chunk, iterator, own_no_sync in zip(
+                wrapped, iterators, no_sync if isinstance(no_sync, list) else [no_sync] * count, strict=True)
+        ]
         self._marks.enter("evaluation" if forward_only else "a training step")
         checks = self._checker.evaluation_step() if forward_only else self._checker.training_step()
         if not forward_only:
@@ -115,23 +118,24 @@ class ForwardBackward:
         self._marks.enter("what follows an evaluation step" if forward_only else "what follows a step's gradients")
         return shared
 
-    def _delayed(self, wrapped: Any) -> WeightGradients | None:
+    def _delayed(self, chunks: Sequence[Any]) -> WeightGradients | None:
         """What W tasks do, if there are any. The model is told once, when it has all its wrappers."""
         how = self._session.plan.weight_gradients
         if how != TOGETHER and self._weights is None:
             self._weights = WeightGradients()
-            (delay_experts if how == MERGED else delay)(unwrap_model(wrapped), self._weights)
+            for chunk in chunks:
+                (delay_experts if how == MERGED else delay)(unwrap_model(chunk), self._weights)
         return self._weights
 
-    def _finalize(self, wrapped: Any, tokens: torch.Tensor, force_all_reduce: bool) -> None:
+    def _finalize(self, chunks: Sequence[Any], tokens: torch.Tensor, force_all_reduce: bool) -> None:
         """After a training step's last task: Megatron's reduction of gradients."""
         self._marks.enter("the reduction of gradients")
-        config = get_model_config(wrapped)
+        config = get_model_config(chunks[0])
         if self._measurements:
             self._measurements.end_step()
         with self._meter.reduction():
             config.finalize_model_grads_func(
-                [wrapped],
+                list(chunks),
                 self._tokens_of_pool(tokens) if config.calculate_per_token_loss else None,
                 pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
                 force_all_reduce=force_all_reduce,
@@ -146,32 +150,42 @@ class ForwardBackward:
         return self._schedules[key]
 
     def _run(
-        self, inputs: StepInputs, member: MemberSchedule, checks: StepChecks, batch: tuple[int, int]
+        self, inputs: Sequence[StepInputs], member: MemberSchedule, checks: StepChecks, batch: tuple[int, int]
     ) -> tuple[list[Any], torch.Tensor]:
-        """The tasks of a step whose microbatches are of a sequence length and a number of sequences."""
-        session, config = self._session, inputs.config
+        """The tasks of a step whose microbatches are of a sequence length and a number of sequences, with a model's chunks."""
+        session, config = self._session, inputs[0].config
         transfers = session.transfers(
-            config.hidden_size, checksums=checks.checksums, recorder=None if inputs.forward_only else self._meter.recorder
+            config.hidden_size, checksums=checks.checksums, recorder=None if inputs[0].forward_only else self._meter.recorder
         )
-        streams = self._streams if inputs.forward_only else self._recorded
-        table = {**transfers.table(), **ExpertTasks(inputs, transfers, partial(experts_of, inputs.model)).table()}
+        streams = self._streams if inputs[0].forward_only else self._recorded
+        experts = [ExpertTasks(of, transfers, partial(experts_of, of.model), first)
+                   for of, first in zip(inputs, session.firsts, strict=True)]
+        table = {**transfers.table(), **self._by_chunk([tasks.table() for tasks in experts])}
         if not session.is_attention:
             executor.run(member, stretched(table, self._slow_down), streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
-        handover = self._handover(inputs, batch) if session.stages else None
-        attention = AttentionTasks(inputs, transfers, checks.numbers, handover, checks.load)
-        table |= attention.table() | (handover.table() if handover else {})
+        handover = self._handover(config, batch) if session.stages else None
+        attention = [AttentionTasks(of, first, len(layers), transfers, checks.numbers, handover, checks.load)
+                     for of, first, layers in zip(inputs, session.firsts, session.chunks, strict=True)]
+        table |= self._by_chunk([tasks.table() for tasks in attention]) | (handover.table() if handover else {})
         executor.run(member, stretched(table, self._slow_down), streams, self._marks)
-        return attention.losses, attention.tokens
+        return attention[-1].losses, attention[-1].tokens
 
-    def _handover(self, inputs: StepInputs, batch: tuple[int, int]) -> Handover:
+    def _by_chunk(self, tables: Sequence[executor.Table]) -> executor.Table:
+        """What the executor calls, from the same for the tasks of each chunk."""
+        if len(tables) == 1:
+            return tables[0]
+        chunk_of = self._session.chunk_of
+        return {key: lambda task, key=key: tables[chunk_of(task.layer)][key](task) for key in tables[0]}
+
+    def _handover(self, config: Any, batch: tuple[int, int]) -> Handover:
         """The hidden states between stages, as Megatron's pipelines have them (schedules.py, get_tensor_shapes)."""
-        session, config = self._session, inputs.config
+        session = self._session
         parts = session.layout.context * (session.layout.tensor if config.sequence_parallel else 1)
         shape = batch[0] // parts, batch[1], config.hidden_size
         return Handover(
-            session.stages, session.stage, len(session.layers), shape, config.pipeline_dtype or config.params_dtype,
-            session.device,
+            session.stages, session.stage, session.layout.stages, session.firsts, shape,
+            config.pipeline_dtype or config.params_dtype, session.device,
         )
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:

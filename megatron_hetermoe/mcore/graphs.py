@@ -38,8 +38,9 @@ _BALANCING = {"aux_loss", "seq_aux_loss", "none"}
 # What a graph cannot do: whether the arguments ask for it, and the way out.
 _OBSTACLES: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] = (
     ("--transformer-impl other than local", lambda args: args.transformer_impl != "local", "use local"),
-    ("tensor or context parallelism",
-     lambda args: max(args.tensor_model_parallel_size, args.context_parallel_size) > 1, "set their sizes to 1"),
+    ("tensor, context or pipeline parallelism", lambda args: max(
+        args.tensor_model_parallel_size, args.context_parallel_size, args.pipeline_model_parallel_size) > 1,
+     "set their sizes to 1"),
     ("dropout", lambda args: args.attention_dropout or args.hidden_dropout,
      "set --attention-dropout and --hidden-dropout to 0"),
     ("--recompute-granularity", lambda args: args.recompute_granularity is not None

@@ -55,7 +55,7 @@ class Load:
     def _of_holder(self, layer: int, holder: int) -> str:
         """A holder's ranks in each ZP group of a layer's stage."""
         layout, plan = self._session.layout, self._session.plan
-        stage = next(stage for stage in range(plan.stages) if layer in plan.layers_of_stage(stage))
+        stage = next(stage for stage in range(plan.stages) if any(layer in layers for layers in plan.chunks_of_stage(stage)))
         ranks = [layout.rank_of(group, member)
                  for group in range(stage * layout.groups, (stage + 1) * layout.groups)
                  for member in layout.members_of(holder)]

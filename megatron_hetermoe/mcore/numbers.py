@@ -9,7 +9,7 @@ finding.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,17 +79,17 @@ class Numbers:
         return f"rank {rank} ({self._session.layout.role(rank)})"
 
 
-def report(numbers: Numbers, model: Any, session: Session) -> None:
+def report(numbers: Numbers, chunks: Sequence[Any], session: Session) -> None:
     """Says on stderr where numbers went wrong. For a rank on which Megatron has found that they did.
 
     Args:
         numbers: of the step.
-        model: this rank's, for its weights and gradients.
+        chunks: of this rank's model, for weights and gradients.
         session: this rank's.
     """
     first = numbers.first()
     parts = [f"first {first}"] if first else []
-    for what, names in (("weights", _not_finite(model, "data")), ("gradients", _not_finite(model, "main_grad"))):
+    for what, names in (("weights", _not_finite(chunks, "data")), ("gradients", _not_finite(chunks, "main_grad"))):
         found = list(names)
         if found:
             more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
@@ -99,13 +99,14 @@ def report(numbers: Numbers, model: Any, session: Session) -> None:
           flush=True)
 
 
-def _not_finite(model: Any, attribute: str) -> Iterator[str]:
+def _not_finite(chunks: Sequence[Any], attribute: str) -> Iterator[str]:
     """The parameters of which a tensor is not finite, experts' as layer and expert."""
-    for path, module in unwrap_model(model).named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            tensor = getattr(parameter, attribute, None)
-            if tensor is not None and tensor.numel() and not tensor.isfinite().all():
-                yield _described(unwrap_model(model), path, name)
+    for model in map(unwrap_model, chunks):
+        for path, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                tensor = getattr(parameter, attribute, None)
+                if tensor is not None and tensor.numel() and not tensor.isfinite().all():
+                    yield _described(model, path, name)
 
 
 def _described(model: torch.nn.Module, path: str, name: str) -> str:

@@ -56,6 +56,7 @@ def join_pools(plan: Plan) -> Session:
             local_world_size=len(pool),
             tensor_model_parallel_size=len(layout.tensor_parallel(role)[0]),
             pipeline_model_parallel_size=layout.stages,
+            virtual_pipeline_model_parallel_size=plan.virtual_stages if plan.virtual_stages > 1 else None,
             context_parallel_size=len(layout.context_parallel(role)[0]),
             expert_model_parallel_size=len(experts),
             expert_tensor_parallel_size=len(layout.expert_tensor_parallel(role)[0]),

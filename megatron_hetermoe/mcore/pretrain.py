@@ -183,7 +183,7 @@ def announce(session: Session) -> None:
         {
             "rank": rank, "role": layout.role(rank), "group": layout.group_of(rank) % layout.groups,
             **({"stage": layout.stage_of(rank)} if layout.stages > 1 else {}),
-            "experts": session.placement.of_layers(plan.layers_of_stage(layout.stage_of(rank))).experts_held(
+            "experts": session.placement.of_chunks(plan.chunks_of_stage(layout.stage_of(rank))).experts_held(
                 layout.holder_of(rank)),
         }
         for rank in range(layout.world_size)
@@ -227,18 +227,20 @@ def model_provider(model_config: GPTModelConfig, seed: int, session: Session) ->
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         spec = default_layer_spec(model_config, vp_stage)
         if session.is_attention:
-            spec.layer_specs = attention_specs(spec.layer_specs, session.decoder_layers, model_config, seed, session)
+            spec.layer_specs = attention_specs(
+                spec.layer_specs, session.decoder_layers(vp_stage or 0), model_config, seed, session)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
         config = _of_expert_pool(model_config.transformer, session.plan)
         # Those that predict further tokens are as the model's last one.
-        layer_specs = [*spec.layer_specs, *[spec.layer_specs[-1]] * len(session.mtp_layers)]
+        chunk = vp_stage or 0
+        layer_specs = [*spec.layer_specs, *[spec.layer_specs[-1]] * len(session.mtp_layers(chunk))]
         held = {
             layer: build_held(submodules.experts, config, session, layer, seed, groups)
-            for layer, layer_spec in zip(session.layers, layer_specs, strict=True)
+            for layer, layer_spec in zip(session.chunks[chunk], layer_specs, strict=True)
             if (submodules := moe_submodules(layer_spec)) is not None and session.held(layer)
         }
-        return ExpertModel(config, session.decoder_layers, session.mtp_layers, held, groups)
+        return ExpertModel(config, session.decoder_layers(chunk), session.mtp_layers(chunk), held, groups)
 
     return provide
 
@@ -301,7 +303,7 @@ def _replacements(
 
     def mtp_block_spec(original: Any) -> Any:
         return prediction.with_layers(
-            original, lambda specs, config: attention_specs(specs, session.mtp_layers, config, seed, session))
+            original, lambda specs, config: attention_specs(specs, session.mtp_layers(-1), config, seed, session))
 
     training = "megatron.training.training"
     distributed = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"

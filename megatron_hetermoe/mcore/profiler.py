@@ -208,12 +208,12 @@ class _Part:
         self.session = Session(plan, self.rank, None, None, None, device, activation_again=activation_again)
         (self.model,) = training.get_model(model_provider(gpt_config_from_args(args), args.seed, self.session))
         self.config = get_model_config(self.model)
-        self.config.no_sync_func = self.model.no_sync
 
     def inputs(self, data: Iterator[Any] | None) -> StepInputs:
         # Two microbatches, of which the first is run: gradients are added up and not reduced.
         return StepInputs(
-            unwrap_model(self.model), self.config, self.session.schedule(2, False), gpt.forward_step, data, False, False
+            unwrap_model(self.model), self.config, self.session.schedule(2, False), gpt.forward_step, data,
+            self.model.no_sync, False, False,
         )
 
 
@@ -240,7 +240,7 @@ class _Attention(_Part):
         transfers = self.session.transfers(self.config.hidden_size, _Answered)
         for _ in range(_WARM_UP + repeats):
             table = AttentionTasks(
-                self.inputs(self._batches(length)), transfers, Numbers(self.session, False)).table()
+                self.inputs(self._batches(length)), 1, LAYERS, transfers, Numbers(self.session, False)).table()
             self._step(clock, table, transfers, length)
             self.model.zero_grad_buffer()
         first, middle, head = (clock.median(layer) for layer in range(1, LAYERS + 2))

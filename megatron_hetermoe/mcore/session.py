@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,7 @@ from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.runtime.transfers import Transfers
 from megatron_hetermoe.schedule.orders import Schedule
-from megatron_hetermoe.schedule.pipeline import schedule_of
+from megatron_hetermoe.schedule.interleaved import first_numbers, schedule_of
 from megatron_hetermoe.schedule.tasks import Kind
 from megatron_hetermoe.topology.layout import ATTENTION, Layout, layout_of
 from megatron_hetermoe.topology.placement import Placement
@@ -60,29 +61,39 @@ class Session:
         """The pipeline stage that this rank is in, from 0 on."""
         return self.layout.stage_of(self.rank)
 
-    @property
-    def layers(self) -> range:
-        """The layers of this rank's stage, from 1 on. Tasks number them from 1 in each stage."""
-        return self.plan.layers_of_stage(self.stage)
+    @cached_property
+    def chunks(self) -> tuple[range, ...]:
+        """The layers of each model chunk of this rank's stage, from 1 on. Tasks number them from 1 in each stage, and have a
+        number that is no layer between two chunks."""
+        return self.plan.chunks_of_stage(self.stage)
 
-    @property
-    def decoder_layers(self) -> range:
-        """Those of them that do not predict further tokens."""
-        return range(self.layers.start, min(self.layers.stop, self.plan.model.decoder_layers + 1))
+    @cached_property
+    def firsts(self) -> tuple[int, ...]:
+        """The number in tasks of each chunk's first layer."""
+        return first_numbers([len(layers) for layers in self.chunks])
 
-    @property
-    def mtp_layers(self) -> range:
-        """Those of them that do: the last stage's last ones."""
-        return range(self.decoder_layers.stop, self.layers.stop)
+    def chunk_of(self, layer: int) -> int:
+        """The chunk of a layer, or of the A task that ends one, which has this number in tasks."""
+        return bisect(self.firsts, layer) - 1
+
+    def decoder_layers(self, chunk: int) -> range:
+        """Those layers of a chunk that do not predict further tokens."""
+        layers = self.chunks[chunk]
+        return range(layers.start, min(layers.stop, self.plan.model.decoder_layers + 1))
+
+    def mtp_layers(self, chunk: int) -> range:
+        """Those that do: the last ones of the model's last chunk."""
+        return range(self.decoder_layers(chunk).stop, self.chunks[chunk].stop)
 
     @cached_property
     def stage_placement(self) -> Placement:
         """The placement of this stage's layers, as tasks number them."""
-        return self.placement.of_layers(self.layers)
+        return self.placement.of_chunks(self.chunks)
 
     def layer_of(self, layer: int) -> int:
         """The number in the model, from 1 on, of a layer that has this number in tasks."""
-        return self.layers[layer - 1]
+        chunk = self.chunk_of(layer)
+        return self.chunks[chunk][layer - self.firsts[chunk]]
 
     @property
     def expert_dtype(self) -> torch.dtype:

@@ -13,10 +13,6 @@ from megatron_hetermoe.config.flags import Flags
 
 # What a pipeline of a disaggregated run does not do: the flag, whether the arguments ask for it, and the way out.
 UNSUPPORTED_STAGES: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] = (
-    ("--num-layers-per-virtual-pipeline-stage", lambda args: args.num_layers_per_virtual_pipeline_stage,
-     "leave it out: a wave of several microbatches fills a stage"),
-    ("--num-virtual-stages-per-pipeline-rank", lambda args: args.num_virtual_stages_per_pipeline_rank,
-     "leave it out: a wave of several microbatches fills a stage"),
     ("--mtp-num-layers with pipeline stages and tied embeddings",
      lambda args: args.mtp_num_layers and args.pipeline_model_parallel_size > 1 and not args.untie_embeddings_and_output_weights,
      "add --untie-embeddings-and-output-weights; stock Megatron cannot make a checkpoint of it either"),
@@ -24,7 +20,7 @@ UNSUPPORTED_STAGES: tuple[tuple[str, Callable[[argparse.Namespace], object], str
 
 
 def stage_layers(args: argparse.Namespace) -> tuple[int, ...]:
-    """The layers of each pipeline stage, empty for one stage.
+    """The layers of each pipeline stage, empty for one stage; of each chunk where stages have several, as ``Plan`` has them.
 
     As Megatron divides them (transformer_block.py, get_num_layers_to_build), with the rest of a division left out. Those
     that predict further tokens are the last stage's.
@@ -45,8 +41,29 @@ def stage_layers(args: argparse.Namespace) -> tuple[int, ...]:
         layers[0] = first
     if last is not None:
         layers[-1] = last
+    virtual = virtual_stages(args)
+    if virtual > 1:
+        # What counts as a layer is not in the first or last chunk, whatever else is divided.
+        layers[0], layers[-1] = layers[0] + embedding, layers[-1] + loss
+        layers = [of_stage // virtual for of_stage in layers] * virtual
+        layers[0], layers[-1] = layers[0] - embedding, layers[-1] - loss
     layers[-1] += args.mtp_num_layers or 0
     return tuple(layers)
+
+
+def virtual_stages(args: argparse.Namespace) -> int:
+    """Chunks that each pipeline stage has."""
+    stages = args.pipeline_model_parallel_size
+    if stages <= 1:
+        return 1
+    if args.pipeline_model_parallel_layout:
+        return max(1, PipelineParallelLayerLayout.get_num_stages_from_str(args.pipeline_model_parallel_layout) // stages)
+    if args.num_virtual_stages_per_pipeline_rank:
+        return args.num_virtual_stages_per_pipeline_rank
+    if args.num_layers_per_virtual_pipeline_stage:
+        counted = args.num_layers + args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+        return max(1, counted // stages // args.num_layers_per_virtual_pipeline_stage)
+    return 1
 
 
 def can_be_staged(args: argparse.Namespace, flags: Flags, problems: Problems) -> bool:
@@ -55,6 +72,11 @@ def can_be_staged(args: argparse.Namespace, flags: Flags, problems: Problems) ->
     if not 1 <= stages <= args.num_layers:
         problems.add(f"--pipeline-model-parallel-size {stages} with {args.num_layers} layers: it must be from 1 to that")
         return False
+    for flag, value in (("--num-virtual-stages-per-pipeline-rank", args.num_virtual_stages_per_pipeline_rank),
+                        ("--num-layers-per-virtual-pipeline-stage", args.num_layers_per_virtual_pipeline_stage)):
+        if value is not None and value < 1:
+            problems.add(f"{flag} is {value}: it must be from 1 on")
+            return False
     if args.pipeline_model_parallel_layout:
         wrong = division_problems(args.pipeline_model_parallel_layout, stages)
         for problem in wrong:
@@ -73,9 +95,9 @@ def division_problems(layout: str, stages: int) -> list[str]:
         parsed = PipelineParallelLayerLayout.parse_str_to_list(layout)
     except AssertionError as error:
         return [f"--pipeline-model-parallel-layout {layout} cannot be read: {error}"]
-    if len(parsed) != stages:
-        return [f"--pipeline-model-parallel-layout {layout} has {len(parsed)} stages, --pipeline-model-parallel-size is "
-                f"{stages}: make them equal; virtual stages are not supported with --hetermoe"]
+    if len(parsed) % stages:
+        return [f"--pipeline-model-parallel-layout {layout} has {len(parsed)} stages, which --pipeline-model-parallel-size "
+                f"{stages} does not divide: change one"]
     if any(LayerType.mtp in stage for stage in parsed[:-1]):
         return [f"--pipeline-model-parallel-layout {layout} has layers that predict further tokens before the last stage: "
                 "put them into it"]

@@ -33,11 +33,12 @@ class StepInputs:
     """What Megatron's training loop hands to a schedule for one step, as far as tasks need it.
 
     Attributes:
-        model: this rank's, unwrapped.
+        model: this rank's, or a chunk of it, unwrapped.
         config: the transformer's, with the loop's callbacks.
         schedule: of the ZP group.
         forward_step: the user's.
-        data_iterator: of this rank; None on expert ranks.
+        data_iterator: of this rank, for this chunk; None on expert ranks.
+        no_sync: keeps DDP from reducing this chunk's gradients; None where nothing is reduced in the backward.
         forward_only: evaluation.
         collect_non_loss_data: passed through to the loss function.
         delayed: what B tasks leave to W tasks; None without these.
@@ -49,6 +50,7 @@ class StepInputs:
     schedule: Schedule
     forward_step: Callable[..., Any]
     data_iterator: Iterator[Any] | None
+    no_sync: Callable[[], AbstractContextManager[None]] | None
     forward_only: bool
     collect_non_loss_data: bool
     delayed: WeightGradients | None = None
@@ -60,9 +62,9 @@ class StepInputs:
 
     def gradient_sync(self, task: Task) -> AbstractContextManager[None]:
         """Gradients may be reduced during a layer's last backward only; DDP's hooks fire for each microbatch."""
-        if self.config.no_sync_func is None or task.microbatch == self.schedule.last_microbatch:
+        if self.no_sync is None or task.microbatch == self.schedule.last_microbatch:
             return nullcontext()
-        return self.config.no_sync_func()
+        return self.no_sync()
 
     @contextmanager
     def backward_of(self, task: Task) -> Iterator[None]:
@@ -98,10 +100,12 @@ class _Microbatch:
 
 @dataclass
 class AttentionTasks:
-    """The A tasks of one step.
+    """The A tasks of one step, of one chunk of the model.
 
     Attributes:
         inputs: from the training loop.
+        first: the number in tasks of the chunk's first layer.
+        layers: that it has.
         transfers: this member's.
         numbers: shown what goes to experts and comes back.
         handover: this member's, to and from the stages beside this one; None where there is one stage.
@@ -111,6 +115,8 @@ class AttentionTasks:
     """
 
     inputs: StepInputs
+    first: int
+    layers: int
     transfers: Transfers
     numbers: Numbers
     handover: Handover | None = None
@@ -122,7 +128,7 @@ class AttentionTasks:
         self._microbatches: dict[int, _Microbatch] = {}
         self._planning_model = PlanningModel(self.inputs.model)
         self._begins, self._ends = self.inputs.model.pre_process, self.inputs.model.post_process
-        self._layers = self.inputs.schedule.layers
+        self._end = self.first + self.layers
         self._moe_layers = self.inputs.schedule.moe_layers
 
     def table(self) -> Table:
@@ -134,12 +140,12 @@ class AttentionTasks:
 
     def _forward(self, task: Task) -> None:
         set_current_microbatch(self.inputs.model, task.microbatch)
-        if task.layer == 1:
+        if task.layer == self.first:
             microbatch, hidden = self._begin(task)
         else:
             microbatch = self._microbatches[task.microbatch]
             hidden = self._end_layer(task.layer - 1, task.microbatch)
-        if task.layer > self._layers:
+        if task.layer == self._end:
             if self._ends:
                 self._head(microbatch, hidden)
             else:
@@ -147,7 +153,7 @@ class AttentionTasks:
             if self.inputs.forward_only:
                 del self._microbatches[task.microbatch]
             return
-        layer = microbatch.tasks.layer(task.layer)
+        layer = microbatch.tasks.layer(task.layer - self.first + 1)
         result = layer.pre_dispatch_computation.forward(hidden)
         if not layer.has_experts:
             microbatch.hidden = result
@@ -184,7 +190,7 @@ class AttentionTasks:
                 outputs.requires_grad_()
         else:
             outputs, microbatch.hidden = microbatch.hidden, None
-        return microbatch.tasks.layer(layer).end.forward(outputs)
+        return microbatch.tasks.layer(layer - self.first + 1).end.forward(outputs)
 
     def _leave_stage(self, task: Task, hidden: torch.Tensor) -> None:
         """What stands for the head where another stage follows: the hidden states go there. Routers' losses are scaled."""
@@ -214,11 +220,11 @@ class AttentionTasks:
     def _backward(self, task: Task) -> None:
         with self.inputs.backward_of(task):
             microbatch = self._microbatches[task.microbatch]
-            if task.layer > self._layers:
+            if task.layer == self._end:
                 grad = self._head_backward(microbatch) if self._ends else self.handover.take(task)
             else:
                 grad = self._layer_backward(task, microbatch)
-            if task.layer > 1:
+            if task.layer > self.first:
                 self._end_layer_backward(task.layer - 1, task.microbatch, microbatch, grad)
             else:
                 if self._begins:
@@ -238,7 +244,7 @@ class AttentionTasks:
 
     def _layer_backward(self, task: Task, microbatch: _Microbatch) -> torch.Tensor:
         """Attention and router; returns the gradient of the layer's input."""
-        layer = microbatch.tasks.layer(task.layer)
+        layer = microbatch.tasks.layer(task.layer - self.first + 1)
         if layer.has_experts:
             routed = self.transfers.owned.pop((task.layer, task.microbatch))
             token_grads = routed.token_grads.to(self.inputs.config.params_dtype)
@@ -251,7 +257,7 @@ class AttentionTasks:
 
     def _end_layer_backward(self, layer: int, number: int, microbatch: _Microbatch, grad: torch.Tensor) -> None:
         """The end of the layer before; what it returns is the experts' to continue with, where there are some."""
-        grad = microbatch.tasks.layer(layer).end.backward(grad)
+        grad = microbatch.tasks.layer(layer - self.first + 1).end.backward(grad)
         if layer in self._moe_layers:
             self.transfers.owned[layer, number].output_grads = grad.to(self.transfers.dtype)
         else:
@@ -265,12 +271,14 @@ class ExpertTasks:
     Attributes:
         inputs: from the training loop.
         transfers: this member's.
-        experts: those that this rank holds of a layer, by layer.
+        experts: those that this rank holds of a layer, by layer from 1 on in the chunk.
+        first: the number in tasks of the chunk's first layer.
     """
 
     inputs: StepInputs
     transfers: Transfers
     experts: Callable[[int], HeldExperts]
+    first: int = 1
 
     def __post_init__(self) -> None:
         self._nodes: dict[tuple[int, int], ScheduleNode] = {}
@@ -285,9 +293,9 @@ class ExpertTasks:
     def _forward(self, task: Task) -> None:
         """Runs the experts; without a token too, since gradients of all experts are reduced together."""
         routed = self.transfers.held[task.layer, task.microbatch]
-        experts = self.experts(task.layer)
+        experts = self.experts(task.layer - self.first + 1)
         run = partial(_run_shared, experts, routed.sharers)
-        if experts_again(self.inputs.config, task.layer):
+        if experts_again(self.inputs.config, task.layer - self.first + 1):
             run = partial(rerun, run)
         node = ScheduleNode(run, get_comp_stream, torch.cuda.Event(), name="experts")
         wants_grad = not self.inputs.forward_only
@@ -300,7 +308,7 @@ class ExpertTasks:
     def _backward(self, task: Task) -> None:
         routed = self.transfers.held[task.layer, task.microbatch]
         node = self._nodes.pop((task.layer, task.microbatch))
-        grads, routed.output_grads = routed.output_grads.to(self.experts(task.layer).dtype), None
+        grads, routed.output_grads = routed.output_grads.to(self.experts(task.layer - self.first + 1).dtype), None
         with self.inputs.backward_of(task):
             token_grads, routed.prob_grads = node.backward(grads)
         routed.token_grads = token_grads.to(self.transfers.dtype)

@@ -33,11 +33,17 @@ class Parallelism(NamedTuple):
     expert_tensor: int = 1
     context: int = 1
     stage_layers: tuple[int, ...] = ()
+    virtual_stages: int = 1
+
+    @property
+    def stages(self) -> int:
+        """P."""
+        return max(1, len(self.stage_layers) // self.virtual_stages)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """As ``Layout`` takes them."""
-        return self.tensor, self.expert_tensor, self.context, max(1, len(self.stage_layers))
+        return self.tensor, self.expert_tensor, self.context, self.stages
 
 
 def resolve(
@@ -97,7 +103,7 @@ def _from_flags(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
         flags.wave, precision, flags.expert_precision or precision, flags.attention or "auto", flags.experts or "auto",
         parallelism.tensor, parallelism.context, parallelism.expert_tensor, flags.weight_gradients or "together",
-        parallelism.stage_layers,
+        parallelism.stage_layers, virtual_stages=parallelism.virtual_stages,
     )
 
 
@@ -121,7 +127,8 @@ def _from_file(
         ("--tensor-model-parallel-size", parallelism.tensor, plan.tensor_parallel),
         ("--expert-tensor-parallel-size", parallelism.expert_tensor, plan.expert_tensor_parallel),
         ("--context-parallel-size", parallelism.context, plan.context_parallel),
-        ("--pipeline-model-parallel-size", max(1, len(parallelism.stage_layers)), plan.stages),
+        ("--pipeline-model-parallel-size", parallelism.stages, plan.stages),
+        ("virtual stages of each pipeline stage,", parallelism.virtual_stages, plan.virtual_stages),
     ):
         if said != planned:
             problems.add(f"{flag} {said} disagrees with {planned} in {flags.plan}: change the flag")

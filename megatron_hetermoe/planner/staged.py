@@ -13,7 +13,7 @@ from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
 from megatron_hetermoe.planner.asym_ea import (
     LONG, Assignment, Limits, balance, by_memory, counts_of, feasible, long_step_seconds, placement_of,
 )
-from megatron_hetermoe.schedule.pipeline import schedule_of
+from megatron_hetermoe.schedule.interleaved import schedule_of
 from megatron_hetermoe.simulator.baselines import spread
 from megatron_hetermoe.simulator.events import simulate_stages
 
@@ -164,6 +164,6 @@ def scheduled(
                 weight_gradients=weight_gradients, stage_layers=layers)
     return [
         (schedule_of(plan, placement, m, stage, microbatches),
-         TaskCosts(group, placement.of_layers(plan.layers_of_stage(stage)), weight_gradients))
+         TaskCosts(group, placement.of_chunks(plan.chunks_of_stage(stage)), weight_gradients))
         for stage, group in enumerate(stages)
     ]

@@ -21,7 +21,8 @@ class Handover:
     Attributes:
         channel: to the ranks at this place of each stage.
         stage: this one, from 0 on, also the member of the channel.
-        layers: K of this stage.
+        stages: P. The last one hands over to the first where stages have several chunks.
+        firsts: the number of each chunk's first layer; what comes to a chunk, or its gradients go from it, has that number.
         shape: of hidden states, [sequence, microbatch, hidden], as they are on this rank.
         dtype: of hidden states.
         device: where buffers are.
@@ -30,7 +31,8 @@ class Handover:
 
     channel: Channel
     stage: int
-    layers: int
+    stages: int
+    firsts: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -55,8 +57,9 @@ class Handover:
 
     @torch.no_grad()
     def _hand_over(self, task: Task) -> None:
-        neighbour = self.stage + (1 if task.layer > self.layers else -1)
-        if (task.direction is Pass.FORWARD) == (neighbour > self.stage):
+        behind = task.layer not in self.firsts
+        neighbour = (self.stage + (1 if behind else -1)) % self.stages
+        if (task.direction is Pass.FORWARD) == behind:
             self._give(task, neighbour)
         else:
             buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from megatron_hetermoe.config.plan import Plan
-from megatron_hetermoe.schedule.orders import Order, Schedule, build
+from megatron_hetermoe.schedule.orders import Order, Schedule
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
-from megatron_hetermoe.topology.placement import Placement
 
 
 class Unit(NamedTuple):
@@ -99,15 +97,15 @@ class StageSchedule(Schedule):
         held_back: tuple[Task, ...] = ()
         for unit, after in zip(self.units, following):
             if unit.backward is not None and not self.is_last:
-                yield from self._handovers(Pass.BACKWARD, self.layers + 1, unit.backward)
+                yield from self.handovers(Pass.BACKWARD, self.layers + 1, unit.backward)
             yield from held_back
             held_back = ()
             turns_back = after.backward is not None and unit.forward == after.backward + self.stages - 1 - self.stage
             if unit.forward is not None and not self.is_first:
                 # All of them: on a compute stream, all attention of a wave may come before the first one's experts.
-                yield from self._handovers(Pass.FORWARD, 1, unit.forward)
-            for task in self._issue_wave(self._wave_of(unit)):
-                if not _is_of(task, unit):
+                yield from self.handovers(Pass.FORWARD, 1, unit.forward)
+            for task in self.issue_wave_of(unit):
+                if not is_of(task, unit):
                     continue
                 yield task
                 if not self._hands_over(task):
@@ -126,7 +124,20 @@ class StageSchedule(Schedule):
             return task.layer > self.layers and not self.is_last
         return task.layer == 1 and not self.is_first
 
-    def _handovers(self, direction: Pass, layer: int, wave: int) -> Iterator[Task]:
+    def place(self, task: Task) -> tuple[int, bool]:
+        """Of a handover, this stage and whether it is behind the stage's layers."""
+        return self.stage, task.layer > self.layers
+
+    def issue_wave_of(self, unit: Unit) -> Iterator[Task]:
+        """All tasks of a unit's wave, as issued."""
+        return self._issue_wave(self._wave_of(unit))
+
+    def compute_wave_of(self, unit: Unit) -> Iterator[Task]:
+        """A and E tasks of a unit's wave, as computed."""
+        return self._wave_order(self._wave_of(unit))
+
+    def handovers(self, direction: Pass, layer: int, wave: int) -> Iterator[Task]:
+        """A wave's H tasks at a layer."""
         return (Task(Kind.HANDOVER, direction, layer, microbatch) for microbatch in self.waves[wave])
 
     def _wave_of(self, unit: Unit) -> tuple[int, ...]:
@@ -134,43 +145,16 @@ class StageSchedule(Schedule):
 
     def _compute_order(self) -> Iterator[Task]:
         for unit in self.units:
-            yield from (task for task in self._wave_order(self._wave_of(unit)) if _is_of(task, unit))
+            yield from (task for task in self.compute_wave_of(unit) if is_of(task, unit))
 
     def _transfer_order(self) -> Iterator[Task]:
         yield from super()._transfer_order()
         yield from (task for task in self.issue_order() if task.kind is Kind.HANDOVER)
 
 
-def _is_of(task: Task, unit: Unit) -> bool:
+def is_of(task: Task, unit: Unit) -> bool:
+    """Whether a task of a unit's wave is the unit's."""
     return (unit.forward if task.direction is Pass.FORWARD else unit.backward) is not None
-
-
-def schedule_of(
-    plan: Plan, placement: Placement, attention_members: int, stage: int, microbatches: int, forward_only: bool = False,
-    shared: frozenset[Kind] = frozenset(),
-) -> Schedule:
-    """The schedule of one pipeline stage, or of the whole where there is one.
-
-    Args:
-        plan: the run's.
-        placement: of all layers.
-        attention_members: M.
-        stage: from 0 on.
-        microbatches: of the step.
-        forward_only: no backward.
-        shared: as ``Schedule.shared``.
-    """
-    layers = plan.layers_of_stage(stage)
-    schedule = build(
-        plan.schedule, len(layers), placement.of_layers(layers), attention_members, microbatches, plan.wave, forward_only,
-        plan.weight_gradients, shared,
-    )
-    if plan.stages == 1:
-        return schedule
-    return StageSchedule(
-        schedule.layers, schedule.placement, attention_members, schedule.waves, forward_only, plan.weight_gradients, shared, stage,
-        plan.stages,
-    )
 
 
 def handover_violations(stages: Sequence[StageSchedule]) -> list[str]:
@@ -183,16 +167,17 @@ def handover_violations(stages: Sequence[StageSchedule]) -> list[str]:
     progress = True
     while progress:
         progress = False
-        for number, queue in enumerate(queues):
+        waiting: dict[tuple[int, bool, Pass, int], list[Task]] = {}
+        for stage, queue in zip(stages, queues):
             while queue and queue[-1].kind is not Kind.HANDOVER:
                 queue.pop()
                 progress = True
-            behind = queues[number + 1] if number + 1 < len(queues) else []
-            here = queue[-1] if queue else None
-            there = behind[-1] if behind else None
-            if here and there and there.kind is Kind.HANDOVER and here.layer > stages[number].layers \
-                    and there == Task(Kind.HANDOVER, here.direction, 1, here.microbatch):
+            if queue:
+                waiting[(*stage.place(queue[-1]), queue[-1].direction, queue[-1].microbatch)] = queue
+        for (part, is_end, *of), queue in waiting.items():
+            other = waiting.get((part + 1, False, *of))
+            if is_end and other:
                 queue.pop()
-                behind.pop()
+                other.pop()
                 progress = True
     return [f"stage {number} is stuck before {queue[-1]}" for number, queue in enumerate(queues) if queue]

@@ -14,7 +14,7 @@ from megatron_hetermoe.cost.cluster import Cluster, Kind, kinds_of
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.tasks import TaskCosts, costs_of_plan
 from megatron_hetermoe.schedule.orders import Schedule
-from megatron_hetermoe.schedule.pipeline import schedule_of
+from megatron_hetermoe.schedule.interleaved import schedule_of
 from megatron_hetermoe.schedule.trace import Span
 from megatron_hetermoe.simulator.events import Result, simulate_stages
 from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems, stage_problems
@@ -128,6 +128,9 @@ def _check(plan: Plan, cluster: Cluster, origin: str) -> None:
         problems.add(f"{origin}: the placement does not fit the model or the layout: make it anew")
     for problem in stage_problems(plan):
         problems.add(f"{origin}: {problem}")
+    if plan.virtual_stages > 1:
+        problems.add(f"{origin}: virtual stages have no prices yet, and it has {plan.virtual_stages} of each stage: plan without "
+                     "them")
     problems.raise_if_any()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,11 @@ class Placement:
     def of_layers(self, layers: range) -> Placement:
         """The placement of some layers next to each other, which are then its layers from 1 on."""
         return Placement(self.holders[layers.start - 1:layers.stop - 1], self.members)
+
+    def of_chunks(self, chunks: Sequence[range]) -> Placement:
+        """The placement of a stage's chunks as tasks number them: between two of them a number stands for no layer."""
+        holders = [(*self.of_layers(layers).holders, ()) for layers in chunks]
+        return Placement(sum(holders, ())[:-1], self.members)
 
     def experts_held(self, member: int) -> int:
         """How many (layer, expert) pairs a member holds."""

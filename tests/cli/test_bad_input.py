@@ -178,15 +178,16 @@ def test_pipelines_that_do_not_fit(tmp_path):
     """What a pipeline cannot have beside it, and layers that do not divide, at once."""
     said = refused(
         [*OURS, "--hetermoe-trace", str(tmp_path / "trace"), *tiny(
-            num_layers=5, pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)], tmp_path,
+            num_layers=5, pipeline_model_parallel_size=2)], tmp_path,
     )
     for problem in (
         "--hetermoe-trace is not supported with --pipeline-model-parallel-size 2: leave it out",
-        "--num-virtual-stages-per-pipeline-rank is not supported with --hetermoe: leave it out: a wave",
         "stages of 2, 2 layers do not make up the model's 5",
     ):
         assert problem in said, problem
     assert "--pipeline-model-parallel-size 3 with 2 layers: it must be from 1 to that" in refused(
         [*OURS, *tiny(pipeline_model_parallel_size=3)], tmp_path)
+    virtual = refused([*OURS, *tiny(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=0)], tmp_path)
+    assert "--num-virtual-stages-per-pipeline-rank is 0: it must be from 1 on" in virtual
     layout = refused([*OURS, *tiny(num_layers=3, pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et|t|tL")], tmp_path)
-    assert "has 3 stages, --pipeline-model-parallel-size is 2: make them equal; virtual stages are not supported" in layout
+    assert "has 3 stages, which --pipeline-model-parallel-size 2 does not divide: change one" in layout

@@ -29,10 +29,10 @@ class Wire:
 
 
 def pair(shape=SHAPE):
-    """The second and the third stage, of two and of one layer."""
+    """The second and the third stage of four, of two and of one layer."""
     messages: deque = deque()
-    return [Handover(Wire(messages, stage), stage, layers, shape, torch.float32, torch.device("cpu"))
-            for stage, layers in ((1, 2), (2, 1))]
+    return [Handover(Wire(messages, stage), stage, 4, (1,), shape, torch.float32, torch.device("cpu"))
+            for stage in (1, 2)]
 
 
 def call(handover: Handover, task: Task) -> None:

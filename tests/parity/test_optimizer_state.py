@@ -158,3 +158,20 @@ def test_to_a_stage_without_experts_and_back(tmp_path):
     for source, layout, target, until in legs:
         steps = journey.leg(source, layout, target, until)
         assert_same_steps(steps, expected[until - 3:until], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["adam", "distributed-adam"])
+def test_between_virtual_stages(tmp_path, variant):
+    """From one stage to two of two chunks, on in them, to stock Megatron's, and back to one."""
+    journey = Journey(tmp_path, num_layers=4, **VARIANTS[variant])
+    chunks = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]
+    ours = disaggregated(2, 2, 1, *chunks, "--hetermoe-wave", "1")
+    expected = journey.whole(disaggregated(1, 1))
+    legs = [
+        (None, disaggregated(1, 1), "start", 3), ("start", ours, "chunks", 6), ("chunks", ours, "again", 9),
+        ("chunks", stock(4, 2, *chunks), "stock", 9), ("stock", ours, "back", 12), ("again", disaggregated(1, 1), "one", 12),
+    ]
+    for source, layout, target, until in legs:
+        steps = journey.leg(source, layout, target, until)
+        assert_same_steps(steps, expected[until - 3:until], rel=1e-5)

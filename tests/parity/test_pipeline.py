@@ -158,3 +158,32 @@ def test_a_planned_pipeline_trains(parity, tmp_path):
     flags = flags_of(asdict(plan)).split()
     assert flags == ["--micro-batch-size", "1", "--pipeline-model-parallel-size", "2"]
     check(parity, 1, 1, hetermoe=["--hetermoe-plan", str(tmp_path / "plan.json")])
+def test_virtual_stages(parity):
+    """Two chunks a stage, and waves that do not divide by the stages."""
+    check(parity, 1, 1, hetermoe=["--hetermoe-wave", "2"], split={"num_virtual_stages_per_pipeline_rank": 2},
+          global_batch_size=6, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+
+
+LAYOUT = {"pipeline_model_parallel_layout": "Et|tt|t|tL"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tied", "layout", "further", "experts-on-attention", "beside", "groups", "three", "fp16"])
+def test_beside_virtual_stages(parity, name):
+    per_chunk = {"num_layers_per_virtual_pipeline_stage": 1}
+    placement = ["--hetermoe-placement", placement_file(
+        parity, experts=8, layers={"all": {"e0": ["0-7"]}, 2: {"a0": [0, 5], "e0": [1, 2, 3, 4, 6, 7]}, 3: {"a0": ["0-7"]}})]
+    m, n, g, stages, hetermoe, split, model, rel = {
+        "tied": (1, 1, 1, 2, [], per_chunk, {"untie_embeddings_and_output_weights": False, "use_distributed_optimizer": True}, 1e-5),
+        "layout": (1, 1, 1, 2, [], LAYOUT, {"num_layers": 5, "moe_layer_freq": "([0,1,1,0,1])", "eval_iters": 2,
+                                            "eval_interval": 10, "log_params_norm": True}, 1e-5),
+        "further": (1, 1, 1, 2, [], {"pipeline_model_parallel_layout": "Et|t|t|tmL"},
+                    {"mtp_num_layers": 1, "tensorboard_dir": "tensorboard"}, 1e-5),
+        "experts-on-attention": (1, 1, 1, 2, placement, per_chunk, {"moe_z_loss_coeff": 1e-3}, 1e-5),
+        "beside": (2, 1, 1, 2, [], per_chunk, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "recompute_granularity": "full",
+                                               "recompute_method": "block", "recompute_num_layers": 1}, 1e-5),
+        "groups": (1, 1, 2, 2, ["--hetermoe-weight-gradients", "delayed"], per_chunk, {"global_batch_size": 8}, 1e-5),
+        "three": (1, 1, 1, 3, [], per_chunk, {"num_layers": 6, "global_batch_size": 8}, 1e-5),
+        "fp16": (1, 1, 1, 2, [], per_chunk, {"fp16": True, "initial_loss_scale": 2.0**16}, 3e-3),
+    }[name]
+    check(parity, m, n, g, ["--hetermoe-wave", "1", *hetermoe], stages, split, rel, **model)

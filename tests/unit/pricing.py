@@ -9,7 +9,7 @@ from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Link
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.profile import Profile, Profiled, taken_for
 from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, seats_of
-from megatron_hetermoe.schedule.pipeline import schedule_of
+from megatron_hetermoe.schedule.interleaved import schedule_of
 from megatron_hetermoe.simulator.baselines import spread
 
 PRECISION = "bf16"
@@ -65,6 +65,6 @@ def of_stages(priced, stage_layers, wave=None, placement=None):
                 stage_layers=tuple(stage_layers) if stages > 1 else ())
     return [
         (schedule_of(plan, placement, m, stage, priced.step.microbatches),
-         TaskCosts(costs, placement.of_layers(plan.layers_of_stage(stage))))
+         TaskCosts(costs, placement.of_chunks(plan.chunks_of_stage(stage))))
         for stage, costs in enumerate(priced.of_stages(stage_layers))
     ]

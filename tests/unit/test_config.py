@@ -119,7 +119,10 @@ def test_pipeline_stages_are_part_of_the_plan(tmp_path):
     four = shape(layers=4)
     plan = resolve(BASE, four, "fp32", 4, problems, Parallelism(stage_layers=(1, 3)))
     assert not problems and plan.placement == ((1,) * 8,) * 4
-    assert [list(plan.layers_of_stage(stage)) for stage in range(plan.stages)] == [[1], [2, 3, 4]]
+    assert [plan.chunks_of_stage(stage) for stage in range(plan.stages)] == [(range(1, 2),), (range(2, 5),)]
+    interleaved = resolve(BASE, four, "fp32", 4, problems, Parallelism(stage_layers=(1, 1, 1, 1), virtual_stages=2))
+    assert [interleaved.chunks_of_stage(stage) for stage in range(2)] == [
+        (range(1, 2), range(3, 4)), (range(2, 3), range(4, 5))]
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json())
     from_file = Flags(True, plan=str(path))
@@ -136,7 +139,7 @@ def test_layers_that_predict_further_tokens_are_the_last_stages():
     further = dataclasses.replace(shape(layers=4), mtp_layers=2)
     problems = Problems()
     plan = resolve(BASE, further, "fp32", 4, problems, Parallelism(stage_layers=(1, 3)))
-    assert not problems and len(plan.placement) == 4 and list(plan.layers_of_stage(1)) == [2, 3, 4]
+    assert not problems and len(plan.placement) == 4 and plan.chunks_of_stage(1) == (range(2, 5),)
     assert resolve(BASE, further, "fp32", 4, problems, Parallelism(stage_layers=(2, 2))) is None
     with pytest.raises(UsageError, match="stages of 2, 0 layers do not make up the model's 2 beside the 2 that predict"):
         problems.raise_if_any()

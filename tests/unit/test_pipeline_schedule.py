@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_hetermoe.config.plan import WEIGHT_GRADIENTS
 from megatron_hetermoe.schedule.checks import violations
+from megatron_hetermoe.schedule.interleaved import InterleavedSchedule, chunk_units
 from megatron_hetermoe.schedule.orders import zebra
 from megatron_hetermoe.schedule.pipeline import StageSchedule, Unit, handover_violations, units
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
@@ -54,6 +56,64 @@ def test_both_ends_hand_over_in_one_order(stages):
         assert given_ == taken
         microbatches = sum(map(len, before.waves))
         assert len(taken) == len(set(taken)) == microbatches * (1 if before.forward_only else 2)
+
+
+@st.composite
+def interleaved_pipelines(draw):
+    """Two to four stages of two or three chunks, of one or two layers each, and any number of waves."""
+    m, n, stages, chunks = (draw(st.integers(*bounds)) for bounds in ((1, 2), (1, 2), (2, 4), (2, 3)))
+    holders = st.just(()) | st.lists(st.integers(0, m + n - 1), min_size=2, max_size=2).map(tuple)
+    step = draw(st.integers(1, 9)), draw(st.none() | st.integers(1, 3)), draw(st.booleans()), draw(st.booleans())
+    shared = frozenset(draw(st.sets(st.sampled_from([Kind.ATTENTION, Kind.EXPERT]))))
+    found = []
+    for stage in range(stages):
+        sizes = draw(st.lists(st.integers(1, 2), min_size=chunks, max_size=chunks))
+        bounds = [sum(sizes[:chunk]) for chunk in range(chunks + 1)]
+        whole = Placement(tuple(draw(holders) for _ in range(sum(sizes))), m + n)
+        placement = whole.of_chunks([range(first + 1, last + 1) for first, last in pairwise(bounds)])
+        base = zebra(len(placement.holders), placement, m, *step, shared)
+        found.append(InterleavedSchedule(
+            **{field.name: getattr(base, field.name) for field in dataclasses.fields(base)}, stage=stage, stages=stages,
+            chunk_layers=tuple(sizes)))
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(interleaved_pipelines())
+def test_any_interleaved_pipeline_can_run(stages):
+    """As without virtual stages; and each part of the model gets each microbatch once, forward and backward."""
+    for stage in stages:
+        assert violations(stage) == []
+        ends = set(range(1, stage.layers + 2)) - {first + layer for first, layers in zip(stage.firsts, stage.chunk_layers)
+                                                  for layer in range(layers)}
+        done = [task for task in stage.member(0).streams[Stream.COMPUTE]
+                if task.kind is Kind.ATTENTION and task.direction is not Pass.WEIGHT and task.layer in ends]
+        microbatches = sum(map(len, stage.waves))
+        assert len(ends) == len(stage.chunk_layers)
+        assert len(done) == len(set(done)) == len(ends) * microbatches * (1 if stage.forward_only else 2)
+    assert handover_violations(stages) == []
+
+
+@pytest.mark.parametrize("stages, chunks, waves", [(2, 2, 4), (4, 2, 8), (4, 3, 4), (3, 2, 2)])
+def test_interleaved_waves_of_one_are_megatrons_order(stages, chunks, waves):
+    """forward_backward_pipelining_with_interleaving: warm-up, one forward and one backward, cool-down; as many microbatches
+    as stages go through a chunk before the next."""
+    for stage in range(stages):
+        def turn(index: int, forward: bool) -> tuple[str, int, int]:
+            group = min(stages, waves)
+            chunk = index % (group * chunks) // group
+            return ("F", chunk, index // (group * chunks) * group + index % group) if forward else \
+                ("B", chunks - 1 - chunk, index // (group * chunks) * group + index % group)
+
+        total = chunks * waves
+        warm_up = min(total, (stages - stage - 1) * 2 + (chunks - 1) * stages)
+        expected = [turn(index, True) for index in range(warm_up)]
+        for index in range(total - warm_up):
+            expected += [turn(warm_up + index, True), turn(index, False)]
+        expected += [turn(index, False) for index in range(total - warm_up, total)]
+        flat = [(direction, chunk, wave) for chunk, unit in chunk_units(stage, stages, chunks, waves, False)
+                for direction, wave in (("F", unit.forward), ("B", unit.backward)) if wave is not None]
+        assert flat == expected
 
 
 @settings(max_examples=50, deadline=None)
