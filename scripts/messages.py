@@ -71,6 +71,12 @@ PARTS = {
     "cli/profile.py": "`hetermoe profile` cannot measure what was asked",
     "cli/network.py": "`hetermoe profile --network` cannot measure what was asked",
     "cli/data.py": "`hetermoe data` was asked for two things at once, or for none",
+    "cli/convert.py": "`hetermoe convert` was asked for what it does not do. Nothing was written",
+    "mcore/convert/folder.py": "`hetermoe convert` cannot read or write a Hugging Face folder",
+    "mcore/convert/families.py": "The recipe of `hetermoe convert` is of another model. Nothing was written",
+    "mcore/convert/checkpoint.py": "`hetermoe convert` cannot read a checkpoint. Nothing was written",
+    "mcore/convert/convert.py": "`hetermoe convert` cannot make a recipe's model of what it was given. Nothing was written",
+    "mcore/convert/model.py": "Megatron does not build the recipe's model for `hetermoe convert`",
 }
 
 

@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--glob", metavar="PATTERN", help="files to take from folders, as '*.py' (default: all)")
     parser.add_argument("--force", "--overwrite", action="store_true", help="write it anew if it is there")
     parser.add_argument("--recipe", metavar="RECIPE.yaml", help="whose tokenizer to take")
-    parser.add_argument("--json-key", "--column", nargs="+", metavar="KEY", dest="keys",
+    parser.add_argument("--json-key", "--json-keys", "--column", nargs="+", metavar="KEY", dest="keys",
                         help="that has the text (default: text); several make a data set each, PREFIX_KEY_document")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's end of document")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core)")

@@ -82,7 +82,9 @@ def test_what_can_be_known_before_is_refused_together(here, capsys):
         assert part in said
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number, code", [
+    pytest.param(signal.SIGTERM, 143, id="SIGTERM"), pytest.param(signal.SIGINT, 130, id="SIGINT", marks=pytest.mark.slow),
+])
 def test_a_signal_ends_it_and_its_workers_and_leaves_nothing(here, number, code):
     """As a terminal sends it, to all processes of the command; it has hours to do."""
     member = gzip.compress(lines(*[" ".join(str(i % 60) for i in range(20_000))] * 50))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -175,7 +176,9 @@ def folder(tmp_path_factory):
     (given / "CLUSTER.yaml").write_text(yaml.safe_dump({"pools": pools}))
     (given / "plan.json").write_text(PLAN.to_json())
     (given / "text").mkdir()
-    (given / "text" / "a.txt").write_text("some text")
+    (given / "text" / "a.txt").write_text("7 8 9")
+    (given / "notes.jsonl").write_text('{"title": "1 2", "text": "3 4 5"}\n')
+    _write_mixtral(given / "HF_DIR")
     notes = Notes()
     shutil.copy(ROOT / "scripts/recipes/a40-v100.cluster.yaml", given / "cluster.yaml")
     predicted = predict(PLAN, read_cluster(str(given / "CLUSTER.yaml"), notes), "plan.json", notes)
@@ -190,6 +193,35 @@ def folder(tmp_path_factory):
                          if span.rank == predicted.layout.zp_group(0)[member]],
                         given / name / f"step{step:05d}.rank{rank:05d}.jsonl")
     return folder
+
+
+def _write_mixtral(folder: Path) -> None:
+    """The model of RECIPE.yaml as Hugging Face keeps it."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, inner, vocabulary, layers, experts = 96, 192, 257, 4, 8
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden),
+              "model.norm.weight": (hidden,)}
+    for layer in range(layers):
+        here = f"model.layers.{layer}."
+        shapes |= {here + name: shape for name, shape in {
+            "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (hidden, hidden), "self_attn.k_proj.weight": (hidden // 2, hidden),
+            "self_attn.v_proj.weight": (hidden // 2, hidden), "self_attn.o_proj.weight": (hidden, hidden),
+            "block_sparse_moe.gate.weight": (experts, hidden),
+        }.items()}
+        for expert in range(experts):
+            for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+                shapes[f"{here}block_sparse_moe.experts.{expert}.{name}.weight"] = shape
+    folder.mkdir()
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": hidden, "num_hidden_layers": layers,
+        "intermediate_size": inner, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": experts,
+        "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+    }))
 
 
 def test_every_command_of_hetermoe_runs(folder):

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import save_integrity_manifest
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, SavePlan, SavePlanner
+from torch.distributed.checkpoint import (
+    FileSystemReader, FileSystemWriter, LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner,
+)
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.saved import TRACKER, iteration_folder
@@ -175,27 +177,62 @@ class Saved:
 
     def read(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter by name with its tensor, in the type that was saved, READ_BYTES at a time."""
-        together: dict[str, Entry] = {}
+        together: dict[str, torch.Tensor] = {}
+        places: list[ShardedTensor] = []
         size = 0
         for name, entry in entries.items():
             first = pieces(entry)[0]
-            tensor = torch.empty(self._shape(entry, first), dtype=self.tensors[first.key][1])
+            shape = self.tensors[first.key][0] if first.allow_shape_mismatch else entry.data.shape
+            tensor = torch.empty(shape, dtype=self.tensors[first.key][1])
             if together and size + tensor.nbytes > READ_BYTES:
-                yield from self._load(together)
-                together, size = {}, 0
-            together[name] = _with_data(entry, tensor)
+                self._fill(places)
+                yield from together.items()
+                together, places, size = {}, [], 0
+            together[name] = tensor
+            places += pieces(_with_data(entry, tensor))  # views of it
             size += tensor.nbytes
-        yield from self._load(together)
+        self._fill(places)
+        yield from together.items()
 
-    def _shape(self, entry: Entry, first: ShardedTensor) -> Sequence[int]:
-        """Of a parameter; what may have another number of rows has the checkpoint's."""
-        return self.tensors[first.key][0] if first.allow_shape_mismatch else entry.data.shape
+    def _fill(self, places: Sequence[ShardedTensor]) -> None:
+        reader = FileSystemReader(self.folder)
+        metadata = reader.read_metadata()
+        planner = _Filler(places, metadata)
+        reader.set_up_storage_reader(metadata, True)
+        (plan,) = reader.prepare_global_plan([reader.prepare_local_plan(planner.plan)])
+        reader.read_data(plan, planner).wait()
 
-    def _load(self, together: dict[str, Entry]) -> Iterator[tuple[str, torch.Tensor]]:
-        loaded = dist_checkpointing.load(together, str(self.folder), validate_access_integrity=False)
-        for name in list(together):
-            yield name, loaded.pop(name)
-        together.clear()
+
+class _Filler(LoadPlanner):
+    """Has pieces of a checkpoint's tensors read into memory that is there, however they were cut when they were saved.
+
+    Args:
+        places: with the memory as their data.
+        metadata: the checkpoint's.
+    """
+
+    def __init__(self, places: Sequence[ShardedTensor], metadata: Metadata):
+        self._targets: dict[tuple[str, torch.Size], torch.Tensor] = {}
+        items: list[ReadItem] = []
+        for place in places:
+            where = chunk(place)
+            self._targets[place.key, where.offsets] = place.data.view(where.sizes)
+            items += create_read_items_for_chunk_list(place.key, metadata.state_dict_metadata[place.key], [where])
+        self.plan = LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        target = self._targets[read_item.dest_index.fqn, read_item.dest_index.offset]
+        for axis, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(axis, offset, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """It is where it belongs."""
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("what is read is known from the start")
+
+    create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner
 
 
 def open_saved(folder: Path, iteration: int | None) -> Saved:
