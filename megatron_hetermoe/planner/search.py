@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _QUICK = 40  # options that are simulated
 _STAGED = 8  # options of pipelines and shared experts that are simulated after them, half of them where a few are
 _VARIED = 24  # layouts of which pipelines are made, or experts shared
-_NEAR = 0.95  # of the best plan's speed, which a pipeline must have by its first figure to be simulated in full
 _FEW = 12  # of them, where only a figure to compare with is asked for
 _OVERLAPPED = 1.4  # times as fast, that filling the ramps of waves may make a step: more than it did on any plan that ships
 _WORTH_A_DELAY = 0.99  # of a step's time; W tasks are more kernels than prices know of
@@ -292,8 +291,8 @@ def _thoroughly(priced: list[Priced]) -> list[Priced]:
     quick = list(priced)
     while quick and (len(full) < _THOROUGH or _fastest(quick[0]) < min(map(_fastest, full))):
         one = quick.pop(0)
-        if one.option.stage_layers and full and one.tokens_per_second < _NEAR * max(done.tokens_per_second for done in full):
-            full.append(one)
+        if one.option.stage_layers and full and _fastest(one) > min(map(_fastest, full)):
+            full.append(one)  # its first figure is rather too high
             continue
         full += filter(None, [_price(one.option, one.wave, one.schedule, thorough=True)])
     return sorted((*full, *quick), key=_fastest)

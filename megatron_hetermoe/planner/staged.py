@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MOST_STAGES = 16
 _UNEVEN = 1.5  # times an even part, that the layers of a stage may be
-_EVENTS = 4 * LONG  # layers x microbatches that the event simulator takes up to a second for
+_EVENTS = 16 * LONG  # layers x microbatches that the event simulator takes a second or two for
 
 
 def divisions(shape: ModelShape) -> tuple[tuple[int, ...], ...]:
