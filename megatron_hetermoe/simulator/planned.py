@@ -17,7 +17,7 @@ from megatron_hetermoe.schedule.trace import Span
 from megatron_hetermoe.simulator.events import Result, simulate
 from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
 
-_MAY_BE_ZERO = ("dense_ffn", "shared_expert_ffn")  # widths of what a model may not have
+_MAY_BE_ZERO = ("dense_ffn", "shared_expert_ffn", "mtp_layers")  # widths of what a model may not have
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,6 @@ def _figures(plan: Plan) -> list[str]:
     choices += [("recompute", step.recompute, RECOMPUTE)] if step is not None else []
     found += [f"{name} is {value!r}, none of {', '.join(known)}" for name, value, known in choices if value not in known]
     if len(plan.placement) != model.layers or not set(model.moe_layers) <= set(range(1, len(plan.placement) + 1)) \
-            or not model.moe_layers:
+            or not model.moe_layers or model.decoder_layers < 1:
         found.append(f"it has {model.layers} layers, some of them with experts, and a placement for {len(plan.placement)}")
     return found
