@@ -17,7 +17,7 @@ from megatron_hetermoe.schedule.trace import Span
 from megatron_hetermoe.simulator.events import Result, simulate
 from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
 
-_MAY_BE_ZERO = ("dense_ffn", "shared_expert_ffn", "mtp_layers")  # widths of what a model may not have
+_MAY_BE_ZERO = ("dense_ffn", "shared_expert_ffn", "mtp_layers")  # what a model may not have
 
 
 @dataclass(frozen=True)
