@@ -80,7 +80,7 @@ class Plan:
     @property
     def stages(self) -> int:
         """P, the number of pipeline stages."""
-        return max(1, len(self.stage_layers) // self.virtual_stages)
+        return max(1, len(self.stage_layers) // max(1, self.virtual_stages))
 
     def chunks_of_stage(self, stage: int) -> tuple[range, ...]:
         """The layers, from 1 on, of each chunk of a pipeline stage, from 0 on; of the stage itself where it is one."""

@@ -13,8 +13,8 @@ from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.cost.cluster import Cluster, Kind, kinds_of
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.tasks import TaskCosts, costs_of_plan
-from megatron_hetermoe.schedule.orders import Schedule
 from megatron_hetermoe.schedule.interleaved import schedule_of
+from megatron_hetermoe.schedule.orders import Schedule
 from megatron_hetermoe.schedule.trace import Span
 from megatron_hetermoe.simulator.events import Result, simulate_stages
 from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems, stage_problems
@@ -149,6 +149,6 @@ def _figures(plan: Plan) -> list[str]:
     choices += [("recompute", step.recompute, RECOMPUTE)] if step is not None else []
     found += [f"{name} is {value!r}, none of {', '.join(known)}" for name, value, known in choices if value not in known]
     if len(plan.placement) != model.layers or not set(model.moe_layers) <= set(range(1, len(plan.placement) + 1)) \
-            or not model.moe_layers:
+            or not model.moe_layers or model.decoder_layers < 1:
         found.append(f"it has {model.layers} layers, some of them with experts, and a placement for {len(plan.placement)}")
     return found
