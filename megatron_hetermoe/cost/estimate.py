@@ -75,6 +75,10 @@ class Estimate:
         """One routed expert on that many tokens."""
         return self.feed_forward(self._shape.expert_ffn, tokens, recompute)
 
+    def expert_task(self, recompute: str) -> Seconds:
+        """An E task beside its experts: a data sheet does not tell."""
+        return 0.0, 0.0
+
     def activation_again(self, tokens: float) -> float:
         """What one expert's backward takes longer where it computes the activation's output again."""
         return self._seconds(activation_work(self._shape, tokens))

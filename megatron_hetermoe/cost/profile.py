@@ -33,11 +33,13 @@ class Profile:
         kind: what was measured, such as "A40".
         taken_for: the ModelShape's fields that times depend on, and ``precision``.
         parts: for "attention" (one sequence, by its tokens), "attention_core_recomputed" (the same with selective
-            recomputation), "expert" (one expert, by its tokens), "expert_activation_again" (the same where the backward
+            recomputation), "expert" (each expert of an E task, by its tokens), "expert_activation_again" (the same where the backward
             computes the output of the activation again), "head" and "embedding" (by tokens): seconds of
             forward and backward.
         optimizer: seconds a parameter, or None.
         memory: bytes, see _MEMORY.
+        expert_task: seconds, forward and backward, of an E task beside those of its experts, or None where that was not
+            measured: what a rank with few experts takes longer for each of them.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class Profile:
     parts: dict[str, Points]
     optimizer: float | None = None
     memory: dict[str, float] | None = None
+    expert_task: Seconds | None = None
 
     def to_json(self) -> str:
         """The text of a profile file."""
@@ -73,7 +76,7 @@ def read_profile(path: str | Path) -> Profile:
         raise UsageError([f"{path} is not a profile of format {FORMAT} (megatron_hetermoe/cost/profile.py says what one "
                           f"holds)"])
     problems = Problems()
-    known = {"format", "kind", "taken_for", "parts", "optimizer", "memory"}
+    known = {"format", "kind", "taken_for", "parts", "optimizer", "memory", "expert_task"}
     for key in sorted(document.keys() - known):
         problems.add(f"{path}: unknown key {key!r}; a profile has {', '.join(sorted(known))}")
     for key, type_ in (("kind", str), ("taken_for", dict), ("parts", dict)):
@@ -91,6 +94,11 @@ def read_profile(path: str | Path) -> Profile:
     optimizer = document.get("optimizer")
     if optimizer is not None and not _positive(optimizer):
         problems.add(f"{path}: optimizer is {optimizer!r}; it must be a positive number of seconds a parameter")
+    expert_task = document.get("expert_task")
+    if expert_task is not None and not (
+            isinstance(expert_task, list) and len(expert_task) == 2 and all(map(_positive, expert_task))):
+        problems.add(f"{path}: expert_task is {expert_task!r}; it must be positive seconds of forward and backward")
+        expert_task = None
     memory = document.get("memory") or {}
     if not isinstance(memory, dict):
         problems.add(f"{path}: memory is no mapping of {', '.join(_MEMORY)} to bytes")
@@ -99,7 +107,7 @@ def read_profile(path: str | Path) -> Profile:
         if name not in _MEMORY or not _positive(value):
             problems.add(f"{path}: memory {name} is {value!r}; known are {', '.join(_MEMORY)}, in positive bytes")
     problems.raise_if_any()
-    return Profile(document["kind"], document["taken_for"], parts, optimizer, memory)
+    return Profile(document["kind"], document["taken_for"], parts, optimizer, memory, expert_task and tuple(expert_task))
 
 
 def _points(points: Any, where: str, problems: Problems) -> Points:
@@ -171,6 +179,11 @@ class Profiled:
     def expert(self, tokens: float, recompute: str) -> Seconds:
         """One routed expert on that many tokens."""
         return self._read("expert", tokens, recompute)
+
+    def expert_task(self, recompute: str) -> Seconds:
+        """An E task beside its experts."""
+        forward, backward = self._profile.expert_task or (0.0, 0.0)
+        return forward, backward + (forward if recompute == "full" else 0)
 
     def activation_again(self, tokens: float) -> float:
         """What one expert's backward takes longer where it computes the activation's output again."""

@@ -253,6 +253,15 @@ class GroupCosts:
                 known[seat.pool.name] = forward, backward
         return tuple(known[seat.pool.name] for seat in self.seats)
 
+    @cached_property
+    def expert_task(self) -> tuple[tuple[float, float], ...]:
+        """For each member, seconds of an E task, forward and backward, beside those of its experts."""
+        return tuple(seat.kind.expert_task(self.step.recompute) for seat in self.seats)
+
+    def expert_seconds(self, member: int, way: int, held: int) -> float:
+        """Of an E task of a member that holds so many experts of the layer, forward (0) or backward (1)."""
+        return held and self.expert_task[member][way] + held * self.expert[member][way]
+
     def amortised(self, wave: int) -> GroupCosts:
         """These costs where weights' gradients are merged (``config.plan.MERGED``), with an equal part of a W task in each
         microbatch's backward: for searches that simulate no W tasks."""
@@ -466,7 +475,7 @@ class TaskCosts:
         if task.kind is TaskKind.ATTENTION:
             seconds = self.group.attention[member][way][task.layer - 1]
         else:
-            seconds = self._counts[task.layer - 1][member] * self.group.expert[member][way]
+            seconds = self.group.expert_seconds(member, way, self._counts[task.layer - 1][member])
         apart = self.weight_gradients == DELAYED or \
             self.weight_gradients != TOGETHER and task.kind is TaskKind.EXPERT
         return seconds - self._weights(member, task) if apart and way else seconds

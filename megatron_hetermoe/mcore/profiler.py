@@ -24,6 +24,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.cost.estimate import Seconds
 from megatron_hetermoe.cost.profile import Points, Profile, taken_for
 from megatron_hetermoe.mcore import gpt
 from megatron_hetermoe.mcore.arguments import disaggregated_arguments, model_shape
@@ -44,6 +45,7 @@ _PLAIN = ("--tensor-model-parallel-size", "1", "--expert-tensor-parallel-size", 
           "--context-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--mtp-num-layers", "0")
 _ATTENTION, _EXPERT = 0, 1  # ranks of the session, of which only one is there at a time
 _WARM_UP = 2
+_LEAST = 1e-9  # seconds that a difference of two measurements may be
 _HOST_CYCLES = 30_000_000  # of a GPU: some 15 ms, longer than the host takes to queue any task
 
 
@@ -78,8 +80,20 @@ def arguments(rest: Sequence[str], flags: Flags, problems: Problems) -> tuple[ar
     alone = Flags(enabled=True, attention_ranks=1, expert_ranks=2, attention=flags.attention, experts=flags.experts)
     args, plan = disaggregated_arguments(
         alone, [*rest, "--num-layers", str(LAYERS), "--moe-layer-freq", "1", *_PLAIN], problems)
-    layer = tuple(_EXPERT if expert < HELD else _EXPERT + 1 for expert in range(plan.model.experts))
-    return args, replace(plan, placement=(layer,) * LAYERS)
+    return args, _with_held(plan, HELD)
+
+
+def _with_held(plan: Plan, held: int) -> Plan:
+    """With so many experts of each layer on the first expert rank, if there are as many, and the others on the second."""
+    layer = tuple(_EXPERT if expert < held else _EXPERT + 1 for expert in range(plan.model.experts))
+    return replace(plan, placement=(layer,) * LAYERS)
+
+
+def _apart(alone: Seconds, together: Seconds, held: int) -> tuple[Seconds, Seconds]:
+    """Seconds of each expert of an E task, and of what the task takes beside them, forward and backward: the line through
+    those of a task with one expert and of one with ``held``; where noise has it fall, experts are all that there is."""
+    each = tuple((many - one) / (held - 1) if held > 1 and many > one else many / held for one, many in zip(alone, together))
+    return each, tuple(max(_LEAST, many - held * one) for one, many in zip(each, together))
 
 
 def measure(
@@ -120,18 +134,25 @@ def measure(
     if attention.bytes_per_token:
         memory["attention_activation_per_token"] = attention.bytes_per_token
     experts, made_again = (_Experts(args, plan, device, attention.probs_dtype, again) for again in (False, True))
+    alone = _Experts(args, _with_held(plan, 1), device, attention.probs_dtype, False)
     parts["expert"], parts["expert_activation_again"] = {}, {}
+    beside: list[Seconds] = []
     for tokens in sizes.expert_tokens:
         advance(f"experts at {tokens:,} tokens each")
-        parts["expert"][float(tokens)] = experts.measure(tokens, sizes.repeats)
-        parts["expert_activation_again"][float(tokens)] = made_again.measure(tokens, sizes.repeats)
+        together, again = (of.measure(tokens, sizes.repeats) for of in (experts, made_again))
+        each, task = _apart(alone.measure(tokens, sizes.repeats), together, experts.held)
+        parts["expert"][float(tokens)] = each
+        parts["expert_activation_again"][float(tokens)] = tuple(
+            max(one, one + (longer - shorter) / experts.held) for one, longer, shorter in zip(each, again, together))
+        beside.append(task)
     if experts.bytes_per_row:
         memory["expert_activation_per_row"] = experts.bytes_per_row
         memory["expert_activation_again_per_row"] = made_again.bytes_per_row
     advance("optimizer")
     optimizer = _optimizer_seconds(args, [attention.model, experts.model], device, sizes.repeats)
     dist.destroy_process_group()
-    return Profile(kind, taken_for(shape, plan.attention_precision), parts, optimizer, memory or None)
+    return Profile(kind, taken_for(shape, plan.attention_precision), parts, optimizer, memory or None,
+                   tuple(map(statistics.median, zip(*beside))))
 
 
 def _begin(args: argparse.Namespace) -> torch.device:
@@ -245,8 +266,7 @@ class _Attention(_Part):
             self.model.zero_grad_buffer()
         first, middle, head = (clock.median(layer) for layer in range(1, LAYERS + 2))
         # A_1 is the embedding and what every A task does, but for the sum that ends the layer before, which A_2 has.
-        least = 1e-9  # a difference of two measurements
-        embedding = tuple(max(least, one - other) for one, other in zip(first, middle))
+        embedding = tuple(max(_LEAST, one - other) for one, other in zip(first, middle))
         scale = 1 / self.args.micro_batch_size
         return {"attention": tuple(scale * seconds for seconds in middle), "head": head, "embedding": embedding}
 
@@ -295,16 +315,20 @@ class _Experts(_Part):
         self._probs_dtype = probs_dtype
 
     def measure(self, tokens: int, repeats: int) -> tuple[float, float]:
-        """Seconds, forward and backward, of one expert on that many tokens."""
+        """Seconds of an E task, forward and backward, with that many tokens for each expert."""
         clock = _Clock(self.device, ahead=True)  # as in a step, where other microbatches' tasks are before it
-        held = len(self.session.held(1))
         for _ in range(_WARM_UP + repeats):
-            self._step(clock, tokens, held)
+            self._step(clock, tokens)
             self.model.zero_grad_buffer()
-        return tuple(seconds / held for seconds in clock.median(1))
+        return clock.median(1)
 
-    def _step(self, clock: _Clock, tokens: int, held: int) -> None:
-        rows, hidden = tokens * held, self.config.hidden_size
+    @property
+    def held(self) -> int:
+        """Experts of the layer."""
+        return len(self.session.held(1))
+
+    def _step(self, clock: _Clock, tokens: int) -> None:
+        rows, hidden = tokens * self.held, self.config.hidden_size
         transfers = self.session.transfers(hidden)
         inputs = self.inputs(None)
         table = ExpertTasks(inputs, transfers, partial(experts_of, inputs.model)).table()
@@ -312,7 +336,7 @@ class _Experts(_Part):
         task = Task(Kind.EXPERT, Pass.FORWARD, 1, 0)
         given = torch.randn(rows, hidden, dtype=self.session.wire_dtype, device=self.device)
         probs = torch.full((rows,), 1 / self.config.moe_router_topk, dtype=self._probs_dtype, device=self.device)
-        counts = [[tokens] * held]
+        counts = [[tokens] * self.held]
         routed = transfers.held[1, 0] = Routed(counts, given, probs, sharers=(counts,))
         del given, probs
         clock.run(task, table[Kind.EXPERT, Pass.FORWARD])

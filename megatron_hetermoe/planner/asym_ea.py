@@ -96,7 +96,7 @@ def gather_and_squeeze(group: GroupCosts, limits: Limits) -> np.ndarray:
     start = int(held[m:].max()) * len(shape.moe_layers)
     least = max((-(-(start - limits.pairs[member]) // off) for member in range(m, group.members)), default=0)
     most = min(max(0, limits.pairs[member]) // on for member in range(m))
-    expert = max(sum(group.expert[member]) * held[member] for member in range(m, group.members))
+    expert = max(sum(group.expert_seconds(member, way, held[member]) for way in (0, 1)) for member in range(m, group.members))
     gain = off * max(sum(group.expert[member]) for member in range(m, group.members)) \
         + on * max(sum(group.expert[member]) for member in range(m))
     bubble, moved = 0.0, dict.fromkeys(shape.moe_layers, 0)

@@ -71,7 +71,7 @@ class Priced:
         members = _members(group, role)
         work = 0.0
         for member in members:
-            work += sum(group.expert[member]) * float(experts[:, member].sum())
+            work += sum(group.expert_seconds(member, way, int(held)) for way in (0, 1) for held in experts[:, member])
             if role == ATTENTION:
                 work += sum(map(sum, group.attention[member]))
         ranks = len(members) * len(self.option.stages)

@@ -99,8 +99,9 @@ def step_seconds(
     held = experts[:, :, tracks].transpose(1, 2, 0) > 0  # [K, tracks, candidates]
     price = {}
     for way, index in ((Pass.FORWARD, 0), (Pass.BACKWARD, 1)):
-        unit = np.array([group.expert[track][index] for track in tracks])
-        price[Kind.EXPERT, way] = experts[:, :, tracks].transpose(1, 2, 0) * unit[None, :, None]
+        unit, task = (np.array([of[track][index] for track in tracks]) for of in (group.expert, group.expert_task))
+        counts = experts[:, :, tracks].transpose(1, 2, 0)
+        price[Kind.EXPERT, way] = counts * unit[None, :, None] + (counts > 0) * task[None, :, None]
         price[Kind.ATTENTION, way] = np.array([group.attention[track][index] for track in attention]).T[:, :, None]
         for kind in (Kind.DISPATCH, Kind.COMBINE):
             stream = Task(kind, way, 1, 0).stream

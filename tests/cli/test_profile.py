@@ -46,6 +46,7 @@ def test_every_part_is_measured_and_grows(profile):
         short, long = (sum(found.parts[name][size]) for size in sorted(found.parts[name]))
         assert long > 2 * short, name
     assert 0 < found.optimizer < 1e-6, "seconds a parameter"
+    assert len(found.expert_task) == 2 and 0 < sum(found.expert_task) < sum(found.parts["expert"][4096]) * 8
 
 
 def test_the_planner_reads_it(profile, tmp_path):

@@ -24,14 +24,17 @@ def shape(layers=3, experts=8, moe_layers=None, hidden=64, sequence=128, topk=2)
     )
 
 
-def profile(of, attention=(1e-3, 2e-3), expert=(1e-4, 2e-4), kind="test", head=None, optimizer=None, memory=None):
-    """A profile in which attention takes that long for the shape's sequence, and an expert for 64 tokens."""
+def profile(
+    of, attention=(1e-3, 2e-3), expert=(1e-4, 2e-4), kind="test", head=None, optimizer=None, memory=None, expert_task=None
+):
+    """A profile in which attention takes that long for the shape's sequence, an expert for 64 tokens, and an E task beside its
+    experts."""
     size, parts = of.sequence, {}
     parts["attention"] = {size / 2: tuple(x / 2 for x in attention), size * 2: tuple(2 * x for x in attention)}
     parts["expert"] = {1.0: tuple(x / 64 for x in expert), 4096.0: tuple(64 * x for x in expert)}
     if head:
         parts["head"] = {size / 2: tuple(x / 2 for x in head), size * 2: tuple(2 * x for x in head)}
-    return Profile(kind, taken_for(of, PRECISION), parts, optimizer, memory)
+    return Profile(kind, taken_for(of, PRECISION), parts, optimizer, memory, expert_task)
 
 
 def pool(name, gpus_per_node=2, nodes=2, memory=40e9, bandwidth=1e9, latency=1e-5, kind="V100-SXM2"):

@@ -67,8 +67,8 @@ def cases(draw):
     layers, experts = draw(st.integers(1, 4)), draw(st.integers(1, 12))
     of = shape(layers=layers, experts=experts)
     seconds = st.floats(1e-5, 3e-3)
-    profiles = [profile(of, (draw(seconds), draw(seconds)), (draw(seconds), draw(seconds)), head=(1e-4, 2e-4))
-                for _ in range(2)]
+    profiles = [profile(of, (draw(seconds), draw(seconds)), (draw(seconds), draw(seconds)), head=(1e-4, 2e-4),
+                        expert_task=draw(st.sampled_from([None, (2e-4, 5e-4)]))) for _ in range(2)]
     microbatches = draw(st.integers(1, 6))
     priced = group(m, n, of, microbatches, *profiles, cluster(m, n, bandwidth=draw(st.floats(1e6, 1e10))))
     pairs = layers * experts

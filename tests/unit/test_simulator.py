@@ -116,7 +116,7 @@ def cases(draw):
     seconds = st.floats(1e-4, 1e-2)
     of = shape(layers=layers, experts=experts, moe_layers=moe)
     profiles = [profile(of, (draw(seconds), draw(seconds)), (draw(seconds), draw(seconds)), head=(1e-4, 2e-4),
-                        optimizer=1e-9) for _ in range(2)]
+                        optimizer=1e-9, expert_task=draw(st.sampled_from([None, (2e-4, 5e-4)]))) for _ in range(2)]
     microbatches = draw(st.integers(1, 5))
     wave = draw(st.one_of(st.none(), st.integers(1, microbatches)))
     # Without attention ranks as holders nothing shares a link; with them only a fast network makes sharing nothing.
@@ -124,6 +124,18 @@ def cases(draw):
     on = cluster(m, n, bandwidth=bandwidth)
     schedule = draw(st.sampled_from(SCHEDULES))
     return group(m, n, of, microbatches, *profiles, on, groups=draw(st.integers(1, 2))), counts, schedule, wave
+
+
+def test_a_task_of_few_experts_takes_longer_for_each():
+    of = shape(layers=1, experts=8)
+    with_part = group(1, 1, of, old=profile(of, expert_task=(1e-3, 3e-3)), new=profile(of))
+    costs = TaskCosts(with_part, placement_of([[1, 7]], 2))
+    plain = TaskCosts(group(1, 1, of), placement_of([[1, 7]], 2))
+    for way, part in ((Pass.FORWARD, 1e-3), (Pass.BACKWARD, 3e-3)):
+        task = Task(Kind.EXPERT, way, 1, 0)
+        assert costs.seconds(1, task) == pytest.approx(plain.seconds(1, task) + part)
+        assert costs.seconds(0, task) == plain.seconds(0, task)
+    assert TaskCosts(with_part, placement_of([[8, 0]], 2)).seconds(1, Task(Kind.EXPERT, Pass.FORWARD, 1, 0)) == 0
 
 
 @settings(max_examples=60, deadline=None)
