@@ -82,8 +82,9 @@ def test_a_cluster_file_is_refused_with_all_problems():
 def test_a_profile_file_is_read_back(tmp_path):
     of = shape()
     path = tmp_path / "p.json"
-    path.write_text(profile(of).to_json())
-    assert read_profile(path).parts["attention"][64.0] == (5e-4, 1e-3)
+    path.write_text(profile(of, expert_task=(1e-4, 3e-4)).to_json())
+    found = read_profile(path)
+    assert found.parts["attention"][64.0] == (5e-4, 1e-3) and found.expert_task == (1e-4, 3e-4)
 
 
 def test_a_profile_is_refused_with_all_problems(tmp_path):
@@ -92,11 +93,12 @@ def test_a_profile_is_refused_with_all_problems(tmp_path):
     document["parts"]["expert"] = {"64": [1e-3, -1]}
     del document["parts"]["attention"]
     document["colour"] = 1
+    document["expert_task"] = [1e-4]
     path = tmp_path / "p.json"
     path.write_text(json.dumps(document))
     with pytest.raises(UsageError) as error:
         read_profile(path)
-    assert len(error.value.problems) == 3
+    assert len(error.value.problems) == 4
     path.write_text("no json")
     with pytest.raises(UsageError):
         read_profile(path)
