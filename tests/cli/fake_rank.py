@@ -4,19 +4,25 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def main(argv):
-    """``fail RANK CODE``: that rank ends with the code, the others sleep; ``env``; ``child``: sleeps with a child."""
+    """``fail RANK CODE FOLDER``: that rank ends with the code when all are there, as files in the folder say, and the others
+    sleep; ``env``; ``child``: sleeps with a child."""
     rank = int(os.environ["RANK"])
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} pid {os.getpid()} {argv}")
     if argv[0] == "env":
         print({name: os.environ.get(name) for name in ("LOCAL_RANK", "MASTER_PORT", "OMP_NUM_THREADS", "EXTRA")})
         return 0
-    if argv[0] == "fail" and rank == int(argv[1]):
-        time.sleep(0.3)
-        print("this is the reason", file=sys.stderr)
-        return int(argv[2])
+    if argv[0] == "fail":
+        folder = Path(argv[3])
+        (folder / f"here.{rank}").touch()
+        if rank == int(argv[1]):
+            while len(list(folder.glob("here.*"))) < int(os.environ["WORLD_SIZE"]):
+                time.sleep(0.05)
+            print("this is the reason", file=sys.stderr)
+            return int(argv[2])
     if argv[0] == "child":
         print("child", subprocess.Popen(["sleep", "60"]).pid)
     time.sleep(60)

@@ -85,7 +85,7 @@ def test_each_rank_knows_its_place(start, tmp_path):
 @pytest.mark.parametrize("code", [2, 7])
 def test_a_rank_that_fails_ends_the_others(start, tmp_path, code):
     began = time.monotonic()
-    process = start("fail", "1", str(code))
+    process = start("fail", "1", str(code), str(tmp_path))
     assert process.communicate(timeout=30)[0] == "1\n" and process.returncode == code
     assert time.monotonic() - began < 15
     assert_gone(map(int, logs(tmp_path, r"pid (\d+)", 3)))
