@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, UsageError
+from megatron_hetermoe.config.errors import EXIT_CODE, OWN_LOG, PEER_LOST_CODE, UsageError
 
 PRELOAD = "megatron_hetermoe.mcore.platform.preload"
 GRACE = 10.0  # seconds between TERM and KILL; Megatron may be writing a checkpoint
@@ -67,7 +67,7 @@ class Ranks:
             old.unlink()
         assert len(each) in (0, world)
         common = {**env, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                  "MASTER_PORT": str(_free_port())}
+                  "MASTER_PORT": str(_free_port()), OWN_LOG: "1"}
         fork = not has_gpu() if fork is None else fork
         if fork and "OMP_NUM_THREADS" not in {**os.environ, **env}:
             common["OMP_NUM_THREADS"] = "1"  # the ranks share the cores; torch would start one thread a core in each

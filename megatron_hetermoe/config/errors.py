@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 EXIT_CODE = 2  # of every command and every rank that refuses its input
+OWN_LOG = "HETERMOE_OWN_LOG"  # in the environment of ranks whose output each goes to a file of its own
 PEER_LOST_CODE = 3  # of a rank that ends because another one died, failed or stopped
 
 
@@ -67,7 +68,8 @@ class Problems:
 
 
 def tell(error: UsageError) -> int:
-    """Says on a rank what is wrong, and returns its exit code. All ranks find the same, so one a machine says it."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+    """Says on a rank what is wrong, and returns its exit code. All ranks find the same, so one a machine says it, unless
+    each has a file for what it says: then whoever ends first has said it."""
+    if os.environ.get(OWN_LOG) or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         print(error.message(), file=sys.stderr, flush=True)
     return EXIT_CODE

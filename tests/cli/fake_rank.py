@@ -6,10 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_hetermoe.config.errors import UsageError, tell
+
 
 def main(argv):
     """``fail RANK CODE FOLDER``: that rank ends with the code when all are there, as files in the folder say, and the others
-    sleep; ``env``; ``child``: sleeps with a child."""
+    sleep; ``refuse RANK``: that rank finds its input wrong; ``env``; ``child``: sleeps with a child."""
     rank = int(os.environ["RANK"])
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} pid {os.getpid()} {argv}")
     if argv[0] == "env":
@@ -23,6 +25,8 @@ def main(argv):
                 time.sleep(0.05)
             print("this is the reason", file=sys.stderr)
             return int(argv[2])
+    if argv[0] == "refuse" and rank == int(argv[1]):
+        return tell(UsageError(["this is refused"]))
     if argv[0] == "child":
         print("child", subprocess.Popen(["sleep", "60"]).pid)
     time.sleep(60)

@@ -12,6 +12,8 @@ import pytest
 from models import tiny
 from recipes import recipe_of
 
+from megatron_hetermoe.cli.summary import failure
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -90,6 +92,13 @@ def test_a_rank_that_fails_ends_the_others(start, tmp_path, code):
     assert time.monotonic() - began < 15
     assert_gone(map(int, logs(tmp_path, r"pid (\d+)", 3)))
     assert "this is the reason" in (tmp_path / "logs" / "rank1.log").read_text()
+
+
+def test_whichever_rank_refuses_first_has_said_why(start, tmp_path):
+    """Others are ended then, and may not have come to it."""
+    process = start("refuse", "1")
+    assert process.communicate(timeout=30)[0] == "1\n" and process.returncode == 2
+    assert failure((tmp_path / "logs" / "rank1.log").read_text(), 2) == "hetermoe: 1 problem:\n  - this is refused"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
