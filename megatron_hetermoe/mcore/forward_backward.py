@@ -96,7 +96,7 @@ class ForwardBackward:
         checks = self._checker.evaluation_step() if forward_only else self._checker.training_step()
         if not forward_only:
             if self._graphs is not None:
-                self._graphs.begin_step(member)
+                self._graphs.begin_step(member, wrapped[0].ddp_config.overlap_grad_reduce)
             self._meter.begin_step(num_microbatches)
         try:
             losses, tokens = self._run(inputs, member, checks, (seq_length, micro_batch_size))

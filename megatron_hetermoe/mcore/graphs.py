@@ -5,7 +5,8 @@ can queue them. Their shapes are the same for every microbatch (experts' are not
 and each microbatch that can be on the way at the same time, and then queued by one launch, forward and backward.
 
 Around a graph everything stays: to autograd it is one function whose inputs are the layer's input and its weights, so
-Megatron's nodes, DDP's hooks and the dispatcher find what they find without graphs.
+Megatron's nodes and the dispatcher find what they find without graphs. Gradients of weights are added to DDP's buffers inside
+the graph, and DDP is told so as by Megatron's fused products (``grad_added_to_main_grad``).
 """
 
 from __future__ import annotations
@@ -186,14 +187,19 @@ class _Part:
         return tensor
 
     def _run_backward(self) -> None:
-        grads = torch.autograd.grad(
+        grad, *grads = torch.autograd.grad(
             self._results, (self._hidden, *self.parameters), self._result_grads, allow_unused=True)
-        self._grads = [None if grad is None else self._buffers.filled(f"gradient {place}", grad)
-                       for place, grad in enumerate(grads)]
+        self._grad = self._buffers.filled("gradient", grad)
+        self._used = [grad is not None for grad in grads]
+        for parameter, grad in zip(self.parameters, grads):
+            if grad is not None:
+                parameter.main_grad.add_(grad)
 
-    def __call__(self, state: DispatchState, node: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the function of Megatron's node ``pre_dispatch_computation``."""
-        tokens, probs, *left = _Replay.apply(self, hidden, *self.parameters)
+    def __call__(
+        self, state: DispatchState, awaited: bool, node: Any, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the function of Megatron's node ``pre_dispatch_computation``; ``awaited`` as of ``backward``."""
+        tokens, probs, *left = _Replay.apply(self, awaited, hidden, *self.parameters)
         for name, value in zip(self._left, left):
             setattr(node.layer_state, name, node.detach(value))
         for name, value in self._constant.items():
@@ -209,27 +215,37 @@ class _Part:
         # Storage of what is sent is freed by whoever sends it.
         return *(sent.clone() for sent in self._sent), *(value.detach() for value in self._left.values())
 
-    def backward(self, result_grads: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Replays the backward: gradients of what forward returned to those of its input and of the weights."""
+    def backward(self, result_grads: Sequence[torch.Tensor], awaited: bool) -> list[torch.Tensor | None]:
+        """Replays the backward: gradients of what forward returned to that of its input; those of weights are added.
+
+        Args:
+            result_grads: of what forward returned.
+            awaited: DDP wants to see a gradient of each weight, whatever is in it, to know that it is ready.
+        """
         for buffer, grad in zip(self._result_grads, result_grads):
             buffer.copy_(grad)
         self._backward()
-        # The input's is read by another task; weights' are added to what DDP keeps before this backward returns.
-        return [self._grads[0].clone(), *(None if grad is None else grad.detach() for grad in self._grads[1:])]
+        seen: list[torch.Tensor | None] = []
+        for parameter, used in zip(self.parameters, self._used):
+            parameter.grad_added_to_main_grad = used
+            seen.append(torch.empty_like(parameter) if used and awaited else None)
+        return [self._grad.clone(), *seen]  # the next task reads it after another replay
 
 
 class _Replay(torch.autograd.Function):
     """A part to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, part: _Part, hidden: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.part = part
+    def forward(
+        ctx: Any, part: _Part, awaited: bool, hidden: torch.Tensor, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.part, ctx.awaited = part, awaited
         return part.forward(hidden)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, *ctx.part.backward(grads)
+        return None, None, *ctx.part.backward(grads, ctx.awaited)
 
 
 class AttentionGraphs:
@@ -244,12 +260,19 @@ class AttentionGraphs:
         self._buffers = _Buffers()
         self._steps = 0
         self._slots = 0
+        self._overlapped = False
         self._samples: dict[int, _Sample] = {}
         self._parts: dict[tuple[int, int], _Part] = {}
 
-    def begin_step(self, member: MemberSchedule) -> None:
-        """Before a training step's first task: captures what the step needs and is not there yet."""
+    def begin_step(self, member: MemberSchedule, overlapped: bool) -> None:
+        """Before a training step's first task: captures what the step needs and is not there yet.
+
+        Args:
+            member: this rank's schedule.
+            overlapped: DDP reduces gradients while others are computed.
+        """
         self._steps += 1
+        self._overlapped = overlapped
         self._slots = on_the_way(member)
         missing = [(layer, slot) for slot in range(self._slots) for layer in sorted(self._samples)
                    if (layer, slot) not in self._parts]
@@ -274,7 +297,7 @@ class AttentionGraphs:
             node = of_layer.pre_dispatch_computation
             part = self._parts.get((layer, microbatch % self._slots))
             if part is not None:
-                node.submodule = partial(part, of_layer.dispatch_state)
+                node.submodule = partial(part, of_layer.dispatch_state, self._overlapped)
             elif layer not in self._samples:
                 node.submodule = partial(self._sampled, layer, of_layer, node.submodule)
 
