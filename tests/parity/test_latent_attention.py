@@ -59,7 +59,8 @@ def test_parameters_and_operations_are_megatrons(q_lora_rank):
 
     shape = ModelShape(
         1, (1,), 2, 1, SIZES["hidden"], 32, 32, 0, True, SIZES["heads"], SIZES["heads"], 99, False, SIZES["tokens"],
-        SIZES["kv"], q_lora_rank, SIZES["qk"], SIZES["position"], SIZES["value"])
+        kv_lora_rank=SIZES["kv"], q_lora_rank=q_lora_rank, qk_head_dim=SIZES["qk"], qk_position_dim=SIZES["position"],
+        v_head_dim=SIZES["value"])
     [(parameters, operations)] = run_function(_counted, 1, q_lora_rank)
     assert shape.attention_weights == parameters
     norms, router, head = 3 * shape.hidden, shape.hidden * shape.experts, 2 * 1000 * shape.hidden
