@@ -110,6 +110,7 @@ def hetermoe(folder, *words):
                           timeout=300)
 
 
+@pytest.mark.slow
 def test_train_goes_on_with_what_is_there(tmp_path):
     path = recipe(tmp_path)
     first = hetermoe(tmp_path, "train", path, "--", "--exit-interval", "2")

@@ -11,6 +11,7 @@ def test_dropping_tokens_over_capacity(parity, policy):
     parity.check(1, 1, 2, moe_expert_capacity_factor=1.0, moe_token_drop_policy=policy, moe_router_dtype="fp32")
 
 
+@pytest.mark.slow
 def test_padding_to_capacity_and_norms_for_the_log(parity):
     """Holders of 3, 3 and 2 experts. The norms and zeros that are logged are those of both pools together."""
     model = {

@@ -52,6 +52,7 @@ def test_ours_continues_from_stock(tmp_path):
 TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
+@pytest.mark.slow
 def test_tensor_parallel_sizes_read_each_others_weights(tmp_path):
     """Split attention and split experts, to stock Megatron's whole and split ones, and from its split ones."""
     layout = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "4"]

@@ -19,6 +19,7 @@ def test_layout(parity, m, n, g, sizes):
     parity.check(m, n, g, global_batch_size=4, **{**CONTEXT, **sizes})
 
 
+@pytest.mark.slow
 def test_beside_tensor_parallelism(parity):
     """Of both pools, with per-token loss, losses of the router, evaluation and recomputation."""
     parity.check(

@@ -28,6 +28,7 @@ def test_beside_tensor_parallelism_of_attention(parity):
     )
 
 
+@pytest.mark.slow
 def test_uneven_holders(parity):
     """Experts as grouped products. One of two holders has no experts in a layer; two waves, experts run again, top 1, GELU."""
     placement = placement_file(

@@ -41,11 +41,13 @@ def test_per_token_loss(parity):
     parity.check(3, 2, global_batch_size=6, calculate_per_token_loss=True)
 
 
+@pytest.mark.slow
 def test_fp16_with_a_fixed_scale(parity):
     run = parity.check(2, 2, fp16=True, loss_scale=1024)
     assert {step.loss_scale for step in run.steps[-1]} == {1024.0}
 
 
+@pytest.mark.slow
 def test_fp16_overflow_skips_everywhere(parity):
     """A scale that overflows at first: all ranks skip the same steps and lower the scale together."""
     reference = parity.stock(2, fp16=True, initial_loss_scale=2.0**40, hysteresis=1, train_iters=30)
@@ -75,6 +77,7 @@ def test_evaluation(parity):
     assert len(run.evals[0]) >= 2
 
 
+@pytest.mark.slow
 def test_zeros_in_gradients(parity):
     reference = parity.stock(2, log_num_zeros_in_grad=True)
     run = parity.disaggregated(2, 2, log_num_zeros_in_grad=True)

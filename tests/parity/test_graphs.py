@@ -21,7 +21,8 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("flags, model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("flags, model", [
+    pytest.param(*of, id=name, marks=[pytest.mark.slow] if name != "router" else []) for name, of in MODELS.items()])
 def test_graphs_change_nothing(parity, flags, model):
     placement = placement_file(
         parity, experts=8, layers={"all": {"e0": ["0-3"], "e1": ["4-7"]}, 1: {"a0": [0, 5], "e0": [1, 2, 3], "e1": [4, 6, 7]}})

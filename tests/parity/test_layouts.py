@@ -8,8 +8,8 @@ from parity_cases import placement_file
 
 @pytest.mark.parametrize(
     "m, n, g, batch",
-    [(2, 2, 1, 8), (2, 2, 2, 8), *(pytest.param(*layout, marks=pytest.mark.slow) for layout in (
-        (2, 1, 1, 8), (1, 2, 1, 4), (3, 2, 1, 12), (2, 3, 1, 8), (1, 1, 2, 8),
+    [(2, 2, 1, 8), *(pytest.param(*layout, marks=pytest.mark.slow) for layout in (
+        (2, 2, 2, 8), (2, 1, 1, 8), (1, 2, 1, 4), (3, 2, 1, 12), (2, 3, 1, 8), (1, 1, 2, 8),
     ))],
 )
 def test_layout(parity, m, n, g, batch):
@@ -17,6 +17,7 @@ def test_layout(parity, m, n, g, batch):
     parity.check(m, n, g, global_batch_size=batch)
 
 
+@pytest.mark.slow
 def test_seven_experts_on_three_holders(parity):
     """2, 2 and 3 experts, with the third holder an attention rank."""
     placement = placement_file(

@@ -29,7 +29,7 @@ def logged(output: str) -> list[dict[str, str]]:
 SHARED = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "moe_router_load_balancing_type": "global_aux_loss"}
 
 
-@pytest.mark.parametrize("sizes", [{}, SHARED], ids=["whole", "tensor-parallel"])
+@pytest.mark.parametrize("sizes", [{}, pytest.param(SHARED, marks=pytest.mark.slow)], ids=["whole", "tensor-parallel"])
 def test_the_log_is_stock_megatrons(parity, sizes):
     """Losses that routers record on attention ranks reach the expert rank that prints."""
     flags = dict(moe_z_loss_coeff=0.01, log_throughput=True, eval_interval=10, eval_iters=1, **sizes)

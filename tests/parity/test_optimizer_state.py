@@ -16,7 +16,7 @@ VARIANTS = {
         "dist_ckpt_optim_fully_reshardable": True, "overlap_param_gather": True, "lr": 1e-3,
     },
 }
-SLOW = {"fp16-adam", "fp16-distributed-adam"}
+SLOW = {"adam", "fp16-adam", "fp16-distributed-adam"}
 
 
 class Journey:

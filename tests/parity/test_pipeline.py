@@ -47,7 +47,7 @@ def check(parity, m: int, n: int, g: int = 1, hetermoe=(), stages: int = 2, spli
     return run
 
 
-@pytest.mark.parametrize("wave", [1, 2, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wave", [2, *(pytest.param(wave, marks=pytest.mark.slow) for wave in (1, None))])
 def test_waves(parity, wave):
     """1F1B of single microbatches, of pairs, and one wave of a step."""
     check(parity, 1, 1, hetermoe=["--hetermoe-wave", str(wave)] if wave else [])

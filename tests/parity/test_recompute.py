@@ -10,6 +10,7 @@ FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 DENSE_FIRST = {"num_layers": 3, "moe_layer_freq": "[0,1,1]", "ffn_hidden_size": 64}
 
 
+@pytest.mark.slow
 def test_full_uniform(parity):
     """What a router counts (losses, tokens for its bias) is counted once though it runs twice."""
     parity.check(
@@ -20,6 +21,7 @@ def test_full_uniform(parity):
     )
 
 
+@pytest.mark.slow
 def test_full_block_with_dropout_and_jitter(parity):
     """The second run draws the random numbers of the first; one microbatch at a time, they are stock Megatron's."""
     parity.check(

@@ -20,6 +20,7 @@ def test_layout(parity, m, n, g, batch):
     parity.check(m, n, g, global_batch_size=batch, **TENSOR)
 
 
+@pytest.mark.slow
 def test_experts_on_attention_ranks(parity):
     """They are whole there, and each of the two ranks that share a microbatch has its own."""
     placement = placement_file(
@@ -31,6 +32,7 @@ def test_experts_on_attention_ranks(parity):
     )
 
 
+@pytest.mark.slow
 def test_router_losses(parity):
     """Weights of the router have gradients on all ranks that share a microbatch; per-token loss, top 4, active clip."""
     run = parity.check(
@@ -51,6 +53,7 @@ def test_expert_bias(parity):
     )
 
 
+@pytest.mark.slow
 def test_fp16(parity):
     """With the distributed optimizer and its overlaps, over two ZP groups and two waves, a dense layer first.
 
@@ -63,6 +66,7 @@ def test_fp16(parity):
     )
 
 
+@pytest.mark.slow
 def test_dropout_with_full_recomputation(parity):
     """Each part of a sequence draws its own numbers; one microbatch at a time they are stock Megatron's."""
     parity.check(

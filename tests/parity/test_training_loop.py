@@ -42,6 +42,7 @@ def test_a_signal_to_any_rank_ends_all_with_a_checkpoint(parity, tmp_path, rank)
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "5"
 
 
+@pytest.mark.slow
 def test_bf16(parity):
     """As near to stock Megatron as two of its own expert-parallel sizes are to each other."""
     model = {"bf16": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True}
