@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_hetermoe.cli.environment import environment
 from megatron_hetermoe.cli.interrupt import ending_at_sigterm
 from megatron_hetermoe.cli.quiet import quiet
-from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import parse_flags
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 

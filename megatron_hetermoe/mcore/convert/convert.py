@@ -14,7 +14,7 @@ import torch
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.mcore.convert import checkpoint
-from megatron_hetermoe.mcore.convert.checkpoint import Saved, open_saved, several
+from megatron_hetermoe.mcore.convert.checkpoint import Saved, several
 from megatron_hetermoe.mcore.convert.families import FAMILIES, Family, unified
 from megatron_hetermoe.mcore.convert.folder import CONFIG, Model, Writer, new_folder, read_config
 from megatron_hetermoe.mcore.convert.model import Entry, alone, arguments, entries
