@@ -12,7 +12,7 @@ and what is there is not measured again. The table gives medians over repetition
 included, the first ones left out) with their spread, as sequences a second, what was predicted, and the ratios
 that matter: over stock expert parallelism on all ranks, and over the sum of what the two pools do alone.
 
-NCCL must let ranks share a GPU (2.30 with NCCL_MULTI_RANK_GPU_ENABLE=1; preload it where torch's is older).
+NCCL must let ranks share a GPU (2.30; preload it where torch's is older).
 """
 
 from __future__ import annotations
