@@ -2,9 +2,9 @@
 
     scripts/bench/compare.py --out cells.jsonl [--models D1] [--lengths 4096 8192] [--repeats 2]
 
-Fast ranks (attention) have 25% of the GPU and flash attention, slow ranks (experts) the memory-efficient kernel and
---slow-share of it; 20% would differ from the fast ones about as V100 from A40, but on an H200 losses were NaN there, in
-stock Megatron too, so the default is 25%. A cell whose loss is no number is not counted.
+Fast ranks (attention) have flash attention, slow ranks (experts) the memory-efficient kernel, and each has its pool's share of
+a GPU. On one GPU that is 25% for all: 20% would differ from it about as V100 from A40, but on an H200 losses were NaN there, in
+stock Megatron too. On two GPUs, one a pool, --shares 31 25 has that difference. A cell whose loss is no number is not counted.
 
 First every rank is profiled while all run, and the channel between the pools; the planner's placements and all
 predictions come from that. Cells are interleaved, a repetition of all before the next; each is a line of the output file,
@@ -34,7 +34,7 @@ from prices import FAST, SLOW, Prices, price, take_profiles
 from megatron_hetermoe.config.plan import MERGED, Plan
 from megatron_hetermoe.config.shape import ModelShape
 
-SHARE, KERNELS = 25, {FAST: "flash", SLOW: "efficient"}  # percent of the GPU; attention kernel of each pool
+KERNELS = {FAST: "flash", SLOW: "efficient"}  # of attention, for each pool
 STEPS, WARM_UP = 9, 4  # routing is uneven at first, and graphs are captured
 VOCABULARY = 32_000
 
@@ -131,9 +131,26 @@ def words(flags: dict[str, object]) -> list[str]:
     return [word for flag, value in flags.items() for word in ((flag,) if value is True else (flag, str(value)))]
 
 
-def measure(system: System, flags: Sequence[str], slow_share: int, limit: float) -> dict:
+@dataclass(frozen=True)
+class Machine:
+    """What stands for the cluster.
+
+    Attributes:
+        shares: of a GPU for a rank of each pool, in percent.
+        gpus: the pools' ranks are on one together, or on one each.
+    """
+
+    shares: dict[str, int]
+    gpus: int
+
+    def ranks(self, pools: Sequence[str]) -> list[Rank]:
+        """Virtual GPUs of these pools."""
+        return [Rank(self.shares[pool], KERNELS[pool], pool, (FAST, SLOW).index(pool) % self.gpus) for pool in pools]
+
+
+def measure(system: System, flags: Sequence[str], machine: Machine, limit: float) -> dict:
     """Trains once; returns the cell's figures, or why there are none."""
-    ranks = [Rank(slow_share if pool == SLOW else SHARE, KERNELS[pool], pool) for pool in system.pools]
+    ranks = machine.ranks(system.pools)
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder, "record")
         script = Path(__file__).with_name("rank.py")
@@ -164,7 +181,9 @@ def main() -> int:
     parser.add_argument("--ranks", nargs=2, type=int, default=(2, 2), metavar=("FAST", "SLOW"), help="of each pool")
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--slow-share", type=int, default=SHARE, help="percent of the GPU for a slow rank")
+    parser.add_argument("--shares", nargs=2, type=int, default=(25, 25), metavar=("FAST", "SLOW"),
+                        help="percent of a GPU for a rank of each pool")
+    parser.add_argument("--gpus", type=int, choices=(1, 2), default=1, help="one for all ranks, or one for each pool")
     parser.add_argument("--memory-gb", nargs=2, type=float, default=(16, 20), metavar=("FAST", "SLOW"),
                         help="that a rank of each pool may take, for the planner")
     parser.add_argument("--profile-lengths", nargs="+", type=int, help="to profile at (default: --lengths)")
@@ -201,8 +220,12 @@ def _cell(args: argparse.Namespace, priced: Prices, model: str, length: int, nam
         if args.trace and "--hetermoe" in system.flags(KERNELS[FAST]):
             cell = f"{model}-{length}-{'-'.join(map(str, args.ranks))}-{name.replace(', ', '-')}"
             flags += ["--hetermoe-trace", str(args.trace / cell)]
-        figures = measure(system, flags, args.slow_share, args.limit)
+        figures = measure(system, flags, _machine(args), args.limit)
     return {**figures, "pools": system.pools}
+
+
+def _machine(args: argparse.Namespace) -> Machine:
+    return Machine(dict(zip((FAST, SLOW), args.shares)), args.gpus)
 
 
 def _ours(args: argparse.Namespace) -> tuple[str, ...]:
@@ -214,8 +237,7 @@ def _prices(args: argparse.Namespace, model: str, length: int) -> Prices:
     """Profiles the model, once for all its lengths, beside the output file."""
     lengths = sorted(args.profile_lengths or args.lengths)
     fast, slow = args.ranks
-    ranks = [Rank(args.slow_share if pool == SLOW else SHARE, KERNELS[pool], pool)
-             for pool in (FAST,) * fast + (SLOW,) * slow]
+    ranks = _machine(args).ranks((FAST,) * fast + (SLOW,) * slow)
     flags = model_flags(model, lengths[-1], args.batch)
     memory = {pool: size * 1e9 for pool, size in zip((FAST, SLOW), args.memory_gb)}
     cluster = take_profiles(

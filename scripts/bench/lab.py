@@ -1,4 +1,4 @@
-"""One GPU as a mixed cluster, as `hetermoe train --emulate` makes it, for ranks that do not all have the same command line."""
+"""One GPU, or a few, as a mixed cluster, as `hetermoe train --emulate` makes it, for ranks that have command lines of their own."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ class Rank(NamedTuple):
         share: of the GPU, in percent.
         kernel: of attention, as ``--hetermoe-attention``.
         pool: name of its kind.
+        gpu: which of the machine's it has the share of.
     """
 
     share: int
     kernel: str
     pool: str
+    gpu: int = 0
 
 
 class Ended(NamedTuple):
@@ -59,7 +61,8 @@ def run(
         blocks: the most that a communicator of NCCL may use on a GPU; all must fit beside each other. None takes as
             many as ``--emulate``.
     """
-    with tempfile.TemporaryDirectory() as name, Service(_gpu(), Path(name)) as service:
+    gpus = _gpus(max(rank.gpu for rank in ranks) + 1)
+    with tempfile.TemporaryDirectory() as name, Service(",".join(gpus), Path(name)) as service:
         folder = Path(name)
         environment = {
             **defaults(os.environ), "WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1",
@@ -73,7 +76,8 @@ def run(
         processes = [
             subprocess.Popen(
                 [sys.executable, *map(str, argv_of(index))], stdout=logs[index].open("w"), stderr=subprocess.STDOUT,
-                start_new_session=True, env={**environment, "RANK": str(index), **share(rank.share)},
+                start_new_session=True, env={
+                    **environment, "RANK": str(index), **share(rank.share), "CUDA_VISIBLE_DEVICES": _own_first(gpus, rank)},
             )
             for index, rank in enumerate(ranks)
         ]
@@ -92,9 +96,18 @@ def run(
 
 
 @functools.cache
-def _gpu() -> str:
-    """The GPU's name in CUDA_VISIBLE_DEVICES, when ranks can share it."""
+def _gpus(count: int) -> tuple[str, ...]:
+    """Names in CUDA_VISIBLE_DEVICES of the machine's first GPUs, when ranks can share them."""
     problems = Problems()
-    gpu = gpu_to_divide({**os.environ, **_PATH}, problems)
+    # Without an order of its own CUDA has the fastest first.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
+    if len(visible) < count:
+        problems.add(f"ranks are on {count} GPUs, and CUDA_VISIBLE_DEVICES names {len(visible)}")
+    found = [gpu_to_divide({**os.environ, **_PATH, "CUDA_VISIBLE_DEVICES": name}, problems).uuid for name in visible]
     problems.raise_if_any()
-    return gpu.uuid
+    return tuple(found)
+
+
+def _own_first(gpus: Sequence[str], rank: Rank) -> str:
+    """A rank's own GPU is its device 0; the others it must see to write to their memory."""
+    return ",".join((gpus[rank.gpu], *gpus[:rank.gpu], *gpus[rank.gpu + 1:]))
