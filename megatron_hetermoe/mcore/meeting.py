@@ -53,3 +53,6 @@ def join_world(args: argparse.Namespace, store: dist.Store) -> None:
         args.distributed_backend, store=dist.PrefixStore("default_pg", store), rank=args.rank,
         world_size=args.world_size, timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
+    # torch's barrier takes the device of a group's first collective and, where there was none, guesses it from the rank,
+    # which in pool order is not a device's number.
+    dist.all_reduce(torch.zeros(1, device="cuda"))

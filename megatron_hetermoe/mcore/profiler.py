@@ -206,6 +206,7 @@ class _Clock:
 
     def run(self, task: Task, call: Callable[[Task], None]) -> None:
         if self._ahead:
+            self._streams.tie_clocks()  # which waits for the GPU, so it comes before what keeps the GPU
             torch.cuda._sleep(_HOST_CYCLES)
         with self._streams.task(Stream.COMPUTE, task, ()):
             call(task)

@@ -67,8 +67,8 @@ class CudaStreams:
         with torch.cuda.device(self._device):
             queue = self._channels.get(stream) or torch.cuda.current_stream()
             with torch.cuda.stream(queue):
-                if self._observe and self._origin is None:
-                    self._set_origin()
+                if self._observe:
+                    self.tie_clocks()
                 began = time.perf_counter()
                 for before in waits:
                     queue.wait_event(self._done[before])
@@ -99,11 +99,12 @@ class CudaStreams:
         event.record(queue)
         return event
 
-    def _set_origin(self) -> None:
-        """Ties the GPU's clock to the host's, which ranks of a machine share."""
-        torch.cuda.synchronize(self._device)
-        event = self._record(torch.cuda.current_stream())
-        self._origin = time.perf_counter(), event
+    def tie_clocks(self) -> None:
+        """Ties the GPU's clock to the host's, which ranks of a machine share: once until ``finish``, and waits for the GPU then."""
+        if self._origin is None:
+            torch.cuda.synchronize(self._device)
+            event = self._record(torch.cuda.current_stream())
+            self._origin = time.perf_counter(), event
 
 
 def streams_for(device: torch.device, observe: Observer | None = None) -> HostStreams | CudaStreams:

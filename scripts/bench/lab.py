@@ -77,7 +77,7 @@ def run(
             subprocess.Popen(
                 [sys.executable, *map(str, argv_of(index))], stdout=logs[index].open("w"), stderr=subprocess.STDOUT,
                 start_new_session=True, env={
-                    **environment, "RANK": str(index), **share(rank.share), "CUDA_VISIBLE_DEVICES": _own_first(gpus, rank)},
+                    **environment, "RANK": str(index), **share(rank.share), "CUDA_VISIBLE_DEVICES": gpus[rank.gpu]},
             )
             for index, rank in enumerate(ranks)
         ]
@@ -106,8 +106,3 @@ def _gpus(count: int) -> tuple[str, ...]:
     found = [gpu_to_divide({**os.environ, **_PATH, "CUDA_VISIBLE_DEVICES": name}, problems).uuid for name in visible]
     problems.raise_if_any()
     return tuple(found)
-
-
-def _own_first(gpus: Sequence[str], rank: Rank) -> str:
-    """A rank's own GPU is its device 0; the others it must see to write to their memory."""
-    return ",".join((gpus[rank.gpu], *gpus[:rank.gpu], *gpus[rank.gpu + 1:]))
