@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 _MADE_AGAIN = "hetermoe_made_again"
+Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class _Again:
@@ -100,14 +102,25 @@ def kept(rows: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: values
 
 
+def activation_of(config: TransformerConfig, function: Callable[..., Any], bias: torch.Tensor | None = None) -> Activation:
+    """What Megatron does between an expert's two products, by Megatron: of [rows, inner] and scales, [rows].
+
+    Args:
+        config: the expert's.
+        function: its activation_func.
+        bias: of the first product, [inner].
+    """
+    between = SimpleNamespace(
+        config=config, activation_func=function, linear_fc1=_NoProduct(bias), linear_fc2=_NoProduct(None)
+    )
+    return lambda inner, scale: MLP.forward(between, inner, scale)[0]
+
+
 def _activated(
     expert: Any, inner: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What Megatron does between the two products."""
-    between = SimpleNamespace(
-        config=expert.config, activation_func=expert.activation_func, linear_fc1=_NoProduct(bias), linear_fc2=_NoProduct(None)
-    )
-    return MLP.forward(between, inner, scale)[0]
+    """An expert's activation, with the bias of its first product."""
+    return activation_of(expert.config, expert.activation_func, bias)(inner, scale)
 
 
 class _NoProduct(torch.nn.Module):

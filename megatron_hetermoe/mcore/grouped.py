@@ -7,22 +7,21 @@ lays them out so itself. Nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm
 
 from megatron_hetermoe.config.plan import Plan
-from megatron_hetermoe.mcore.activation import expert_again, kept
+from megatron_hetermoe.mcore.activation import activation_of, expert_again, kept
 from megatron_hetermoe.mcore.experts import HeldExperts
 from megatron_hetermoe.mcore.session import Session
 
@@ -94,16 +93,11 @@ class GroupedExperts(HeldExperts):
         experts = self.local_experts
         # A gradient buffer holds parameters from the last to the first, so rows and weights follow that order.
         self.row_order = tuple(reversed(range(len(experts))))
-        self._linears = tuple(
-            tuple(getattr(experts[position], name) for position in self.row_order)
+        self._fc1, self._fc2 = (
+            _Linears([getattr(experts[position], name) for position in self.row_order])
             for name in ("linear_fc1", "linear_fc2")
         )
-        for linears in self._linears:
-            together = torch.stack([linear.weight.data for linear in linears])
-            for linear, weight in zip(linears, together):
-                linear.weight.data = weight
-                # Calling the module is then how to get at its weight, past the hook that waits until it is gathered.
-                linear.forward = partial(getattr, linear, "weight")
+        self._activate = activation_of(self.config, experts[0].activation_func)
 
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
@@ -120,12 +114,57 @@ class GroupedExperts(HeldExperts):
             rows = (probs.unsqueeze(-1) * rows).to(rows.dtype)
             probs = torch.ones_like(probs)
         groups = _Groups.of(tokens_per_expert, rows.device)
-        fc1, fc2 = (_GroupedLinear(linears, groups, self.leave) for linears in self._linears)
         # What an expert does between its two products is done to the rows of all.
+        fc1, fc2 = (partial(linears, groups, self.leave) for linears in (self._fc1, self._fc2))
+        if not self.activation_again:
+            return fc2(self._activate(fc1(rows)[0], probs))
         expert = SimpleNamespace(
             config=self.config, activation_func=self.local_experts[0].activation_func, linear_fc1=fc1, linear_fc2=fc2
         )
-        return (expert_again if self.activation_again else MLP.forward)(expert, rows, probs)
+        return expert_again(expert, rows, probs)
+
+
+class _Linears:
+    """One linear layer of each expert.
+
+    Args:
+        linears: without biases; their weights are laid out one behind the other, in this order.
+    """
+
+    def __init__(self, linears: Sequence[torch.nn.Module]):
+        self._linears = linears
+        self._addresses: tuple[int, ...] = ()
+        self._stacks: tuple[_Stack, ...] = ()
+        for linear, weight in zip(linears, torch.stack([linear.weight.data for linear in linears])):
+            linear.weight.data = weight
+            # Calling the module is then how to get at its weight, past a hook that waits until it is gathered.
+            linear.forward = partial(getattr, linear, "weight")
+
+    def __call__(self, groups: _Groups, leave: Leave | None, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """All of them, as Megatron calls one: [rows, in] to [rows, out] and no bias.
+
+        Args:
+            groups: which rows are whose.
+            leave: takes what gradients of weights need, where those are computed later.
+            rows: [rows, in].
+        """
+        # A module's call takes the host as long as a launch, so it is made only where a hook waits for it.
+        weights = [linear() if linear._forward_pre_hooks else linear.weight for linear in self._linears]
+        stacks = self._stacked(weights)
+        if leave is None or not torch.is_grad_enabled():
+            return _GroupedProduct.apply(rows, groups, stacks, *weights), None
+        output = _GroupedProduct.apply(rows, groups, stacks)
+        rows = kept(rows)
+        output.register_hook(
+            lambda grad: leave(weights, partial(_weight_grads_of, stacks), (grad.contiguous(), rows(), groups)))
+        return output, None
+
+    def _stacked(self, weights: Sequence[torch.Tensor]) -> tuple[_Stack, ...]:
+        """The weights as they lie, which changes only when an optimizer makes its buffers."""
+        addresses = tuple(weight.data_ptr() for weight in weights)
+        if addresses != self._addresses:
+            self._addresses, self._stacks = addresses, _stacks(weights)
+        return self._stacks
 
 
 @dataclass(frozen=True)
@@ -154,77 +193,82 @@ class _Groups:
         """An expert's rows."""
         return slice(self.start(expert), self.ends[expert])
 
+    def of_stack(self, stack: _Stack) -> tuple[slice, torch.Tensor]:
+        """The rows of some consecutive experts, and the ends of each one's among them, int32 on the device."""
+        first, last = stack.first, stack.first + len(stack.weights)
+        start, ends = self.start(first), self.ends_on_device
+        if len(stack.weights) < len(self.ends):
+            ends = ends[first:last] - start
+        return slice(start, self.ends[last - 1]), ends
 
-class _GroupedLinear(torch.nn.Module):
-    """The linear layers of all experts, as Megatron calls one; without biases."""
 
-    def __init__(self, linears: Sequence[torch.nn.Module], groups: _Groups, leave: Leave | None):
-        super().__init__()
-        self._weights = [linear() for linear in linears]
-        self._groups = groups
-        self._leave = leave
+class _Stack(NamedTuple):
+    """Weights of consecutive experts, which lie at equal distances in memory.
 
-    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """[rows, in] to [rows, out]."""
-        weights, groups, leave = self._weights, self._groups, self._leave
-        if leave is None or not torch.is_grad_enabled():
-            return _GroupedProduct.apply(rows, groups, *weights), None
-        output = _GroupedProduct.apply(rows, groups, *(weight.detach() for weight in weights))
-        rows = kept(rows)
-        output.register_hook(
-            lambda grad: leave(weights, partial(_weight_grads_of, weights), (grad.contiguous(), rows(), groups)))
-        return output, None
+    Attributes:
+        first: the first one's number among all.
+        weights: [experts, out, in], where they are.
+    """
+
+    first: int
+    weights: torch.Tensor
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """Each group of rows times the transpose of its own weight."""
+    """Each group of rows times the transpose of its own weight. Weights that are to get gradients here follow the stacks."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, groups: _Groups, *weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, groups: _Groups, stacks: Sequence[_Stack], *weights: torch.Tensor
+    ) -> torch.Tensor:
         """[rows, in] and [out, in] for each group to [rows, out]."""
-        ctx.save_for_backward(rows, *weights)
-        ctx.groups = groups
+        ctx.save_for_backward(rows)
+        ctx.groups, ctx.stacks = groups, stacks
         return joined([
-            _product(rows[part], stacked.transpose(1, 2), ends) for part, ends, stacked in _runs(groups, weights)
+            _product(rows[part], stack.weights.transpose(1, 2), ends)
+            for stack in stacks for part, ends in [groups.of_stack(stack)]
         ])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of rows and, where they are asked for, of weights."""
-        rows, *weights = ctx.saved_tensors
-        groups, grad = ctx.groups, grad.contiguous()
-        row_grads = [_product(grad[part], stacked, ends) for part, ends, stacked in _runs(groups, weights)]
-        wanted = any(ctx.needs_input_grad[2:])
-        weight_grads = _weight_grads(grad, rows, groups, weights) if wanted else [None] * len(weights)
-        return joined(row_grads), None, *weight_grads
+        rows, = ctx.saved_tensors
+        groups, stacks, grad = ctx.groups, ctx.stacks, grad.contiguous()
+        row_grads = joined([
+            _product(grad[part], stack.weights, ends) for stack in stacks for part, ends in [groups.of_stack(stack)]
+        ])
+        wanted = any(ctx.needs_input_grad[3:])
+        weight_grads = _weight_grads(grad, rows, groups, stacks) if wanted else [None] * len(ctx.needs_input_grad[3:])
+        return row_grads, None, None, *weight_grads
 
 
 @torch.no_grad()
 def _weight_grads_of(
-    weights: Sequence[torch.Tensor], parts: Sequence[tuple[torch.Tensor, torch.Tensor, _Groups]]
+    stacks: Sequence[_Stack], parts: Sequence[tuple[torch.Tensor, torch.Tensor, _Groups]]
 ) -> list[torch.Tensor]:
     """``_weight_grads`` of the rows of several microbatches, whose gradients, rows and groups are a part each."""
     if len(parts) == 1:
-        return _weight_grads(*parts[0], weights)
+        return _weight_grads(*parts[0], stacks)
     ends = torch.tensor([groups.ends for _, _, groups in parts]).sum(dim=0)
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
 
     def of_all(which: int) -> torch.Tensor:
-        return torch.cat([part[which][part[2].rows_of(expert)] for expert in range(len(weights)) for part in parts])
+        return torch.cat([part[which][part[2].rows_of(expert)] for expert in range(len(counts)) for part in parts])
 
     grad, rows = of_all(0), of_all(1)
-    return _weight_grads(grad, rows, _Groups.of(counts, rows.device), weights)
+    return _weight_grads(grad, rows, _Groups.of(counts, rows.device), stacks)
 
 
 @torch.no_grad()
 def _weight_grads(
-    grad: torch.Tensor, rows: torch.Tensor, groups: _Groups, weights: Sequence[torch.Tensor]
+    grad: torch.Tensor, rows: torch.Tensor, groups: _Groups, stacks: Sequence[_Stack]
 ) -> list[torch.Tensor]:
     """[rows, out] and [rows, in] to [out, in] for each group. The kernel may leave an empty group's as it found it."""
     weight_grads: list[torch.Tensor] = []
-    for part, ends, stacked in _runs(groups, weights):
+    for stack in stacks:
+        part, ends = groups.of_stack(stack)
         weight_grads += (
-            grouped_mm(grad[part].t(), rows[part], offs=ends) if grad[part].numel() else torch.empty_like(stacked)
+            grouped_mm(grad[part].t(), rows[part], offs=ends) if grad[part].numel() else torch.empty_like(stack.weights)
         ).unbind()
     for expert, weight_grad in enumerate(weight_grads):
         if groups.start(expert) == groups.ends[expert]:
@@ -242,16 +286,10 @@ def joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _runs(
-    groups: _Groups, weights: Sequence[torch.Tensor]
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Divides the experts where their weights do not go on at the same distance: where a bucket of gradients ends.
-
-    Yields:
-        A run's rows, the ends of its groups among them, and its weights as one tensor, [experts, out, in].
-    """
+def _stacks(weights: Sequence[torch.Tensor]) -> tuple[_Stack, ...]:
+    """Divides the experts where their weights do not go on at the same distance: where a bucket of gradients ends."""
     addresses = [weight.data_ptr() for weight in weights]
-    first = 0
+    stacks, first = [], 0
     while first < len(weights):
         weight = weights[first]
         distance = addresses[first + 1] - addresses[first] if first + 1 < len(weights) else 0
@@ -264,8 +302,6 @@ def _runs(
             ):
                 last += 1
         step = distance // weight.element_size() if last > first + 1 else weight.numel()
-        stacked = weight.detach().as_strided((last - first, *weight.shape), (step, *weight.stride()))
-        start = groups.start(first)
-        ends = groups.ends_on_device[first:last]
-        yield slice(start, groups.ends[last - 1]), ends - start if start else ends, stacked
+        stacks.append(_Stack(first, weight.detach().as_strided((last - first, *weight.shape), (step, *weight.stride()))))
         first = last
+    return tuple(stacks)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss, set_current_microbatch
-from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comp_stream
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 
@@ -281,7 +280,8 @@ class ExpertTasks:
     first: int = 1
 
     def __post_init__(self) -> None:
-        self._nodes: dict[tuple[int, int], ScheduleNode] = {}
+        # Of each forward: tokens and probabilities, which get gradients, and outputs.
+        self._forwards: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def table(self) -> Table:
         """What the executor calls for E tasks."""
@@ -297,21 +297,20 @@ class ExpertTasks:
         run = partial(_run_shared, experts, routed.sharers)
         if experts_again(self.inputs.config, task.layer - self.first + 1):
             run = partial(rerun, run)
-        node = ScheduleNode(run, get_comp_stream, torch.cuda.Event(), name="experts")
         wants_grad = not self.inputs.forward_only
-        tokens = routed.tokens.to(experts.dtype)
-        outputs = node.forward((tokens.requires_grad_(wants_grad), routed.probs.requires_grad_(wants_grad)))
+        tokens, probs = routed.tokens.to(experts.dtype).requires_grad_(wants_grad), routed.probs.requires_grad_(wants_grad)
+        outputs = run(tokens, probs)
         routed.outputs, routed.tokens, routed.probs = _sent_as(outputs, self.transfers.dtype), None, None
         if wants_grad:
-            self._nodes[task.layer, task.microbatch] = node
+            self._forwards[task.layer, task.microbatch] = tokens, probs, outputs
 
     def _backward(self, task: Task) -> None:
         routed = self.transfers.held[task.layer, task.microbatch]
-        node = self._nodes.pop((task.layer, task.microbatch))
+        tokens, probs, outputs = self._forwards.pop((task.layer, task.microbatch))
         grads, routed.output_grads = routed.output_grads.to(self.experts(task.layer - self.first + 1).dtype), None
         with self.inputs.backward_of(task):
-            token_grads, routed.prob_grads = node.backward(grads)
-        routed.token_grads = token_grads.to(self.transfers.dtype)
+            torch.autograd.backward(outputs, grads)
+        routed.token_grads, routed.prob_grads = tokens.grad.to(self.transfers.dtype), probs.grad
 
 
 def _sent_as(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

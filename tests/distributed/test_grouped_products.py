@@ -20,7 +20,8 @@ def _products(rank: int, world: int, layout: str) -> tuple[list[tuple[int, int]]
         weight.data = data.clone() if layout == "apart" else data
     rows, grad = torch.randn(sum(COUNTS), 8, requires_grad=True), torch.randn(sum(COUNTS), 16)
     groups = grouped._Groups.of(torch.tensor(COUNTS), torch.device("cpu"))
-    runs = [(part.start, part.stop) for part, _, _ in grouped._runs(groups, weights)]
+    stacks = grouped._stacks(weights)
+    runs = [(part.start, part.stop) for part, _ in map(groups.of_stack, stacks)]
     kernel = grouped.grouped_mm
 
     def untidy(one: torch.Tensor, other: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
@@ -31,7 +32,7 @@ def _products(rank: int, world: int, layout: str) -> tuple[list[tuple[int, int]]
         return result
 
     grouped.grouped_mm = untidy
-    ours = grouped._GroupedProduct.apply(rows, groups, *weights)
+    ours = grouped._GroupedProduct.apply(rows, groups, stacks, *weights)
     mine = torch.autograd.grad(ours, [rows, *weights], grad)
     one_by_one = torch.cat([part @ weight.t() for part, weight in zip(rows.split(COUNTS), weights)])
     other = torch.autograd.grad(one_by_one, [rows, *weights], grad)
@@ -64,8 +65,9 @@ def _errors_of_parts(rank: int, world: int) -> list[float]:
     parts = [(torch.randn(sum(counts), 16), torch.randn(sum(counts), 8),
               grouped._Groups.of(torch.tensor(counts), torch.device("cpu")))
              for counts in (COUNTS, [0] * len(COUNTS), [1, 2, 0, 3, 0])]
-    ours = grouped._weight_grads_of(weights, parts)
-    one_by_one = map(sum, zip(*(grouped._weight_grads(*part, weights) for part in parts)))
+    stacks = grouped._stacks(weights)
+    ours = grouped._weight_grads_of(stacks, parts)
+    one_by_one = map(sum, zip(*(grouped._weight_grads(*part, stacks) for part in parts)))
     return [(a - b).abs().max().item() for a, b in zip(ours, one_by_one, strict=True)]
 
 

@@ -27,7 +27,7 @@ def test_against_one_after_the_other(counts):
     torch.cuda.set_sync_debug_mode("error")
     try:
         groups = grouped._Groups.of(torch.tensor(counts), device)
-        ours = grouped._GroupedProduct.apply(rows, groups, *weights)
+        ours = grouped._GroupedProduct.apply(rows, groups, grouped._stacks(weights), *weights)
         mine = torch.autograd.grad(ours, [rows, *weights], grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
