@@ -23,112 +23,18 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import cells
 import lab
 from lab import Rank
-from prices import FAST, SLOW, Prices, price, take_profiles
+from models import MODELS, VOCABULARY, model_flags, model_shape, words
+from prices import Prices, price, take_profiles
+from systems import FAST, KERNELS, NAMES, PLANNED, SLOW, System, planned, systems
 
-from megatron_hetermoe.config.plan import MERGED, Plan
-from megatron_hetermoe.config.shape import ModelShape
-
-KERNELS = {FAST: "flash", SLOW: "efficient"}  # of attention, for each pool
-STEPS, WARM_UP = 9, 4  # routing is uneven at first, and graphs are captured
-VOCABULARY = 32_000
-
-# The paper's models: layers, width, experts. Its file names no more; widths inside an expert are Mixtral's 3.5 x hidden.
-MODELS = {"D1": (8, 1024, 24), "W1": (4, 2048, 12)}
-
-
-@dataclass(frozen=True)
-class System:
-    """A way to train.
-
-    Attributes:
-        pools: of each rank.
-        flags: beyond the model's, for a rank with that attention kernel.
-        blocks: of NCCL on a GPU, for each communicator. Ours wait beside compute, stock's while nothing else runs.
-    """
-
-    pools: tuple[str, ...]
-    flags: Callable[[str], tuple[str, ...]]
-    blocks: int = 1
-
-
-def stock(pools: Sequence[str]) -> System:
-    """Stock expert parallelism over ranks of these pools."""
-    return System(tuple(pools), lambda kernel: ("--expert-model-parallel-size", str(len(pools))), blocks=4)
-
-
-def disaggregated(fast: Sequence[str], slow: Sequence[str], *flags: str) -> System:
-    """The fast ranks have attention, the slow ones experts."""
-    layout = ("--hetermoe", "--hetermoe-attention-ranks", str(len(fast)), "--hetermoe-expert-ranks", str(len(slow)))
-    return System((*fast, *slow), lambda kernel: (*layout, "--hetermoe-attention", kernel, *flags))
-
-
-def systems(fast: int, slow: int, ours: Sequence[str] = ()) -> dict[str, System]:
-    """What needs no plan, with so many ranks of each pool, and flags of all that are ours."""
-    pools = (FAST,) * fast, (SLOW,) * slow
-    return {
-        "EP, all ranks": stock((*pools[0], *pools[1])),
-        "EP, fast pool alone": stock(pools[0]),
-        "EP, slow pool alone": stock(pools[1]),
-        "naive disaggregation": disaggregated(*pools, "--hetermoe-schedule", "sequential", *ours),
-        "zebra": disaggregated(*pools, "--hetermoe-weight-gradients", MERGED, *ours),
-    }
-
-
-# Planned when profiles are there: the placement for attention on the fast pool, and the planner's own choice of layout.
-PLANNED = ("zebra, Asym-EA", "zebra, planned")
-NAMES = (*systems(1, 1), *PLANNED)
-
-
-def planned(plan: Plan, folder: Path, ours: Sequence[str]) -> System:
-    """A plan's layout; each rank gets the GPU of the pool that the plan took it from."""
-    paths = {kernel: folder / f"{kernel}.json" for kernel in KERNELS.values()}
-    for kernel, path in paths.items():
-        path.write_text(replace(plan, attention_kernel=kernel).to_json())
-    m = plan.attention_ranks // plan.groups
-    pools = (*plan.pools[:m] * plan.groups, *plan.pools[m:] * plan.groups)
-    return System(pools, lambda kernel: ("--hetermoe", "--hetermoe-plan", str(paths[kernel]), *ours))
-
-
-def model_flags(model: str, length: int, batch: int) -> dict[str, object]:
-    """Megatron's flags as a recipe has them."""
-    layers, hidden, experts = MODELS[model]
-    flags = {
-        "num-layers": layers, "hidden-size": hidden, "num-experts": experts, "seq-length": length,
-        "max-position-embeddings": length, "global-batch-size": batch, "num-attention-heads": hidden // 64,
-        "num-query-groups": 8, "ffn-hidden-size": hidden * 7 // 2, "moe-router-topk": 2, "micro-batch-size": 1,
-        "moe-token-dispatcher-type": "alltoall", "moe-router-load-balancing-type": "aux_loss",
-        "moe-aux-loss-coeff": 0.01, "position-embedding-type": "rope", "normalization": "RMSNorm",
-        "transformer-impl": "local", "tokenizer-type": "NullTokenizer", "vocab-size": VOCABULARY, "split": "99,1,0",
-        "train-iters": STEPS, "lr": 0.0001, "lr-decay-style": "constant", "log-interval": 100, "eval-iters": 0,
-        "eval-interval": 1000, "num-workers": 0, "attention-dropout": 0, "hidden-dropout": 0, "seed": 1234,
-    }
-    bare = (
-        "group-query-attention", "swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights", "bf16",
-        "mock-data", "no-create-attention-mask-in-dataloader", "no-persist-layer-norm", "no-masked-softmax-fusion",
-        "no-gradient-accumulation-fusion", "no-rope-fusion", "no-check-for-nan-in-loss-and-grad",
-    )
-    return {f"--{name}": value for name, value in {**flags, **dict.fromkeys(bare, True)}.items()}
-
-
-def model_shape(model: str, length: int) -> ModelShape:
-    """The same as the planner sees it."""
-    layers, hidden, experts = MODELS[model]
-    return ModelShape(
-        layers=layers, moe_layers=tuple(range(1, layers + 1)), experts=experts, topk=2, hidden=hidden,
-        expert_ffn=hidden * 7 // 2, dense_ffn=hidden * 7 // 2, shared_expert_ffn=0, gated=True, heads=hidden // 64,
-        query_groups=8, head_dim=64, tied_embeddings=False, sequence=length,
-    )
-
-
-def words(flags: dict[str, object]) -> list[str]:
-    """Flags as a command line."""
-    return [word for flag, value in flags.items() for word in ((flag,) if value is True else (flag, str(value)))]
+WARM_UP = 4  # steps left out: routing is uneven at first, and graphs are captured
 
 
 @dataclass(frozen=True)
@@ -191,8 +97,8 @@ def main() -> int:
     parser.add_argument("--no-graphs", action="store_true", help="disaggregated cells without CUDA graphs")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a cell may take")
     args = parser.parse_args()
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    keys = {(cell["model"], cell["length"], tuple(cell["ranks"]), cell["system"], cell["repeat"]) for cell in done}
+    done = cells.read(args.out)
+    keys = set(map(cells.key, done))
     prices = {(model, length): _prices(args, model, length) for model in args.models for length in args.lengths}
     for repeat in range(args.repeats):
         for (model, length), priced in prices.items():
@@ -203,10 +109,9 @@ def main() -> int:
                         "batch": args.batch, "predicted": priced.predicted[name],
                         **_cell(args, priced, model, length, name)}
                 done.append(cell)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(cell) + "\n")
+                cells.append(args.out, cell)
                 print(model, length, name, cell.get("seconds") or cell, "predicted", cell["predicted"], flush=True)
-    print(table(done))
+    print(cells.table(done))
     return 0
 
 
@@ -243,29 +148,6 @@ def _prices(args: argparse.Namespace, model: str, length: int) -> Prices:
     cluster = take_profiles(
         args.out.with_name(f"{args.out.stem}-{model}-{fast}-{slow}"), flags, ranks, lengths, memory, args.limit, _ours(args))
     return price(cluster, model_shape(model, length), args.batch, VOCABULARY)
-
-
-def table(cells: list[dict]) -> str:
-    """The figures as Markdown."""
-    lines = ["| model | tokens | ranks | system | sequences/s | spread | predicted | over EP | over the sum of pools |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    groups: dict[tuple[str, int, str], dict[str, list[dict]]] = {}
-    for cell in cells:
-        if "seconds" in cell:
-            key = cell["model"], cell["length"], "{}:{}".format(*cell["ranks"])
-            groups.setdefault(key, {}).setdefault(cell["system"], []).append(cell)
-    for (model, length, ranks), by_system in groups.items():
-        rates = {name: [cell["batch"] / cell["seconds"] for cell in found] for name, found in by_system.items()}
-        median = {name: statistics.median(values) for name, values in rates.items()}
-        pools = [median.get(f"EP, {pool} pool alone") for pool in (FAST, SLOW)]
-        for name, values in rates.items():
-            over = [median[name] / base if base else None
-                    for base in (median.get("EP, all ranks"), sum(pools) if all(pools) else None)]
-            ratios = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in over)
-            predicted = by_system[name][0]["batch"] / by_system[name][0]["predicted"]
-            lines.append(f"| {model} | {length} | {ranks} | {name} | {median[name]:.2f} | {min(values):.2f} to {max(values):.2f} "
-                         f"| {predicted:.2f} | {ratios} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

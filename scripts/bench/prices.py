@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lab
 import yaml
+from systems import FAST, SLOW
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER, Plan
 from megatron_hetermoe.config.shape import ModelShape
@@ -21,7 +22,6 @@ from megatron_hetermoe.simulator.baselines import (
     expert_parallel_tokens_per_second, spread, zebra_seconds,
 )
 
-FAST, SLOW = "fast", "slow"
 _PRECISION = "bf16"
 
 
