@@ -14,7 +14,7 @@ from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import Step, TaskSeconds
 from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Kind, Link
 from megatron_hetermoe.cost.work import (
-    Work, attention_work, dense_parameters, embedding_work, feed_forward_work, head_work, projection_width,
+    Work, attention_work, crossing_share, dense_parameters, embedding_work, feed_forward_work, head_work, projection_width,
 )
 from megatron_hetermoe.schedule.tasks import Kind as TaskKind
 from megatron_hetermoe.schedule.tasks import Pass, Stream, Task
@@ -29,6 +29,7 @@ _Price = TypeVar("_Price")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # Megatron accumulates bf16's gradients in fp32
 _PROBABILITY = 4  # bytes; the router's precision
+_INDEX = 4  # bytes; which row a copy is of
 
 # A member's links: to its own node and to others, in both directions.
 LINKS = 4
@@ -277,8 +278,9 @@ class GroupCosts:
             return forward, backward + again
         forward, backward = kind.feed_forward(self.shape.expert_ffn // shares, tokens, recompute)
         size = tokens * self.shape.hidden * BYTES[self.precision] / shares
-        # One copy carries the tokens of all experts that a holder has of a layer.
+        # One copy carries the tokens of all experts that a holder has of a layer, each once.
         held = max(1.0, self.shape.experts / (self.members - self.attention_members))
+        size *= crossing_share(self.shape, held) * self.shape.experts / (held * self.shape.topk)
         copies = 2 * (shares - 1) * (size / seat.pool.intra.bandwidth + seat.pool.intra.latency / held)
         return forward + copies, backward + again + copies * (2 if recompute == "full" else 1)
 
@@ -309,9 +311,20 @@ class GroupCosts:
         """Those parts, each with its seconds, on a GPU of its own."""
         return _priced_parts(kind, self.shape, self.step.micro_batch, self.step.vocabulary, self.step.recompute, parts)
 
-    def bytes_per_row(self, kind: TaskKind) -> int:
-        """Of a token that a transfer carries; dispatch and its backward carry a probability beside it."""
-        return self.shape.hidden * BYTES[self.precision] + (_PROBABILITY if kind is TaskKind.DISPATCH else 0)
+    def exchanged(self, kind: TaskKind, stream: Stream, held: np.ndarray) -> np.ndarray:
+        """Bytes of a transfer between an attention member and holders, with balanced routing.
+
+        A token crosses once, whichever number of the holder's experts it goes to; for each of these dispatch carries a
+        probability and an index, and its backward a probability's gradient. Headers are not counted.
+
+        Args:
+            kind: dispatch or combine.
+            stream: the channel.
+            held: [...], experts that each holder has of the layer.
+        """
+        row = self.shape.hidden * BYTES[self.precision]
+        copy = 0 if kind is TaskKind.COMBINE else _PROBABILITY + _INDEX if stream is Stream.OUT else _PROBABILITY
+        return row * self.rank_tokens * crossing_share(self.shape, held) + copy * self.rows_per_expert * held
 
     @cached_property
     def latency(self) -> float:
@@ -377,15 +390,15 @@ class GroupCosts:
         import numpy as np
 
         owners = self.attention_members
-        size = self.rows_per_expert * self.bytes_per_row(kind)
+        size = self.exchanged(kind, stream, experts)
         loads = np.zeros((*experts.shape, LINKS))
-        held = experts * self._holder_shares
+        at_holders = size * self._holder_shares
         leaving, entering = ((INTRA_OUT, INTER_OUT), (INTRA_IN, INTER_IN))
         if stream is Stream.BACK:
             leaving, entering = entering, leaving
         for reach, at_owner, at_holder in zip(self._reach, leaving, entering):
-            loads[..., :owners, at_owner] += size * (experts @ reach.T)
-            loads[..., at_holder] += size * held * reach.sum(axis=0)
+            loads[..., :owners, at_owner] += size @ reach.T
+            loads[..., at_holder] += at_holders * reach.sum(axis=0)
         seconds = loads / self._bandwidth
         channel = self.seats[0].pool.channel
         if channel:
@@ -501,17 +514,18 @@ class TaskCosts:
 
     def sent(self, member: int, task: Task) -> int:
         """Bytes that a member sends others in a task; none in one that is no transfer."""
+        import numpy as np
+
         if task.stream is Stream.COMPUTE:
             return 0
         if task.kind is TaskKind.HANDOVER:
             leaves = (task.layer > self.group.shape.layers) == (task.direction is Pass.FORWARD)
             return self.group.handover if leaves else 0
-        held, owners = self._counts[task.layer - 1], range(self.group.attention_members)
+        owners = range(self.group.attention_members)
+        sizes = self.group.exchanged(task.kind, task.stream, np.array(self._counts[task.layer - 1], float))
         if task.stream is Stream.OUT:
-            experts = sum(held) - held[member] if member in owners else 0
-        else:
-            experts = held[member] * sum(owner != member for owner in owners) * self._share(member)
-        return round(self.group.rows_per_expert * self.group.bytes_per_row(task.kind) * experts)
+            return round(sizes.sum() - sizes[member]) if member in owners else 0
+        return round(sizes[member] * sum(owner != member for owner in owners) * self._share(member))
 
     def received(self, member: int, task: Task) -> tuple[int, ...]:
         """The tokens for each of a member's experts that a dispatch brings it; none in another task."""

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
 
 from megatron_hetermoe.config.shape import ModelShape
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_Numbers = TypeVar("_Numbers", float, "np.ndarray")
 
 _HALF = 2  # bytes of an activation in bf16 or fp16
 
@@ -68,6 +74,19 @@ def head_work(shape: ModelShape, vocabulary: int, tokens: int) -> Work:
 def embedding_work(shape: ModelShape, tokens: int) -> Work:
     """Rows of the embedding."""
     return Work(0, 0, _HALF * 3 * tokens * shape.hidden, 3)
+
+
+def crossing_share(shape: ModelShape, held: _Numbers) -> _Numbers:
+    """The share of tokens that go to at least one of so many experts of a layer, with balanced routing.
+
+    A token's k experts are then any k of E with equal probability, and none of n is among them in C(E-n, k) of C(E, k) cases
+    (the hypergeometric distribution at 0): 1 - C(E-n, k) / C(E, k).
+    """
+    missed = 1.0
+    for chosen in range(min(shape.topk, shape.experts)):
+        left = (shape.experts - chosen - held) / (shape.experts - chosen)
+        missed = missed * left * (left > 0)
+    return 1.0 - missed
 
 
 def projection_width(shape: ModelShape) -> int:

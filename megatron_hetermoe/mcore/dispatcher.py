@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import permute, unpermute
+from megatron.core.transformer.moe.moe_utils import get_capacity, permute, unpermute
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hetermoe.runtime.transfers import TransferSizes
 from megatron_hetermoe.topology.placement import Placement
 
 
@@ -20,18 +21,21 @@ class DispatchState:
     """What the dispatcher must remember of one microbatch in one layer between dispatch and combine.
 
     Attributes:
-        counts: tells, for each holder of the layer, ascending, the tokens for each of its experts.
-        mapping: for each routed row, the token that it is a copy of.
+        sizes: tells what goes to each holder of the layer, ascending.
+        index: [copies], int32, the row with the holder that each copy is of, as ``runtime.transfers.Routed`` has it.
+        mapping: for each row, the token that it is.
         hidden_shape: of the layer's input, [sequence, batch, hidden].
     """
 
-    counts: Callable[[], list[list[int]]] | None = None
+    sizes: Callable[[], TransferSizes] | None = None
+    index: torch.Tensor | None = None
     mapping: torch.Tensor | None = None
     hidden_shape: torch.Size | None = None
 
-    def count(self, per_expert: torch.Tensor, experts_of_holder: Sequence[int]) -> None:
-        """Takes the tokens for each expert, in the order of holders; the host learns them while the device goes on."""
-        self.counts = _counts_on_host(per_expert, experts_of_holder)
+    def count(self, totals: torch.Tensor, experts_of_holder: Sequence[int]) -> None:
+        """Takes the copies for each expert, in the order of holders, and behind them the rows for each holder; the host learns
+        them while the device goes on."""
+        self.sizes = _sizes_on_host(totals, experts_of_holder)
 
 
 class AsymmetricDispatcher(MoETokenDispatcher):
@@ -52,8 +56,14 @@ class AsymmetricDispatcher(MoETokenDispatcher):
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection, placement: Placement, layer: int
     ):
         super().__init__(config, pg_collection)
-        self._order = torch.tensor(placement.expert_order(layer), device=torch.cuda.current_device())
+        device = torch.cuda.current_device()
+        self._order = torch.tensor(placement.expert_order(layer), device=device)
         self._experts_of_holder = [len(placement.held(layer, holder)) for holder in placement.holders_of(layer)]
+        holders = torch.arange(len(self._experts_of_holder), device=device)
+        # Of each expert in that order, and of each expert of the layer as one of [experts, holders].
+        self._holder = holders.repeat_interleave(torch.tensor(self._experts_of_holder, device=device))
+        self._is_held = torch.empty(len(self._order), len(holders), device=device)
+        self._is_held[self._order] = (self._holder[:, None] == holders).float()
         self._state: DispatchState | None = None
 
     @contextmanager
@@ -68,7 +78,10 @@ class AsymmetricDispatcher(MoETokenDispatcher):
     def dispatch_preprocess(
         self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sorts tokens by holder, then by the holder's local expert.
+        """Sorts tokens by holder, each there once, and their probabilities by holder, then by the holder's local expert.
+
+        How many rows there are is known on the device only, so there is room for as many as there may be: behind those that
+        are sent are others, whose gradients must be 0.
 
         Args:
             tokens: [sequence, batch, hidden].
@@ -76,20 +89,32 @@ class AsymmetricDispatcher(MoETokenDispatcher):
             probs: [tokens, experts].
 
         Returns:
-            Routed tokens, [routed, hidden], and their probabilities, [routed], in the precision of ``probs``.
+            Rows, [at least rows, hidden], and probabilities, [at least copies], in the precision of ``probs``.
         """
-        state = self._state
+        state, count = self._state, routing_map.shape[0]
         state.hidden_shape = tokens.shape
-        routing_map, probs = routing_map[:, self._order], probs[:, self._order]
-        state.count(routing_map.sum(dim=0), self._experts_of_holder)
-        rows = routing_map.shape[0] * self.config.moe_router_topk
-        if self.config.moe_expert_capacity_factor is not None:  # tokens are dropped, so only the device knows how many
-            rows = sum(map(sum, state.counts()))
-        routed, routed_probs, state.mapping, *_ = permute(
-            tokens.reshape(-1, tokens.shape[-1]), routing_map, probs=probs, num_out_tokens=rows,
+        crossing = routing_map.float() @ self._is_held > 0  # [tokens, holders]
+        most = self._most_copies(count)
+        rows, _, state.mapping, *_ = permute(
+            tokens.reshape(-1, tokens.shape[-1]), crossing, num_out_tokens=min(most, crossing.numel()),
             fused=self.config.moe_permute_fusion,
         )
-        return routed, routed_probs
+        row = crossing.t().reshape(-1).cumsum(0, dtype=torch.int32).view(-1, count)  # [holders, tokens], from 1 on
+        before = torch.nn.functional.pad(row[:-1, -1:], (0, 0, 1, 0))  # [holders, 1], rows of the holders before
+        routed = routing_map.t().index_select(0, self._order)  # [experts, tokens], by holder
+        chosen = routed.reshape(-1).argsort(descending=True, stable=True)[:most]
+        state.index = (row - before - 1).index_select(0, self._holder).reshape(-1)[chosen]
+        state.count(torch.cat([routed.sum(dim=1), (row[:, -1:] - before).reshape(-1)]), self._experts_of_holder)
+        return rows, probs.t().index_select(0, self._order).reshape(-1)[chosen]
+
+    def _most_copies(self, tokens: int) -> int:
+        """The most copies that there may be of so many tokens."""
+        config = self.config
+        if not config.moe_pad_expert_input_to_capacity:
+            return tokens * config.moe_router_topk
+        experts = len(self._order)
+        capacity = get_capacity(tokens * config.moe_router_topk, experts, config.moe_expert_capacity_factor)
+        return experts * min(tokens, capacity)
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The identity: D tasks carry tokens."""
@@ -108,24 +133,25 @@ class AsymmetricDispatcher(MoETokenDispatcher):
         return hidden_states
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Sums each token's outputs, [routed, hidden], into the layer's shape, [sequence, batch, hidden]."""
-        state = self._state
+        """Sums each token's outputs of all holders, [rows, hidden], into the layer's shape, [sequence, batch, hidden]."""
+        state, fused = self._state, self.config.moe_permute_fusion
         shape = torch.Size((state.hidden_shape[:-1].numel(), state.hidden_shape[-1]))
-        summed = unpermute(hidden_states, state.mapping, restore_shape=shape, fused=self.config.moe_permute_fusion)
-        return summed.view(state.hidden_shape)
+        mapping = state.mapping if fused else state.mapping[:len(hidden_states)]
+        return unpermute(hidden_states, mapping, restore_shape=shape, fused=fused).view(state.hidden_shape)
 
 
-def _counts_on_host(counts: torch.Tensor, experts_of_holder: Sequence[int]) -> Callable[[], list[list[int]]]:
-    """Starts a copy of [experts] to the host; what is returned waits for it and splits it by holder."""
+def _sizes_on_host(totals: torch.Tensor, experts_of_holder: Sequence[int]) -> Callable[[], TransferSizes]:
+    """Starts a copy of [experts + holders] to the host; what is returned waits for it and splits it by holder."""
     copied = None
-    if counts.is_cuda:
-        counts = torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)
+    if totals.is_cuda:
+        totals = torch.empty_like(totals, device="cpu", pin_memory=True).copy_(totals, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
 
-    def on_host() -> list[list[int]]:
+    def on_host() -> TransferSizes:
         if copied is not None:
             copied.synchronize()
-        return [part.tolist() for part in counts.split(experts_of_holder)]
+        *counts, rows = (part.tolist() for part in totals.split([*experts_of_holder, len(experts_of_holder)]))
+        return TransferSizes(rows, counts)
 
     return on_host

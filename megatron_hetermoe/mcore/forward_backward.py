@@ -154,8 +154,13 @@ class ForwardBackward:
     ) -> tuple[list[Any], torch.Tensor]:
         """The tasks of a step whose microbatches are of a sequence length and a number of sequences, with a model's chunks."""
         session, config = self._session, inputs[0].config
+        def row_order(layer: int) -> Sequence[int]:
+            chunk = session.chunk_of(layer)
+            return experts_of(inputs[chunk].model, layer - session.firsts[chunk] + 1).row_order
+
         transfers = session.transfers(
-            config.hidden_size, checksums=checks.checksums, recorder=None if inputs[0].forward_only else self._meter.recorder
+            config.hidden_size, checksums=checks.checksums, row_order=row_order,
+            recorder=None if inputs[0].forward_only else self._meter.recorder,
         )
         streams = self._streams if inputs[0].forward_only else self._recorded
         experts = [ExpertTasks(of, transfers, partial(experts_of, of.model), first)

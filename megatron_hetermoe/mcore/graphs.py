@@ -75,13 +75,13 @@ def _listed(value: Any) -> Sequence[Any]:
 
 
 class _CapturedState(DispatchState):
-    """What the dispatcher leaves in a graph: the counts stay on the device, and are copied after each replay."""
+    """What the dispatcher leaves in a graph: the totals stay on the device, and are copied after each replay."""
 
-    per_expert: torch.Tensor
+    totals: torch.Tensor
     experts_of_holder: Sequence[int]
 
-    def count(self, per_expert: torch.Tensor, experts_of_holder: Sequence[int]) -> None:
-        self.per_expert, self.experts_of_holder = per_expert, experts_of_holder
+    def count(self, totals: torch.Tensor, experts_of_holder: Sequence[int]) -> None:
+        self.totals, self.experts_of_holder = totals, experts_of_holder
 
 
 class _StandIn:
@@ -205,7 +205,8 @@ class _Part:
         for name, value in self._constant.items():
             setattr(node.layer_state, name, value)
         state.mapping, state.hidden_shape = self._state.mapping, self._state.hidden_shape
-        state.count(self._state.per_expert, self._state.experts_of_holder)
+        state.index = self._state.index.clone()  # as what else is sent
+        state.count(self._state.totals, self._state.experts_of_holder)
         return tokens, probs
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:

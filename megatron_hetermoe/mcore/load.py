@@ -27,7 +27,7 @@ class Load:
         self._rows = torch.zeros(len(self._layers), session.plan.model.experts, dtype=torch.int64)
 
     def note(self, layer: int, counts: Sequence[Sequence[int]]) -> None:
-        """An attention rank's rows of one microbatch, as ``Routed.counts``, in a layer as tasks number it."""
+        """An attention rank's copies of one microbatch, as ``TransferSizes.counts``, in a layer as tasks number it."""
         layer = self._session.layer_of(layer)
         flat = torch.tensor([rows for of_holder in counts for rows in of_holder])
         self._rows[self._layers.index(layer), list(self._orders[layer])] += flat

@@ -2,7 +2,8 @@
 
 Megatron finds a loss or a gradient that is NaN or infinite (``--check-for-nan-in-loss-and-grad``) on whichever rank it
 shows first, mostly in an attention rank's loss when an expert made it. An attention rank sees what goes to the experts
-of a layer and what comes back from each, so it can tell. Flags stay on the device until they are asked for, after a
+of a layer and what comes back from each holder, so it can tell. Where a token went to several of a holder's experts their sum
+comes back; then those are named of which nothing good has come. Flags stay on the device until they are asked for, after a
 finding.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_hetermoe.mcore.experts import HeldExperts
 from megatron_hetermoe.mcore.session import Session
-from megatron_hetermoe.runtime.transfers import Routed
+from megatron_hetermoe.runtime.transfers import Routed, TransferSizes
 
 UNEXPECTED = "Unexpected result"  # in Megatron's error, where --rerun-mode disabled has it raise one
 _MOST = 4  # parameters that a message names
@@ -34,31 +36,30 @@ class Numbers:
     def __init__(self, session: Session, enabled: bool):
         self._session = session
         self._enabled = enabled
-        self._sent: dict[tuple[int, int], torch.Tensor] = {}  # (layer, microbatch): whether all tokens are finite
-        self._came: dict[tuple[int, int], tuple[torch.Tensor, list[list[int]]]] = {}  # finite rows, Routed.counts
+        self._sent: dict[tuple[int, int], torch.Tensor] = {}  # (layer, microbatch): which rows are finite
+        self._came: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, TransferSizes]] = {}  # the same, Routed.index and sizes
 
     def sent(self, layer: int, microbatch: int, tokens: torch.Tensor) -> None:
-        """Tokens, [rows, hidden], on their way to the experts of a layer."""
+        """Tokens, [at least rows, hidden], on their way to the experts of a layer."""
         if self._enabled:
-            self._sent[layer, microbatch] = tokens.isfinite().all()
+            self._sent[layer, microbatch] = tokens.isfinite().all(dim=1)
 
     def came(self, layer: int, microbatch: int, routed: Routed) -> None:
         """What the experts made of them, before it is summed."""
         if self._enabled:
-            self._came[layer, microbatch] = routed.outputs.isfinite().all(dim=1), routed.counts
+            self._came[layer, microbatch] = routed.outputs.isfinite().all(dim=1), routed.index, routed.sizes
 
     def first(self) -> str | None:
         """The first place in the model whose results are not finite, or None where all were."""
         for layer, microbatch in sorted(self._sent):
             where = f"layer {self._session.layer_of(layer)}, microbatch {microbatch + 1}"
-            if not self._sent[layer, microbatch]:
+            came = self._came.get((layer, microbatch))
+            if not self._sent[layer, microbatch][:len(came[0]) if came else None].all():
                 return f"{where}: in attention, or before it, on {self._name(self._session.rank)}"
-            if (layer, microbatch) in self._came:
-                rows, counts = self._came[layer, microbatch]
-                if not rows.all():
-                    expert = self._expert_of(layer, int((~rows).nonzero()[0]), counts)
-                    holder = self._session.stage_placement.holders[layer - 1][expert]
-                    return f"{where}: in expert {expert}, on {self._name(self._rank_of(holder))}"
+            if came and not came[0].all():
+                experts = self._experts_of(layer, *came)
+                holder = self._session.stage_placement.holders[layer - 1][experts[0]]
+                return f"{where}: in expert {' or '.join(map(str, experts))}, on {self._name(self._rank_of(holder))}"
         return None
 
     def _rank_of(self, holder: int) -> int:
@@ -66,14 +67,20 @@ class Numbers:
         layout = self._session.layout
         return layout.rank_of(layout.group_of(self._session.rank), layout.members_of(holder)[0])
 
-    def _expert_of(self, layer: int, row: int, counts: list[list[int]]) -> int:
-        """The expert that a row came from; rows are in ``Placement.expert_order``."""
-        flat = (rows for of_holder in counts for rows in of_holder)
-        for expert, rows in zip(self._session.stage_placement.expert_order(layer), flat):
-            if row < rows:
-                return expert
-            row -= rows
-        raise AssertionError("a row beyond all experts'")
+    def _experts_of(self, layer: int, finite: torch.Tensor, index: torch.Tensor, sizes: TransferSizes) -> list[int]:
+        """The experts that the first row that is not finite may come from: of those that it went to, those of which no row is
+        finite, or all where each has one that is."""
+        spoiled, good, rows_of_copies = int((~finite).nonzero()[0]), finite.tolist(), iter(index.tolist())
+        order = iter(self._session.stage_placement.expert_order(layer))
+        went: list[int] = []
+        suspects: list[int] = []
+        for before, counts in zip(accumulate(sizes.rows, initial=0), sizes.counts):
+            for count in counts:
+                expert, rows = next(order), [before + row for row in islice(rows_of_copies, count)]
+                if spoiled in rows:
+                    went.append(expert)
+                    suspects += [] if any(good[row] for row in rows) else [expert]
+        return suspects or went
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} ({self._session.layout.role(rank)})"

@@ -26,6 +26,7 @@ from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.cost.estimate import Seconds
 from megatron_hetermoe.cost.profile import Points, Profile, taken_for
+from megatron_hetermoe.cost.work import crossing_share
 from megatron_hetermoe.mcore import gpt
 from megatron_hetermoe.mcore.arguments import disaggregated_arguments, model_shape
 from megatron_hetermoe.mcore.experts import experts_of
@@ -33,8 +34,9 @@ from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.pretrain import model_provider
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
+from megatron_hetermoe.runtime.copies import Copies
 from megatron_hetermoe.runtime.streams import Queued, streams_for
-from megatron_hetermoe.runtime.transfers import Counts, Routed, Transfers
+from megatron_hetermoe.runtime.transfers import Routed, SizesLater, Transfers, TransferSizes
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
 LAYERS = 2  # of the model that is built: A tasks with an embedding, with none, and with the head
@@ -171,19 +173,23 @@ def _begin(args: argparse.Namespace) -> torch.device:
 class _Answered(Transfers):
     """Transfers of an attention rank whose holders are not there: the experts' outputs are its own tokens."""
 
-    def route(self, task: Task, counts: Counts, tokens: torch.Tensor, probs: torch.Tensor) -> None:
-        self.owned[task.layer, task.microbatch] = Routed(counts(), tokens, probs)
+    def route(
+        self, task: Task, sizes: SizesLater, tokens: torch.Tensor, probs: torch.Tensor, index: torch.Tensor
+    ) -> None:
+        self.owned[task.layer, task.microbatch] = Routed(sizes(), tokens, probs)
 
     def answer(self, task: Task) -> None:
         """What D and C tasks would bring before the next A task."""
         routed = self.owned[task.layer, task.microbatch]
-        routed.outputs = routed.tokens.clone()
+        routed.outputs = routed.tokens[:routed.rows].clone()
         routed.tokens.untyped_storage().resize_(0)
 
     def answer_backward(self, task: Task) -> None:
         """The same before an A task's backward."""
         routed = self.owned[task.layer, task.microbatch]
-        routed.token_grads = routed.output_grads
+        grads = routed.output_grads
+        routed.token_grads = grads.new_zeros(routed.made_rows, grads.shape[1])
+        routed.token_grads[:routed.rows] = grads
         routed.prob_grads = torch.zeros_like(routed.probs)
         routed.output_grads = routed.probs = routed.tokens = None
 
@@ -303,7 +309,7 @@ class _Experts(_Part):
     """The E tasks of a holder.
 
     Attributes:
-        bytes_per_row: what is kept of a row until its backward, 0 where memory cannot be asked.
+        bytes_per_row: what is kept for a row of an expert until its backward, 0 where memory cannot be asked.
     """
 
     rank = _EXPERT
@@ -329,20 +335,22 @@ class _Experts(_Part):
         return len(self.session.held(1))
 
     def _step(self, clock: _Clock, tokens: int) -> None:
-        rows, hidden = tokens * self.held, self.config.hidden_size
+        copies, hidden, model = tokens * self.held, self.config.hidden_size, self.session.plan.model
+        rows = max(tokens, round(tokens * model.experts / model.topk * crossing_share(model, self.held)))
+        source = torch.arange(copies, dtype=torch.int32, device=self.device) % rows
         transfers = self.session.transfers(hidden)
         inputs = self.inputs(None)
         table = ExpertTasks(inputs, transfers, partial(experts_of, inputs.model)).table()
         before = _allocated()
         task = Task(Kind.EXPERT, Pass.FORWARD, 1, 0)
         given = torch.randn(rows, hidden, dtype=self.session.wire_dtype, device=self.device)
-        probs = torch.full((rows,), 1 / self.config.moe_router_topk, dtype=self._probs_dtype, device=self.device)
-        counts = [[tokens] * self.held]
-        routed = transfers.held[1, 0] = Routed(counts, given, probs, sharers=(counts,))
+        probs = torch.full((copies,), 1 / self.config.moe_router_topk, dtype=self._probs_dtype, device=self.device)
+        sizes = TransferSizes([rows], [[tokens] * self.held])
+        routed = transfers.held[1, 0] = Routed(sizes, given, probs, copies=Copies.of(source, rows))
         del given, probs
         clock.run(task, table[Kind.EXPERT, Pass.FORWARD])
         routed.outputs = None
-        self.bytes_per_row = max(self.bytes_per_row, (_allocated() - before) / rows)
+        self.bytes_per_row = max(self.bytes_per_row, (_allocated() - before) / copies)
         routed.output_grads = torch.randn(rows, hidden, dtype=self.session.wire_dtype, device=self.device)
         clock.run(replace(task, direction=Pass.BACKWARD), table[Kind.EXPERT, Pass.BACKWARD])
         clock.finish()

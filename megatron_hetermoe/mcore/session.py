@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -151,13 +152,13 @@ class Session:
 
     def transfers(
         self, hidden: int, kind: type[Transfers] = Transfers, checksums: Checksums | None = None,
-        recorder: Recorder | None = None,
+        recorder: Recorder | None = None, row_order: Callable[[int], Sequence[int]] | None = None,
     ) -> Transfers:
-        """This member's transfers of one step, of tokens that are so wide; checksums and recorder as for Transfers."""
+        """This member's transfers of one step, of tokens that are so wide; all else as for Transfers."""
         layout = self.layout
         return kind(
             self.stage_placement, layout.m, self.member, self.out, self.back, hidden, self.wire_dtype, self.device,
-            tuple(map(layout.members_of, range(layout.holders))), checksums, recorder=recorder,
+            tuple(map(layout.members_of, range(layout.holders))), checksums, recorder=recorder, row_order=row_order,
         )
 
     def schedule(self, microbatches: int, forward_only: bool) -> Schedule:

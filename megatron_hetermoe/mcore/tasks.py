@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss, set_current_microbatch
 from megatron.core.tensor_parallel.mappings import all_to_all
-from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 
 from megatron_hetermoe.mcore.attention import ModelTasks, PlanningModel
 from megatron_hetermoe.mcore.experts import HeldExperts
@@ -20,9 +19,10 @@ from megatron_hetermoe.mcore.load import Load
 from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.recompute import experts_again, rerun
 from megatron_hetermoe.mcore.weights import WeightGradients
+from megatron_hetermoe.runtime.copies import Copies, by_expert
 from megatron_hetermoe.runtime.executor import Table
 from megatron_hetermoe.runtime.handover import Handover
-from megatron_hetermoe.runtime.transfers import Transfers
+from megatron_hetermoe.runtime.transfers import TransferSizes, Transfers
 from megatron_hetermoe.schedule.orders import Schedule
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 
@@ -160,7 +160,8 @@ class AttentionTasks:
         tokens, probs = result
         self.numbers.sent(task.layer, task.microbatch, tokens)
         tokens = _sent_as(tokens, self.transfers.dtype)
-        self.transfers.route(task, layer.dispatch_state.counts, tokens, probs.detach())
+        state = layer.dispatch_state
+        self.transfers.route(task, state.sizes, tokens, probs.detach(), state.index)
 
     def _begin(self, task: Task) -> tuple[_Microbatch, torch.Tensor]:
         """Reads the microbatch, makes its nodes and runs the embedding, or takes what the stage before has made of it."""
@@ -181,8 +182,8 @@ class AttentionTasks:
             routed = self.transfers.owned[layer, number]
             self.numbers.came(layer, number, routed)
             if self.load is not None:
-                self.load.note(layer, routed.counts)
-            outputs, routed.outputs = routed.outputs.to(self.inputs.config.params_dtype), None
+                self.load.note(layer, routed.sizes.counts)
+            outputs, routed.outputs, routed.index = routed.outputs.to(self.inputs.config.params_dtype), None, None
             if self.inputs.forward_only:
                 del self.transfers.owned[layer, number]
             else:
@@ -294,13 +295,18 @@ class ExpertTasks:
         """Runs the experts; without a token too, since gradients of all experts are reduced together."""
         routed = self.transfers.held[task.layer, task.microbatch]
         experts = self.experts(task.layer - self.first + 1)
-        run = partial(_run_shared, experts, routed.sharers)
-        if experts_again(self.inputs.config, task.layer - self.first + 1):
+        run = partial(_run_shared, experts, routed.sharers, routed.copies)
+        again = experts_again(self.inputs.config, task.layer - self.first + 1)
+        if again:
             run = partial(rerun, run)
         wants_grad = not self.inputs.forward_only
         tokens, probs = routed.tokens.to(experts.dtype).requires_grad_(wants_grad), routed.probs.requires_grad_(wants_grad)
         outputs = run(tokens, probs)
-        routed.outputs, routed.tokens, routed.probs = _sent_as(outputs, self.transfers.dtype), None, None
+        if not again:  # experts keep copies of what came
+            tokens.untyped_storage().resize_(0)
+            probs.untyped_storage().resize_(0)
+        routed.outputs = _sent_as(outputs, self.transfers.dtype)
+        routed.tokens = routed.probs = routed.copies = None
         if wants_grad:
             self._forwards[task.layer, task.microbatch] = tokens, probs, outputs
 
@@ -323,55 +329,51 @@ def _sent_as(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _run_shared(
-    experts: HeldExperts, sharers: Sequence[list[list[int]]], tokens: torch.Tensor, probs: torch.Tensor
+    experts: HeldExperts, sharers: Sequence[TransferSizes], copies: Copies, tokens: torch.Tensor, probs: torch.Tensor
 ) -> torch.Tensor:
     """Experts of which each of the ranks that are one holder has a part.
 
     Every rank runs its part on the tokens of all. What the parts make of a token are addends, which go back to the rank
-    that has received the token. Copies and addends so stay inside the expert pool; between the pools, where the network
-    is slow, each token crosses once each way. A rank sends as much as in a ring; sums are in one order.
+    that has received the token. What is sent for that, and the addends, stay inside the expert pool; between the pools, where
+    the network is slow, each token crosses once each way. A rank sends as much as in a ring; sums are in one order.
 
     Args:
         experts: this holder's.
-        sharers: ``Routed.sharers``.
+        sharers, copies: as in ``Routed``.
         tokens: [rows, hidden], those that this rank has received.
-        probs: [rows].
+        probs: [copies], of these.
 
     Returns:
         [rows, hidden], in the order of ``tokens``.
     """
-    counts = [of_owner for of_sharer in sharers for of_owner in of_sharer]
+    counts = [of_owner for of_sharer in sharers for of_owner in of_sharer.counts]
     if len(sharers) == 1:
-        return _run_sorted(experts, counts, tokens, probs)
-    group, rows = experts.tp_group, [sum(map(sum, of_sharer)) for of_sharer in sharers]
-    shape, own = tokens.shape, [len(tokens)] * len(sharers)
-    # The backward of a copy is a sum, that of a sum a copy.
-    tokens = all_to_all(group, tokens.repeat(len(sharers), 1), rows, own)
-    probs = all_to_all(group, probs.repeat(len(sharers)), rows, own)
-    outputs = _run_sorted(experts, counts, tokens, probs)
-    return all_to_all(group, outputs, own, rows).view(len(sharers), *shape).sum(dim=0)
+        return _run_copies(experts, counts, copies, tokens, probs)
+    group, shape, ranks = experts.tp_group, tokens.shape, len(sharers)
+    rows, sent = [sum(of_sharer.rows) for of_sharer in sharers], [len(tokens)] * ranks
+    # The backward of sending the same to all is a sum, that of a sum sending the same to all.
+    tokens = all_to_all(group, tokens.repeat(ranks, 1), rows, sent)
+    probs = all_to_all(group, probs.repeat(ranks), [sum(of_sharer.copies) for of_sharer in sharers], [len(probs)] * ranks)
+    outputs = _run_copies(experts, counts, copies, tokens, probs)
+    return all_to_all(group, outputs, sent, rows).view(ranks, *shape).sum(dim=0)
 
 
-def _run_sorted(
-    experts: HeldExperts, all_counts: list[list[int]], tokens: torch.Tensor, probs: torch.Tensor
+def _run_copies(
+    experts: HeldExperts, counts: Sequence[Sequence[int]], copies: Copies, tokens: torch.Tensor, probs: torch.Tensor
 ) -> torch.Tensor:
-    """Experts on rows that are sorted by owner, then by expert.
+    """Experts on a copy of each row for each of them that it goes to.
 
     Args:
         experts: this holder's.
-        all_counts: rows of each owner for each expert, [owners][experts].
+        counts: copies of each owner for each expert, [owners][experts].
+        copies: of the rows.
         tokens: [rows, hidden].
-        probs: [rows]; they are multiplied inside the experts.
+        probs: [copies], by owner, then by expert; they are multiplied inside the experts.
 
     Returns:
-        [rows, hidden], in the order of ``tokens``.
+        [rows, hidden], for each row the sum over its experts.
     """
-    counts = torch.tensor(all_counts)
-    owners, held = counts.shape
-    chunks = counts.reshape(-1)
-    index = torch.arange(owners * held).view(owners, held)
-    by_expert = index.t()[list(experts.row_order)].reshape(-1)
-    tokens, probs = sort_chunks_by_idxs(tokens, chunks, by_expert, probs=probs)
-    outputs, _ = experts(tokens, counts.sum(dim=0)[list(experts.row_order)], probs)
-    outputs, _ = sort_chunks_by_idxs(outputs, chunks[by_expert], by_expert.argsort())
-    return outputs
+    order = experts.row_order
+    outputs, _ = experts(
+        copies.expanded(tokens), torch.tensor(counts).sum(dim=0)[list(order)], by_expert(probs, counts, order))
+    return copies.summed(outputs)

@@ -98,7 +98,7 @@ def member_memory(
         activations += wave * tokens * shape.mtp_layers * 5 * shape.hidden * BYTES[group.precision]
         # Logits with their gradient, in the weights' type and in fp32, or the permuted tokens of a layer.
         logits = tokens * step.vocabulary * 2 * (BYTES[group.precision] + 4) * (1 + shape.mtp_layers) * group.ends
-        permuted = 4 * tokens * shape.topk * shape.hidden * BYTES[group.precision]
+        permuted = 4 * tokens * most_rows(group) * shape.hidden * BYTES[group.precision]
         # Ranks that share a microbatch gather its tokens, and the gradients of these.
         gathered = 2 * (group.tensor - 1) * tokens * shape.hidden * BYTES[group.precision]
         transient = max(transient, logits, permuted) + gathered
@@ -167,13 +167,18 @@ def _row_bytes_until_weights(group: GroupCosts) -> float:
     return BYTES[group.precision] * row
 
 
+def most_rows(group: GroupCosts) -> int:
+    """The holders that a token may go to, each once."""
+    return min(group.shape.topk, group.members)
+
+
 def attention_token_bytes(group: GroupCosts, member: int) -> float:
     """What an attention rank keeps of a token and layer until its backward."""
     kind, shape, size = group.seats[member].kind, group.shape, BYTES[group.precision]
     if "attention_activation_per_token" in kind.memory_figures:
         return kind.memory_figures["attention_activation_per_token"]
     # The residual, and the experts' outputs, which the end of the layer is differentiated by.
-    kept = size * (shape.hidden + shape.topk * shape.hidden)
+    kept = size * (shape.hidden + most_rows(group) * shape.hidden)
     if group.step.recompute == "full":
         return kept
     inside = 3 * shape.query_width + 3 * shape.query_groups * shape.head_dim

@@ -1,64 +1,93 @@
 """The transfers of an asymmetric mixture-of-experts layer, as tasks outside autograd.
 
 Traffic is bipartite and ragged: every attention rank sends to every holder of a layer what its router decided, and
-any of it may be nothing. An attention rank knows all sizes; a holder learns them from a header that travels in
-front of the tokens. Nothing else is ever awaited in order to know a size.
+any of it may be nothing. A token is sent to a holder once, as a row, with the rows' numbers for each of the holder's experts;
+the holder makes copies and returns their sum. An attention rank knows all sizes; a holder learns them from a header that
+travels in front of the tokens. Nothing else is ever awaited in order to know a size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
 from megatron_hetermoe.runtime.channels import Channel, Message
+from megatron_hetermoe.runtime.copies import Copies, by_expert
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.topology.placement import Placement
 
 # Parts of a transfer.
-_HEADER, _TOKENS, _PROBS = range(3)
-PARTS = ("header", "tokens", "probabilities")
+_HEADER, _TOKENS, _PROBS, _INDEX = range(4)
+PARTS = ("header", "tokens", "probabilities", "index")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Counts = Callable[[], list[list[int]]]
-_HEADER_FIELDS = 5  # layer, microbatch, hidden, dtype of tokens, dtype of probabilities; then counts
+_HEADER_FIELDS = 5  # layer, microbatch, hidden, dtype of tokens, dtype of probabilities; then the number of rows, then counts
+
+
+class TransferSizes(NamedTuple):
+    """What goes between a member and each of its peers in one layer: an owner's peers are the layer's holders, a holder's the
+    attention members that send to it, both ascending.
+
+    Attributes:
+        rows: tokens, each of which goes to some of the holder's experts.
+        counts: for each of the holder's experts, how many of them go to it; so their sum is the number of copies.
+    """
+
+    rows: list[int]
+    counts: list[list[int]]
+
+    @property
+    def copies(self) -> list[int]:
+        """A token's with each peer, one for each expert that it goes to."""
+        return [sum(of_peer) for of_peer in self.counts]
+
+
+SizesLater = Callable[[], TransferSizes]
 
 
 @dataclass
 class Routed:
     """One layer of one microbatch, at one of its two ends.
 
-    At the tokens' owner, rows are sorted by holder, then by the holder's local expert (``Placement.expert_order``);
-    at a holder, by owner, then by local expert. A token is there once for each expert that it goes to. Fields are
-    None before they are known and after they were last read.
+    At the tokens' owner, rows are sorted by holder, and copies by holder, then by the holder's local expert
+    (``Placement.expert_order``); at a holder, rows by owner, and copies by owner, then by local expert. What an owner has
+    may be longer than what is sent: sizes are known on its device only when it is made. Fields are None before they are
+    known and after they were last read.
 
     Attributes:
-        counts: for each peer (the owner's are the layer's holders, a holder's the attention members that send to it,
-            both ascending), the rows for each of the holder's experts.
+        sizes: with each peer.
         tokens: [rows, hidden].
-        probs: [rows], in the router's precision.
-        outputs: [rows, hidden], what the experts made of the tokens.
+        probs: [copies], in the router's precision.
+        index: at the owner, [copies], int32, the row with the holder that each is a copy of.
+        outputs: [rows, hidden], for each token the sum of what the holder's experts made of it.
         output_grads, token_grads: [rows, hidden].
-        prob_grads: [rows].
-        sharers: at a holder that is several members, ``counts`` of each of them, in their order; elsewhere of this
+        prob_grads: [copies].
+        sharers: at a holder that is several members, ``sizes`` of each of them, in their order; elsewhere of this
             one alone, which need not be given.
+        copies: at a holder, of the rows of all sharers, one sharer's after the other's, in the order in which experts take
+            them.
     """
 
-    counts: list[list[int]]
+    sizes: TransferSizes
     tokens: torch.Tensor | None
     probs: torch.Tensor | None
+    index: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
     output_grads: torch.Tensor | None = None
     token_grads: torch.Tensor | None = None
     prob_grads: torch.Tensor | None = None
-    sharers: tuple[list[list[int]], ...] = ()
+    sharers: tuple[TransferSizes, ...] = ()
+    copies: Copies | None = None
 
     def __post_init__(self) -> None:
-        self.sharers = self.sharers or (self.counts,)
-        self.splits = [sum(counts) for counts in self.counts]
-        self.rows = sum(self.splits)
+        self.sharers = self.sharers or (self.sizes,)
+        self.rows = sum(self.sizes.rows)
+        self.made_rows, self.made_probs = len(self.tokens), len(self.probs)
         self.probs_dtype = self.probs.dtype
 
 
@@ -76,10 +105,12 @@ class Transfers:
         device: where buffers are.
         holders: for each holder, the members that are it together; not given where each member is one. An owner's rows
             go to one of them, so that each token crosses between the pools once, and its number in the holder is the
-            owner's modulo their number; all of them learn of all rows.
+            owner's modulo their number; all of them learn of all rows and copies.
         checksums: told of every message of a step that is checked.
         owned, held: state by (layer, microbatch), for the A and E tasks to read and fill.
         recorder: told what is sent and for which experts, where the step is recorded.
+        row_order: gives, for a layer, the order in which this member's experts take their copies, as numbers of local experts;
+            ascending where not given.
     """
 
     placement: Placement
@@ -95,14 +126,18 @@ class Transfers:
     owned: dict[tuple[int, int], Routed] = field(default_factory=dict)
     held: dict[tuple[int, int], Routed] = field(default_factory=dict)
     recorder: Recorder | None = None
+    row_order: Callable[[int], Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         self.holders = self.holders or tuple((member,) for member in range(self.placement.members))
         self._holder, self._sharers = next(
             (holder, members) for holder, members in enumerate(self.holders) if self.member in members
         )
-        self._owners = range(self._sharers.index(self.member), self.attention_members, len(self._sharers))
-        self._leaving: dict[tuple[int, int], tuple[Counts, torch.Tensor, torch.Tensor]] = {}
+        sharers = len(self._sharers)
+        owners = [range(place, self.attention_members, sharers) for place in range(sharers)]  # whose rows each one gets
+        self._owners = owners[self._sharers.index(self.member)]
+        self._all_owners = [owner for of_sharer in owners for owner in of_sharer]
+        self._leaving: dict[tuple[int, int], tuple[SizesLater, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         # Buffers are made on a channel's stream and freed by compute, which the allocator must know.
         self._compute = torch.cuda.current_stream() if self._empty(0).is_cuda else None
 
@@ -115,17 +150,20 @@ class Transfers:
             (Kind.DISPATCH, Pass.BACKWARD): self._dispatch_backward,
         }
 
-    def route(self, task: Task, counts: Counts, tokens: torch.Tensor, probs: torch.Tensor) -> None:
+    def route(
+        self, task: Task, sizes: SizesLater, tokens: torch.Tensor, probs: torch.Tensor, index: torch.Tensor
+    ) -> None:
         """Hands over what an A task routed, for the D task that follows.
 
         Args:
             task: the A task.
-            counts: gives ``Routed.counts``; asked by the D task, on its thread, so that compute need not wait for the
+            sizes: gives ``Routed.sizes``; asked by the D task, on its thread, so that compute need not wait for the
                 device to know them.
-            tokens: [rows, hidden], freed when they are sent.
-            probs: [rows].
+            tokens: [at least rows, hidden], freed when they are sent.
+            probs: [at least copies].
+            index: [at least copies], as ``Routed.index``.
         """
-        self._leaving[task.layer, task.microbatch] = counts, tokens, probs
+        self._leaving[task.layer, task.microbatch] = sizes, tokens, probs, index
 
     @property
     def _owns(self) -> bool:
@@ -136,37 +174,60 @@ class Transfers:
 
     @torch.no_grad()
     def _dispatch(self, task: Task) -> None:
-        """D forward, on channel out: header, tokens and probabilities to the holders."""
+        """D forward, on channel out: header, tokens, probabilities and index to the holders."""
         headers: list[Message] = []
         payload: list[Message] = []
         state = None
         if self._owns:
-            counts, tokens, probs = self._leaving.pop((task.layer, task.microbatch))
-            state = self.owned[task.layer, task.microbatch] = Routed(counts(), tokens, probs)
-            self._check(task, "tokens", state.tokens, state.rows)
-            for holder, counts in zip(self.placement.holders_of(task.layer), state.counts):
-                header = self._header(task, state, counts)
-                headers += [Message(member, _HEADER, header) for member in self.holders[holder]]
-            payload += self._parts(task, state, _TOKENS, state.tokens)
-            payload += self._parts(task, state, _PROBS, state.probs)
+            sizes, *made = self._leaving.pop((task.layer, task.microbatch))
+            state = self.owned[task.layer, task.microbatch] = Routed(sizes(), *made)
+            headers, payload = self._leaves(task, state)
         if not self._holds(task.layer):
             self._exchange(task, self.out, headers + payload)
         else:
             received = self._receive_headers(task, headers)
-            buffers = [
-                Message(owner, part, rows)
-                for part, tensor in ((_TOKENS, received.tokens), (_PROBS, received.probs))
-                for owner, rows in zip(self._owners, tensor.split(received.splits))
-            ]
-            self._exchange(task, self.out, payload, buffers)
+            self._receive(task, payload, received)
             if self.recorder is not None:
                 experts = range(len(self.placement.held(task.layer, self._holder)))
-                self.recorder.routed(task, [sum(counts[expert] for counts in received.counts) for expert in experts])
+                self.recorder.routed(task, [sum(counts[expert] for counts in received.sizes.counts) for expert in experts])
             self.held[task.layer, task.microbatch] = received
         if state:
             # Only their shape is read from here on, by the backward of the task that made them.
             state.tokens.untyped_storage().resize_(0)
             state.tokens = state.probs = None
+
+    def _leaves(self, task: Task, state: Routed) -> tuple[list[Message], list[Message]]:
+        """What an owner sends in D forward: headers, and what they announce."""
+        sizes = state.sizes
+        tokens, probs, index = state.tokens[:state.rows], *(made[:sum(sizes.copies)] for made in (state.probs, state.index))
+        self._check(task, "tokens", tokens, state.rows)
+        payload = self._parts(task, state, _TOKENS, tokens) + self._parts(task, state, _PROBS, probs)
+        _used_here(index)
+        headers = []
+        for holder, rows, counts, of_holder in zip(
+                self.placement.holders_of(task.layer), sizes.rows, sizes.counts, index.split(sizes.copies)):
+            header = self._header(task, state, rows, counts)
+            headers += [Message(member, _HEADER, header) for member in self.holders[holder]]
+            payload += [Message(member, _INDEX, of_holder) for member in self.holders[holder]]
+        return headers, payload
+
+    def _receive(self, task: Task, payload: list[Message], received: Routed) -> None:
+        """Sends this member's payload, receives those for it, and learns which row each copy is of."""
+        sharers = received.sharers
+        rows, counts = ([one for of_sharer in sharers for one in of_sharer[field]] for field in range(2))
+        index = torch.empty(sum(map(sum, counts)), dtype=torch.int32, device=self.device)
+        indexes = index.split([sum(of_owner) for of_owner in counts])
+        sizes = received.sizes
+        buffers = [Message(owner, _TOKENS, part) for owner, part in zip(self._owners, received.tokens.split(sizes.rows))]
+        buffers += [Message(owner, _PROBS, part) for owner, part in zip(self._owners, received.probs.split(sizes.copies))]
+        buffers += [Message(owner, _INDEX, part) for owner, part in zip(self._all_owners, indexes)]
+        self._exchange(task, self.out, payload, buffers)
+        # Each owner counts its rows from 0 on.
+        torch._foreach_add_(indexes, list(accumulate(rows, initial=0))[:-1])
+        order = self.row_order(task.layer) if self.row_order else range(len(counts[0]))
+        received.copies = Copies.of(by_expert(index, counts, order), sum(rows))
+        for tensor in vars(received.copies).values():
+            self._for_compute(tensor)
 
     @torch.no_grad()
     def _combine(self, task: Task) -> None:
@@ -195,7 +256,7 @@ class Transfers:
             held.output_grads = self._empty(held.rows)
             buffers = [
                 Message(owner, _TOKENS, rows)
-                for owner, rows in zip(self._owners, held.output_grads.split(held.splits))
+                for owner, rows in zip(self._owners, held.output_grads.split(held.sizes.rows))
             ]
         self._exchange(task, self.out, sends, buffers)
         if state:
@@ -207,10 +268,14 @@ class Transfers:
         buffers = []
         if self._owns:
             state = self._owner(task)
-            state.token_grads = self._empty(state.rows)
-            state.prob_grads = self._empty(state.rows, state.probs_dtype)
-            buffers = self._parts(task, state, _TOKENS, state.token_grads)
-            buffers += self._parts(task, state, _PROBS, state.prob_grads)
+            copies = sum(state.sizes.copies)
+            state.token_grads = self._empty(state.made_rows)
+            state.prob_grads = self._empty(state.made_probs, state.probs_dtype)
+            for grads, used in ((state.token_grads, state.rows), (state.prob_grads, copies)):
+                if len(grads) > used:
+                    grads[used:].zero_()  # of what was not sent
+            buffers = self._parts(task, state, _TOKENS, state.token_grads[:state.rows])
+            buffers += self._parts(task, state, _PROBS, state.prob_grads[:copies])
         sends = self._returned(task, _TOKENS, "token_grads") + self._returned(task, _PROBS, "prob_grads")
         self._exchange(task, self.back, sends, buffers)
         self.held.pop((task.layer, task.microbatch), None)
@@ -234,7 +299,7 @@ class Transfers:
         _used_here(tensor)
         return [
             Message(self._receiver(holder), part, rows)
-            for holder, rows in zip(self.placement.holders_of(task.layer), tensor.split(state.splits))
+            for holder, rows in zip(self.placement.holders_of(task.layer), tensor.split(_sizes(state, part)))
         ]
 
     def _receiver(self, holder: int) -> int:
@@ -248,30 +313,33 @@ class Transfers:
             return []
         held = self.held[task.layer, task.microbatch]
         tensor = getattr(held, name)
-        self._check(task, name, tensor, held.rows, self.dtype if part == _TOKENS else held.probs_dtype)
+        sizes = _sizes(held, part)
+        self._check(task, name, tensor, sum(sizes), self.dtype if part == _TOKENS else held.probs_dtype)
         _used_here(tensor)
-        return [Message(owner, part, rows)
-                for owner, rows in zip(self._owners, tensor.contiguous().split(held.splits))]
+        return [Message(owner, part, rows) for owner, rows in zip(self._owners, tensor.contiguous().split(sizes))]
 
     def _empty(self, rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A buffer, [rows, hidden] of tokens or, with the dtype of probabilities, [rows]."""
         shape = (rows,) if dtype else (rows, self.hidden)
-        tensor = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-        if tensor.is_cuda and rows:
+        return self._for_compute(torch.empty(shape, dtype=dtype or self.dtype, device=self.device))
+
+    def _for_compute(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, made on a channel's stream, whose memory is kept until compute is past what it does when it lets go."""
+        if tensor.is_cuda and tensor.numel():
             tensor.record_stream(self._compute)
         return tensor
 
-    def _header(self, task: Task, state: Routed, counts: list[int]) -> torch.Tensor:
+    def _header(self, task: Task, state: Routed, rows: int, counts: list[int]) -> torch.Tensor:
         """What a holder must know before it can receive, as int64 on the CPU."""
         return torch.tensor(
             [task.layer, task.microbatch, self.hidden, _DTYPES.index(state.tokens.dtype),
-             _DTYPES.index(state.probs.dtype), *counts]
+             _DTYPES.index(state.probs.dtype), rows, *counts]
         )
 
     def _receive_headers(self, task: Task, own_headers: list[Message]) -> Routed:
         """Sends this member's headers, receives those for it, checks them, and makes buffers of their sizes."""
         local = len(self.placement.held(task.layer, self._holder))
-        headers = [torch.empty(_HEADER_FIELDS + local, dtype=torch.int64) for _ in range(self.attention_members)]
+        headers = [torch.empty(_HEADER_FIELDS + 1 + local, dtype=torch.int64) for _ in range(self.attention_members)]
         buffers = [Message(owner, _HEADER, header) for owner, header in enumerate(headers)]
         self._exchange(task, self.out, own_headers, buffers)
         expected = [task.layer, task.microbatch, self.hidden, _DTYPES.index(self.dtype)]
@@ -285,11 +353,12 @@ class Transfers:
                     f"sends layer {announced[0]}, microbatch {announced[1] + 1}, {announced[2]} wide "
                     f"{_DTYPES[announced[3]]} with {_DTYPES[announced[4]]}"
                 )
-        counts = [header[_HEADER_FIELDS:].tolist() for header in headers]
-        sharers = tuple(counts[place::len(self._sharers)] for place in range(len(self._sharers)))
+        rows, counts = zip(*((number, of) for number, *of in (header[_HEADER_FIELDS:].tolist() for header in headers)))
+        places = range(len(self._sharers))
+        sharers = tuple(TransferSizes(*(list(each[place::len(places)]) for each in (rows, counts))) for place in places)
         own = sharers[self._sharers.index(self.member)]
-        rows = sum(map(sum, own))
-        return Routed(own, self._empty(rows), self._empty(rows, _DTYPES[probs_dtype]), sharers=sharers)
+        tokens, probs = self._empty(sum(own.rows)), self._empty(sum(own.copies), _DTYPES[probs_dtype])
+        return Routed(own, tokens, probs, sharers=sharers)
 
     def _check(
         self, task: Task, what: str, tensor: torch.Tensor, rows: int, dtype: torch.dtype | None = None
@@ -301,6 +370,11 @@ class Transfers:
                 f"member {self.member} has {tensor.shape[0]} rows of {tensor.dtype} as {what} for {task}, "
                 f"its peers await {rows} of {dtype}"
             )
+
+
+def _sizes(state: Routed, part: int) -> list[int]:
+    """How a part is divided among peers."""
+    return state.sizes.rows if part == _TOKENS else state.sizes.copies
 
 
 def _used_here(tensor: torch.Tensor) -> None:

@@ -13,8 +13,9 @@ from ranks import RanksFailed, run_function
 
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.channels import Channel
+from megatron_hetermoe.runtime.copies import by_expert
 from megatron_hetermoe.runtime.streams import HostStreams
-from megatron_hetermoe.runtime.transfers import Routed, Transfers
+from megatron_hetermoe.runtime.transfers import Routed, Transfers, TransferSizes
 from megatron_hetermoe.schedule.orders import zebra
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream
 from megatron_hetermoe.topology.placement import Placement
@@ -27,29 +28,48 @@ ATTENTION, LAYERS, MICROBATCHES = 2, 2, 5
 HOLDERS = {4: (), 5: ((0,), (1,), (2,), (3, 4))}
 
 
+# Of the holder's experts, by their number.
+ORDER = {1: (0,), 2: (1, 0), 4: (2, 0, 3, 1)}
+
+
+def rows_of_copies(made: Routed) -> torch.Tensor:
+    """For each copy of an owner, the row of all that it sends."""
+    starts = torch.tensor([0, *made.sizes.rows]).cumsum(0)[:-1].repeat_interleave(torch.tensor(made.sizes.copies))
+    return made.index[:-1] + starts
+
+
 def transfers_of(rank: int, world: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN) -> Transfers:
     groups = [dist.new_group(list(range(world))) for _ in range(2)]
     out, back = (Channel(group, group, range(world), rank) for group in groups)
-    return Transfers(PLACEMENT, ATTENTION, rank, out, back, hidden, dtype, torch.device("cpu"), HOLDERS[world])
+    return Transfers(PLACEMENT, ATTENTION, rank, out, back, hidden, dtype, torch.device("cpu"), HOLDERS[world],
+                     row_order=lambda layer: ORDER[len(PLACEMENT.held(layer, min(rank, 3)))])
 
 
 class FakeModel:
-    """Attention makes up tokens; experts double them and add the probability; gradients come back tripled."""
+    """Attention makes up tokens; experts double their copies and add the probability; gradients come back tripled."""
 
     def __init__(self, transfers: Transfers, delay: random.Random | None):
         self.transfers, self.delay, self.checked = transfers, delay, 0
+        self.place = max(0, transfers.member - 3)  # in a holder of two members
 
     def routed(self, task) -> Routed:
-        """Ragged, and nothing at all for some holders: a function of rank, layer and microbatch."""
+        """Ragged, and nothing at all for some holders: a function of rank, layer and microbatch. There is more than is sent."""
         draw = random.Random(hash((self.transfers.member, task.layer, task.microbatch)))
-        counts = [
-            [draw.choice([0, 0, 1, 3]) for _ in PLACEMENT.held(task.layer, holder)]
-            for holder in PLACEMENT.holders_of(task.layer)
-        ]
-        rows = sum(map(sum, counts))
+        sizes, index = TransferSizes([], []), []
+        for holder in PLACEMENT.holders_of(task.layer):
+            experts = range(len(PLACEMENT.held(task.layer, holder)))
+            tokens = draw.choice([0, 0, 1, 4])
+            goes = [set(draw.sample(experts, draw.randint(1, len(experts)))) for _ in range(tokens)]
+            of_experts = [[row for row in range(tokens) if expert in goes[row]] for expert in experts]
+            sizes.rows.append(tokens)
+            sizes.counts.append(list(map(len, of_experts)))
+            index += sum(of_experts, [])
+        rows = sum(sizes.rows) + 2
         start = 1000 * self.transfers.member + 100 * task.layer + 10 * task.microbatch
         tokens = (start + torch.arange(rows * HIDDEN, dtype=torch.float32)).view(rows, HIDDEN)
-        return Routed(counts, tokens, torch.arange(rows, dtype=torch.float64))
+        tokens[-2:] = torch.nan
+        probs = torch.arange(len(index) + 1, dtype=torch.float64)
+        return Routed(sizes, tokens, probs, torch.tensor([*index, 77], dtype=torch.int32))
 
     def attention(self, task) -> None:
         if self.delay:
@@ -58,21 +78,25 @@ class FakeModel:
         if task.direction is Pass.FORWARD:
             if task.layer > 1:
                 made, before = self.routed_before(task), owned[task.layer - 1, task.microbatch]
-                assert torch.equal(before.outputs, 2 * made.tokens + made.probs.float()[:, None])
+                rows, of_copies = made.tokens[:-2], rows_of_copies(made)
+                doubled = 2 * rows[of_copies] + made.probs[:-1, None].float()
+                assert torch.equal(before.outputs, torch.zeros_like(rows).index_add_(0, of_copies, doubled))
                 self.checked += 1
             if task.layer <= LAYERS:
                 made = self.routed(task)
-                self.transfers.route(task, lambda: made.counts, made.tokens, made.probs)
+                self.transfers.route(task, lambda: made.sizes, made.tokens, made.probs, made.index)
             return
         if task.layer <= LAYERS:
             routed = owned.pop((task.layer, task.microbatch))
             made = self.routed(task)
-            assert torch.equal(routed.token_grads, 3 * made.tokens)
-            assert torch.equal(routed.prob_grads, made.tokens.sum(dim=1).double())
+            rows, of_copies = made.tokens[:-2], rows_of_copies(made)
+            assert torch.equal(routed.token_grads[:-2], 3 * rows * of_copies.bincount(minlength=len(rows))[:, None])
+            assert torch.equal(routed.prob_grads[:-1], rows[of_copies].sum(dim=1).double())
+            assert not routed.token_grads[-2:].any() and not routed.prob_grads[-1:].any()
             self.checked += 1
         if task.layer > 1:
             made = self.routed_before(task)
-            owned[task.layer - 1, task.microbatch].output_grads = made.tokens.clone()
+            owned[task.layer - 1, task.microbatch].output_grads = made.tokens[:-2].clone()
 
     def routed_before(self, task) -> Routed:
         return self.routed(type(task)(task.kind, task.direction, task.layer - 1, task.microbatch))
@@ -81,10 +105,26 @@ class FakeModel:
         if self.delay:
             time.sleep(self.delay.random() * 0.003)
         held = self.transfers.held[task.layer, task.microbatch]
+        counts = [of_owner for sizes in held.sharers for of_owner in sizes.counts]
         if task.direction is Pass.FORWARD:
-            held.outputs = 2 * held.tokens + held.probs.float()[:, None]
+            probs = by_expert(self.of_all(held, held.probs, "copies"), counts, ORDER[len(counts[0])])
+            made = 2 * held.copies.expanded(self.of_all(held, held.tokens, "rows")) + probs.float()[:, None]
+            held.outputs = self.own(held, held.copies.summed(made), "rows")
         else:
-            held.token_grads, held.prob_grads = 3 * held.output_grads, held.output_grads.sum(dim=1).double()
+            grads = held.copies.expanded(self.of_all(held, held.output_grads, "rows"))
+            held.token_grads = self.own(held, held.copies.summed(3 * grads), "rows")
+            prob_grads = torch.empty(len(grads), dtype=torch.float64)
+            prob_grads[by_expert(torch.arange(len(grads)), counts, ORDER[len(counts[0])])] = grads.sum(dim=1).double()
+            held.prob_grads = self.own(held, prob_grads, "copies")
+
+    def of_all(self, held: Routed, own: torch.Tensor, what: str) -> torch.Tensor:
+        """This member's rows or copies among those of all that are the holder, which are 0."""
+        sizes = [sum(getattr(of_sharer, what)) for of_sharer in held.sharers]
+        return torch.cat([own if place == self.place else own.new_zeros(size, *own.shape[1:])
+                          for place, size in enumerate(sizes)])
+
+    def own(self, held: Routed, of_all: torch.Tensor, what: str) -> torch.Tensor:
+        return of_all.split([sum(getattr(of_sharer, what)) for of_sharer in held.sharers])[self.place]
 
     def table(self):
         return {
@@ -126,7 +166,8 @@ def disagree(rank: int, world: int, what: str):
     if rank < ATTENTION:
         rows = 3 if what == "rows" and rank == 0 else 4
         tokens = torch.ones(rows, transfers.hidden, dtype=transfers.dtype)
-        transfers.route(task, lambda: [[1], [1], [1, 1]], tokens, torch.ones(4))
+        sizes = TransferSizes([1, 1, 2], [[1], [1], [1, 1]])
+        transfers.route(task, lambda: sizes, tokens, torch.ones(4), torch.tensor([0, 0, 0, 1], dtype=torch.int32))
     transfers.table()[task.kind, task.direction](task)
 
 

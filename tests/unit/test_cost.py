@@ -3,7 +3,9 @@
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 
+import numpy as np
 import pytest
 from pricing import PRECISION, cluster, group, profile, shape
 
@@ -16,7 +18,7 @@ from megatron_hetermoe.cost.devices import device_table
 from megatron_hetermoe.cost.estimate import Estimate
 from megatron_hetermoe.cost.profile import Profiled, read_profile
 from megatron_hetermoe.cost.tasks import TaskCosts
-from megatron_hetermoe.cost.work import dense_parameters, projection_width
+from megatron_hetermoe.cost.work import crossing_share, dense_parameters, projection_width
 from megatron_hetermoe.planner.memory import member_memory
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.simulator.baselines import spread
@@ -116,11 +118,24 @@ def test_experts_cost_by_their_number_and_bytes_by_their_holders():
     costs = TaskCosts(priced, Placement(((2, 2, 2, 2, 2, 2, 3, 3),) * 3, 4))
     one, other = (costs.seconds(member, Task(Kind.EXPERT, Pass.FORWARD, 1, 0)) for member in (2, 3))
     assert one == pytest.approx(3 * other)
-    rows = 128 * 2 / 8
+    # Two of 28 pairs are not among the six experts of the fullest holder; each of these gets a quarter of all tokens.
+    rows, copies = 128 * 27 / 28, 6 * 128 * 2 / 8
     dispatch = costs.transfer(Task(Kind.DISPATCH, Pass.FORWARD, 1, 0))
-    assert dispatch.seconds == pytest.approx(2 * 6 * rows * (64 * 2 + 4) / 1e9)  # into the fullest holder
+    assert dispatch.seconds == pytest.approx(2 * (rows * 64 * 2 + copies * (4 + 4)) / 1e9)  # into the fullest holder
     combine = costs.transfer(Task(Kind.COMBINE, Pass.FORWARD, 1, 0))
-    assert combine.seconds == pytest.approx(2 * 6 * rows * 64 * 2 / 1e9)
+    assert combine.seconds == pytest.approx(2 * rows * 64 * 2 / 1e9)
+    back = costs.transfer(Task(Kind.DISPATCH, Pass.BACKWARD, 1, 0))
+    assert back.seconds == pytest.approx(2 * (rows * 64 * 2 + copies * 4) / 1e9)
+
+
+@pytest.mark.parametrize("experts, topk, held", [(8, 2, 3), (8, 3, 6), (5, 4, 2), (4, 1, 1), (6, 6, 1), (7, 2, 7), (7, 2, 0)])
+def test_the_share_of_tokens_that_cross_is_that_of_all_choices(experts, topk, held):
+    """Counted over every choice of k experts."""
+    choices = list(combinations(range(experts), topk))
+    crossing = sum(min(chosen) < held for chosen in choices)
+    of = shape(experts=experts, topk=topk)
+    assert crossing_share(of, held) == pytest.approx(crossing / len(choices))
+    assert crossing_share(of, np.array([held, 0])) == pytest.approx([crossing / len(choices), 0])
 
 
 def test_a_further_token_is_a_layer_more_and_a_head():

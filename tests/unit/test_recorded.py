@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import comb
 
 import pytest
 from pricing import PRECISION, group, shape
@@ -78,15 +79,22 @@ def test_a_trace_of_another_run_is_refused(simulated):
 
 
 def test_what_transfers_move_by_hand(simulated):
-    """128 tokens of each attention rank go to 2 of 8 experts: 32 to each, 64 wide in bf16, with a probability."""
+    """128 tokens of each attention rank go to 2 of 8 experts, 64 wide in bf16: each once to a holder of one of these, with a
+    probability and an index for each expert, which 32 tokens go to."""
     _, costs, _ = simulated
     dispatch, combine = Task(Kind.DISPATCH, Pass.FORWARD, 1, 0), Task(Kind.COMBINE, Pass.FORWARD, 1, 0)
-    row, held = 64 * 2, costs.experts(1)
+    held = costs.experts(1)
+
+    def sent(experts: int, each: int) -> float:
+        return 128 * (1 - comb(8 - experts, 2) / comb(8, 2)) * 64 * 2 + 32 * experts * each
+
+    back = Task(Kind.DISPATCH, Pass.BACKWARD, 1, 0)
     assert sum(held) == 8 and held[0] == 0 and held[1] > 0
-    assert costs.sent(0, dispatch) == 32 * (row + 4) * 8
-    assert costs.sent(1, dispatch) == 32 * (row + 4) * (8 - held[1]), "what it keeps is not sent"
+    assert costs.sent(0, dispatch) == round(sum(sent(experts, 8) for experts in held))
+    assert costs.sent(1, dispatch) == round(sent(held[2], 8) + sent(held[3], 8)), "what it keeps is not sent"
     assert costs.sent(2, dispatch) == 0
-    assert costs.sent(2, combine) == 2 * 32 * row * held[2] and costs.sent(1, combine) == 32 * row * held[1]
+    assert costs.sent(2, combine) == round(2 * sent(held[2], 0)) and costs.sent(1, combine) == round(sent(held[1], 0))
+    assert costs.sent(2, back) == round(2 * sent(held[2], 4))
     assert costs.received(3, dispatch) == (64,) * held[3] and costs.received(3, combine) == ()
 
 

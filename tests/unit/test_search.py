@@ -426,7 +426,8 @@ def test_sharing_an_expert_halves_what_a_rank_has_of_it():
     assert half.weights == one.weights / 2 and half.optimizer == one.optimizer / 2
     inside = 3 * of.expert_ffn * 2
     assert expert_row_bytes(whole, 2) - expert_row_bytes(shared, 2) == inside / 2  # the input is on both
-    copies = 2 * (whole.expert_tokens * of.hidden * 2 / 2 / 1e9 + 1e-5 / 2)
+    once = (5 / 6) / (2 * 2 / 4)  # of the two experts that a holder has: tokens that go to it, over those of each
+    copies = 2 * (once * whole.expert_tokens * of.hidden * 2 / 2 / 1e9 + 1e-5 / 2)
     assert shared.expert[2][0] == pytest.approx(whole.expert[2][0] / 2 + copies)
     assert shared.reduction(2, 6) <= whole.reduction(2, 6)
     loads = [TaskCosts(priced, spread(whole, [2, 3])).transfer(Task(Kind.DISPATCH, Pass.FORWARD, 1, 0)).loads
