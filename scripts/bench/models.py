@@ -28,6 +28,7 @@ def model_flags(model: str, length: int, batch: int) -> dict[str, object]:
         "group-query-attention", "swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights", "bf16",
         "mock-data", "no-create-attention-mask-in-dataloader", "no-persist-layer-norm", "no-masked-softmax-fusion",
         "no-gradient-accumulation-fusion", "no-rope-fusion", "no-check-for-nan-in-loss-and-grad",
+        "cross-entropy-loss-fusion",
     )
     return {f"--{name}": value for name, value in {**flags, **dict.fromkeys(bare, True)}.items()}
 
