@@ -99,13 +99,12 @@ class AsymmetricDispatcher(MoETokenDispatcher):
             tokens.reshape(-1, tokens.shape[-1]), crossing, num_out_tokens=min(most, crossing.numel()),
             fused=self.config.moe_permute_fusion,
         )
-        row = crossing.t().reshape(-1).cumsum(0, dtype=torch.int32).view(-1, count)  # [holders, tokens], from 1 on
-        before = torch.nn.functional.pad(row[:-1, -1:], (0, 0, 1, 0))  # [holders, 1], rows of the holders before
+        row = crossing.t().cumsum(dim=1, dtype=torch.int32)  # [holders, tokens], each holder's from 1 on
         routed = routing_map.t().index_select(0, self._order)  # [experts, tokens], by holder
-        chosen = routed.reshape(-1).argsort(descending=True, stable=True)[:most]
-        state.index = (row - before - 1).index_select(0, self._holder).reshape(-1)[chosen]
-        state.count(torch.cat([routed.sum(dim=1), (row[:, -1:] - before).reshape(-1)]), self._experts_of_holder)
-        return rows, probs.t().index_select(0, self._order).reshape(-1)[chosen]
+        state.count(torch.cat([routed.sum(dim=1), row[:, -1]]), self._experts_of_holder)
+        chosen = routed.view(-1).argsort(descending=True, stable=True)[:most]
+        state.index = (row - 1).index_select(0, self._holder).view(-1).index_select(0, chosen)
+        return rows, probs.t().index_select(0, self._order).view(-1).index_select(0, chosen)
 
     def _most_copies(self, tokens: int) -> int:
         """The most copies that there may be of so many tokens."""

@@ -50,8 +50,6 @@ _OBSTACLES: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] 
     ("--overlap-param-gather", lambda args: args.overlap_param_gather, "leave it out"),
     ("--gradient-accumulation-fusion", lambda args: args.gradient_accumulation_fusion,
      "add --no-gradient-accumulation-fusion"),
-    ("--moe-expert-capacity-factor", lambda args: args.moe_expert_capacity_factor is not None,
-     "leave it out: how many tokens are dropped is known on the GPU only"),
     ("--moe-input-jitter-eps", lambda args: args.moe_input_jitter_eps, "leave it out"),
     ("--moe-router-force-load-balancing", lambda args: args.moe_router_force_load_balancing, "leave it out"),
     (f"--moe-router-load-balancing-type other than {', '.join(sorted(_BALANCING))}",

@@ -14,6 +14,7 @@ MARGIN = 0.10  # share of a GPU's memory that a plan leaves free, for fragmentat
 IMBALANCE = 1.25  # rows that an expert may get, over balanced routing
 OVERHEAD = 1.5e9  # bytes: context, communicators of both channels and of the pool, libraries' workspaces
 _MOMENTS = 8  # bytes a parameter: Adam's, in fp32
+_COPY = 4 + 4 + 8 + 8  # bytes of an expert's row: its probability; which row it is a copy of, and the way back
 _MASTER = 4  # bytes a parameter: the fp32 copy beside half-precision weights
 
 
@@ -140,7 +141,7 @@ def imbalance_that_fits(
 
 def expert_row_bytes(group: GroupCosts, member: int) -> float:
     """What a holder keeps of a row until its backward: the input, what goes into the activation function and, unless
-    that runs again, comes out of it, the probability. Ranks that share experts have the input of all their rows each, and
+    that runs again, comes out of it, the probability, indexes. Ranks that share experts have the input of all their rows each, and
     keep what they were sent themselves where all of it runs again."""
     figures, again = group.seats[member].kind.memory_figures, group.step.activation_again
     measured = f"expert_activation{'_again' if again else ''}_per_row"
@@ -149,8 +150,8 @@ def expert_row_bytes(group: GroupCosts, member: int) -> float:
     if measured in figures:
         return row + (figures[measured] - row) / shares if shares > 1 else figures[measured]
     if group.step.recompute == "full":
-        return row / shares + 4
-    return row + size * ((3 if shape.gated else 2) - again) * shape.expert_ffn / shares + 4
+        return row / shares + _COPY
+    return row + size * ((3 if shape.gated else 2) - again) * shape.expert_ffn / shares + _COPY
 
 
 def _row_bytes_until_weights(group: GroupCosts) -> float:

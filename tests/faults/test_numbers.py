@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from models import tiny
 from ranks import run_ranks
+
+from megatron_hetermoe.mcore.numbers import Numbers
+from megatron_hetermoe.runtime.transfers import Routed, TransferSizes
+from megatron_hetermoe.topology.placement import Placement
 
 LAYOUT = ["--hetermoe", "--hetermoe-attention-ranks", "1", "--hetermoe-expert-ranks", "2",
           "--hetermoe-stall-timeout", "5"]
@@ -52,3 +59,27 @@ def test_overflow_is_skipped_by_both_pools(tmp_path):
     )
     run = run_ranks([*LAYOUT, *flags], 3, cwd=tmp_path, env={"HETERMOE_TEST_NAN": f"2:{EXPERT}:grad"}).check()
     assert [[step.skipped for step in steps] for steps in run.steps] == [[0, 1, 1, 1]] * 3
+
+
+@pytest.mark.parametrize("spoiled, said", [
+    ([0, 2], "expert 1, on rank 1"),  # rows of 1 and of both, not the one of 0
+    ([2], "expert 0 or 1, on rank 1"),  # each has a row that is good
+    ([3], "expert 2, on rank 2"),
+])
+def test_of_several_experts_those_are_named_that_made_nothing_good(spoiled, said):
+    """Two holders of two experts; of the first one's three rows one goes to both of its experts."""
+    layout = SimpleNamespace(
+        group_of=lambda rank: 0, members_of=lambda holder: (holder,), rank_of=lambda group, member: member,
+        role=lambda rank: "attention" if rank == 0 else "expert")
+    session = SimpleNamespace(
+        rank=0, layout=layout, layer_of=lambda layer: layer, stage_placement=Placement(((1, 1, 2, 2),), 3))
+    sizes = TransferSizes([3, 1], [[2, 2], [1, 0]])
+    index = torch.tensor([1, 2, 0, 2, 0, 9], dtype=torch.int32)  # the last one is not sent
+    numbers = Numbers(session, True)
+    routed = Routed(sizes, torch.ones(5, 2), torch.ones(6), index, outputs=torch.ones(4, 2))
+    routed.outputs[spoiled] = torch.nan
+    sent = torch.ones(5, 2)
+    sent[4] = torch.nan  # nor is this
+    numbers.sent(1, 0, sent)
+    numbers.came(1, 0, routed)
+    assert numbers.first() == f"layer 1, microbatch 1: in {said} (expert)"

@@ -18,6 +18,7 @@ MODELS = {
         "use_distributed_optimizer": True, "overlap_grad_reduce": True,
     }),
     "evaluation between": ([], {"eval_iters": 1, "eval_interval": 3}),
+    "capacity": ([], {"moe_expert_capacity_factor": 1.0}),
 }
 
 
@@ -40,10 +41,10 @@ def test_graphs_change_nothing(parity, flags, model):
 def test_what_graphs_cannot_do_is_refused(parity):
     from ranks import run_ranks
 
-    flags = parity.flags(moe_expert_capacity_factor=1.0, attention_dropout=0.1, recompute_granularity="full",
+    flags = parity.flags(moe_input_jitter_eps=0.1, attention_dropout=0.1, recompute_granularity="full",
                          recompute_method="uniform", recompute_num_layers=1)
     run = run_ranks(["--hetermoe", "--hetermoe-attention-ranks", "1", "--hetermoe-expert-ranks", "1", *GRAPHS, *flags], 2,
                     cwd=parity.folder)
     assert run.exit_codes == [2, 2]
-    for what in ("--moe-expert-capacity-factor", "dropout", "--recompute-granularity"):
+    for what in ("--moe-input-jitter-eps", "dropout", "--recompute-granularity"):
         assert f"{what} is not supported with --hetermoe-cuda-graphs" in run.output[0]

@@ -1,0 +1,71 @@
+"""Copies of rows and their sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_hetermoe.runtime.copies import Copies, by_expert
+
+SOURCE = torch.tensor([0, 3, 1, 3, 2, 0, 3], dtype=torch.int32)
+ROWS = 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_each_is_the_other_ones_backward(dtype):
+    rows = torch.arange(8, dtype=dtype).view(ROWS, 2).requires_grad_()
+    copies = Copies.of(SOURCE, ROWS)
+    expanded = copies.expanded(rows)
+    assert torch.equal(expanded, rows[SOURCE.long()])
+    grad = torch.arange(14, dtype=dtype).view(7, 2)
+    expanded.backward(grad)
+    expected = torch.zeros(ROWS, 2, dtype=dtype).index_add_(0, SOURCE, grad)
+    assert torch.equal(rows.grad, expected)
+    outputs = grad.requires_grad_()
+    summed = copies.summed(outputs)
+    assert torch.equal(summed, expected)
+    summed.backward(rows.detach())
+    assert torch.equal(outputs.grad, rows.detach()[SOURCE.long()])
+
+
+def test_half_precision_is_summed_in_fp32():
+    """256 and twice 1: bf16 has 8 bits, so one after the other nothing would be added."""
+    copies = Copies.of(torch.zeros(3, dtype=torch.int32), 1)
+    assert copies.summed(torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)).item() == 258
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    outputs = torch.ones(7, 2)
+    outputs[2] = torch.nan
+    assert Copies.of(SOURCE, ROWS).summed(outputs).isfinite().all(dim=1).tolist() == [True, False, True, True]
+
+
+def test_no_rows():
+    copies = Copies.of(SOURCE[:0], 0)
+    rows = torch.empty(0, 2, requires_grad=True)
+    copies.summed(copies.expanded(rows)).sum().backward()
+    assert rows.grad.shape == (0, 2)
+
+
+def test_owners_are_sorted_into_experts():
+    counts = [[1, 2], [0, 3]]
+    assert by_expert(torch.arange(6), counts, (0, 1)).tolist() == [0, 1, 2, 3, 4, 5]
+    assert by_expert(torch.arange(6), counts, (1, 0)).tolist() == [1, 2, 3, 4, 5, 0]
+
+
+def test_one_kernel_each():
+    """An E task is short at few tokens, so what goes around its experts must not be many kernels."""
+    class Count(TorchDispatchMode):
+        seen: list[str] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    copies, rows = Copies.of(SOURCE, ROWS), torch.ones(ROWS, 2, requires_grad=True)
+    with Count() as counting:
+        summed = copies.summed(copies.expanded(rows))
+        summed.backward(torch.ones(ROWS, 2))
+    kernels = [name for name in counting.seen if name not in ("detach", "ones")]
+    assert [name.removesuffix("_forward_only") for name in kernels] == ["index_select", "_embedding_bag"] * 2
