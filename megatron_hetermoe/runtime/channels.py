@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import _coalescing_manager
 
 
 class Message(NamedTuple):
@@ -53,7 +54,7 @@ class Channel:
     def __init__(self, group: dist.ProcessGroup, headers: dist.ProcessGroup, ranks: Sequence[int], member: int):
         self._group = group
         self.headers = headers
-        self._ranks = tuple(ranks)
+        self._peers = tuple(dist.get_group_rank(group, rank) for rank in ranks)
         self._member = member
 
     def exchange(self, sends: Sequence[Message] = (), receives: Sequence[Message] = ()) -> int:
@@ -69,23 +70,23 @@ class Channel:
         for message in receives:
             if message.member == self._member:
                 message.tensor.copy_(own[message.part])
-        messages = [
-            (operation, message)
-            for operation, batch in ((dist.irecv, receives), (dist.isend, sends))
-            for message in batch
-            if message.member != self._member and message.tensor.numel()
-        ]
-        works = [
-            operation(message.tensor, self._ranks[message.member], group=self.headers, tag=message.part)
-            for operation, message in messages if not message.tensor.is_cuda
-        ]
-        # One launch for all, so that no order of sends and receives between pairs can block.
-        together = [
-            dist.P2POp(operation, message.tensor, self._ranks[message.member], self._group)
-            for operation, message in messages if message.tensor.is_cuda
-        ]
-        if together:
-            works += dist.batch_isend_irecv(together)
+        sends, receives = ([message for message in messages if message.member != self._member and message.tensor.numel()]
+                           for messages in (sends, receives))
+        # The groups are called themselves: dist.isend and its like take the host longer than a small transfer the network.
+        works = self._post(self.headers, *([message for message in messages if not message.tensor.is_cuda]
+                                           for messages in (sends, receives)))
+        on_device = [[message for message in messages if message.tensor.is_cuda] for messages in (sends, receives)]
+        if any(on_device):
+            # One launch for all, so that no order of sends and receives between pairs can block.
+            with _coalescing_manager(self._group, torch.device("cuda", torch.cuda.current_device()), async_ops=True) as launch:
+                self._post(self._group, *on_device)
+            works.append(launch)
         for work in works:
             work.wait()
-        return sum(message.tensor.nbytes for operation, message in messages if operation is dist.isend)
+        return sum(message.tensor.nbytes for message in sends)
+
+    def _post(self, group: dist.ProcessGroup, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
+        """Begins messages over one of the groups."""
+        peers = self._peers
+        return [group.recv([tensor], peers[member], part) for member, part, tensor in receives] + [
+            group.send([tensor], peers[member], part) for member, part, tensor in sends]
