@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from megatron_hetermoe.runtime.mps_keeper import CONTROL
 from megatron_hetermoe.runtime.seen_gpu import SeenGpu
 
 _SHARES = (7, 0)  # compute capability from which on the service limits multiprocessors: Volta
-TRUSTED = 25  # percent; with less of an H200, 28 of 132 multiprocessors, products by cuBLAS were wrong for some shapes
+_NEARBY = 4  # percent more and less that are tried where cuBLAS is wrong
+_GROUPED_BY_ITSELF = (9, 10)  # compute capabilities on which experts in bf16 are grouped unless the user says otherwise
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -33,10 +34,14 @@ class Emulation:
     Attributes:
         shares: what was asked.
         gpu: what a process without a share sees of it.
+        dtype: in which ranks multiply matrices, as torch names it.
+        by_cublas: the roles that do it by cuBLAS.
     """
 
     shares: Shares
     gpu: SeenGpu
+    dtype: str
+    by_cublas: tuple[str, ...]
 
 
 def with_layout(argv: Sequence[str], shares: Shares) -> list[str]:
@@ -78,13 +83,12 @@ def emulation(
         if count not in (None, shares.ranks[role]):
             problems.add(f"--emulate has {shares.ranks[role]} {role} ranks, {flag} has {count}: make them the same")
     gpu = gpu_to_divide({**os.environ, **env}, problems)
-    is_local = value_of(argv, "--transformer-impl") == "local"
-    for problem in _kernel_problems(shares, is_local, kernel):
-        problems.add(problem)
     if len(problems) > before:
         return None
-    _warn(shares, kernel)
-    return Emulation(shares, gpu)
+    dtype = "bfloat16" if "--bf16" in argv else "float16" if "--fp16" in argv else "float32"
+    is_grouped = kernel == "grouped" or (
+        kernel in (None, "auto") and dtype == "bfloat16" and gpu.capability[0] in _GROUPED_BY_ITSELF)
+    return Emulation(shares, gpu, dtype, ROLES[:1] if is_grouped else ROLES)
 
 
 def gpu_to_divide(environment: Mapping[str, str], problems: Problems) -> SeenGpu:
@@ -110,12 +114,17 @@ def divided(emulated: Emulation, env: Mapping[str, str], logs: Path) -> Iterator
         Environment variables for all ranks, over those of this process, and for each rank.
 
     Raises:
-        UsageError: when the service does not start, or gives processes more than their shares.
+        UsageError: when the service does not start, or gives processes more than their shares, or where products of
+            matrices are wrong with a share.
     """
     shares = emulated.shares
     with Service(emulated.gpu.uuid, logs) as service:
         common = {**defaults(os.environ), **env, **service.variables}
-        found = seen_gpu.seen([{**os.environ, **common, **share(shares.percent[role])} for role in ROLES])
+
+        def with_share(percent: int) -> dict[str, str]:
+            return {**os.environ, **common, **share(percent)}
+
+        found = seen_gpu.seen([with_share(shares.percent[role]) for role in ROLES], emulated.dtype)
         parts = []
         for role, one in zip(ROLES, found, strict=True):
             if one.problem:
@@ -126,6 +135,8 @@ def divided(emulated: Emulation, env: Mapping[str, str], logs: Path) -> Iterator
                 raise UsageError([f"a process with {shares.percent[role]}% of the GPU sees all "
                                   f"{one.multiprocessors} multiprocessors: the Multi-Process Service does not reach it "
                                   f"(its logs are in {logs})"])
+            if one.wrong_products and role in emulated.by_cublas:
+                raise UsageError([_wrong(role, shares.percent[role], one, emulated.dtype, with_share)])
             parts.append(f"{shares.ranks[role]} {role} rank{'s' * (shares.ranks[role] > 1)} of {shares.percent[role]}% "
                          f"({one.multiprocessors} of {emulated.gpu.multiprocessors} multiprocessors)")
         print(f"{emulated.gpu.name} stands for {' and '.join(parts)}", flush=True)
@@ -181,25 +192,14 @@ def _nccl_problems(found: SeenGpu) -> list[str]:
             "torch of CUDA 12), and start this with LD_PRELOAD=DIR/nvidia/nccl/lib/libnccl.so.2"]
 
 
-def _kernel_problems(shares: Shares, is_local: bool, experts: str | None) -> list[str]:
-    """Shares in which kernels are known to be wrong."""
-    return [
-        f"--emulate gives {role} ranks {shares.percent[role]}%: with less than {TRUSTED}% of an H200 transformer-engine's "
-        f"linear layers gave wrong results and NaN; give them more, or use --transformer-impl local"
-        f"{' or --hetermoe-experts grouped' if role == 'expert' else ''}"
-        for role in _small(shares) if not is_local and (role == "attention" or experts != "grouped")
-    ]
-
-
-def _warn(shares: Shares, experts: str | None) -> None:
-    """Names shares in which kernels may be wrong."""
-    for role in _small(shares):
-        if role == "attention" or experts != "grouped":
-            remedy = "; --hetermoe-experts grouped (bf16 on Hopper and Blackwell) does without it" * (role == "expert")
-            print(f"hetermoe: warning: {role} ranks have {shares.percent[role]}%: with less than {TRUSTED}% of an H200 cuBLAS "
-                  f"gave wrong products for some shapes, and losses that were NaN{remedy}. Attention kernels were right. "
-                  "Compare the loss with a run in larger shares before you believe a time", flush=True)
-
-
-def _small(shares: Shares) -> list[str]:
-    return [role for role in ROLES if shares.percent[role] < TRUSTED]
+def _wrong(
+    role: str, percent: int, found: SeenGpu, dtype: str, with_share: Callable[[int], dict[str, str]]
+) -> str:
+    """That products are wrong with a role's share, and with which they would be right."""
+    near = [other for other in range(max(1, percent - _NEARBY), min(100, percent + _NEARBY) + 1) if other != percent]
+    right = [other for other, one in zip(near, seen_gpu.seen(list(map(with_share, near)), dtype))
+             if not one.problem and not one.wrong_products]
+    advice = f"give them one of {', '.join(f'{other}%' for other in right)}" if right else "give them quite another share"
+    grouped = "; or --hetermoe-experts grouped (bf16 on Hopper and Blackwell), which does without cuBLAS" * (role == "expert")
+    return (f"{role} ranks have {percent}%, {found.multiprocessors} multiprocessors of an {found.name}, and there cuBLAS computes "
+            f"some products in {dtype} wrongly ({found.wrong_products[0]}, for one): {advice}{grouped}")

@@ -22,6 +22,7 @@ class SeenGpu:
         multiprocessors: that this process may use.
         nccl: version of the NCCL that is loaded; empty without.
         nccl_file: where it was loaded from.
+        wrong_products: those of matrices, as shapes, that come out wrong there, where that was asked.
         problem: what CUDA said, where it failed.
     """
 
@@ -31,13 +32,20 @@ class SeenGpu:
     multiprocessors: int = 0
     nccl: tuple[int, ...] = ()
     nccl_file: str = ""
+    wrong_products: tuple[str, ...] = ()
     problem: str = ""
 
 
-def seen(environments: Sequence[Mapping[str, str]]) -> list[SeenGpu]:
-    """What processes with these environments see, all at once."""
+def seen(environments: Sequence[Mapping[str, str]], products_of: str = "") -> list[SeenGpu]:
+    """What processes with these environments see, all at once.
+
+    Args:
+        environments: of the processes.
+        products_of: a dtype's name in torch, in which products of matrices are to be checked.
+    """
+    words = [products_of] if products_of else []
     processes = [
-        subprocess.Popen([sys.executable, "-m", __name__], env=dict(environment), stdin=subprocess.DEVNULL,
+        subprocess.Popen([sys.executable, "-m", __name__, *words], env=dict(environment), stdin=subprocess.DEVNULL,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for environment in environments
     ]
@@ -57,23 +65,25 @@ def _answer(process: subprocess.Popen[str]) -> SeenGpu:
     if process.returncode:
         return SeenGpu(problem=(errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
     document = json.loads(output.splitlines()[-1])
-    return SeenGpu(**{**document, "capability": tuple(document["capability"]), "nccl": tuple(document["nccl"])})
+    return SeenGpu(**{name: tuple(value) if isinstance(value, list) else value for name, value in document.items()})
 
 
-def _look() -> SeenGpu:
+def _look(products_of: str = "") -> SeenGpu:
     import torch
 
     from megatron_hetermoe.runtime.nccl import loaded_nccl
+    from megatron_hetermoe.runtime.products import wrong_products
 
     nccl = dict(zip(("nccl", "nccl_file"), loaded_nccl()))
     try:
         torch.zeros(1, device="cuda").item()  # a GPU that is taken, or a service that does not answer, says so here
         properties = torch.cuda.get_device_properties(0)
+        wrong = wrong_products(getattr(torch, products_of), torch.device("cuda")) if products_of else ()
     except (RuntimeError, AssertionError) as error:
         return SeenGpu(problem=" ".join(str(error).split()), **nccl)
     return SeenGpu(properties.name, f"GPU-{properties.uuid}", (properties.major, properties.minor),
-                   properties.multi_processor_count, **nccl)
+                   properties.multi_processor_count, wrong_products=tuple(wrong), **nccl)
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_look())))
+    print(json.dumps(asdict(_look(*sys.argv[1:]))))
