@@ -135,10 +135,12 @@ def divided(emulated: Emulation, env: Mapping[str, str], logs: Path) -> Iterator
                 raise UsageError([f"a process with {shares.percent[role]}% of the GPU sees all "
                                   f"{one.multiprocessors} multiprocessors: the Multi-Process Service does not reach it "
                                   f"(its logs are in {logs})"])
-            if one.wrong_products and role in emulated.by_cublas:
-                raise UsageError([_wrong(role, shares.percent[role], one, emulated.dtype, with_share)])
             parts.append(f"{shares.ranks[role]} {role} rank{'s' * (shares.ranks[role] > 1)} of {shares.percent[role]}% "
                          f"({one.multiprocessors} of {emulated.gpu.multiprocessors} multiprocessors)")
+        problems = Problems()
+        for problem in _product_problems(emulated, dict(zip(ROLES, found)), with_share):
+            problems.add(problem)
+        problems.raise_if_any()
         print(f"{emulated.gpu.name} stands for {' and '.join(parts)}", flush=True)
         yield common, [share(percent) for percent in shares.by_rank]
 
@@ -192,14 +194,21 @@ def _nccl_problems(found: SeenGpu) -> list[str]:
             "torch of CUDA 12), and start this with LD_PRELOAD=DIR/nvidia/nccl/lib/libnccl.so.2"]
 
 
-def _wrong(
-    role: str, percent: int, found: SeenGpu, dtype: str, with_share: Callable[[int], dict[str, str]]
-) -> str:
-    """That products are wrong with a role's share, and with which they would be right."""
-    near = [other for other in range(max(1, percent - _NEARBY), min(100, percent + _NEARBY) + 1) if other != percent]
-    right = [other for other, one in zip(near, seen_gpu.seen(list(map(with_share, near)), dtype))
-             if not one.problem and not one.wrong_products]
-    advice = f"give them one of {', '.join(f'{other}%' for other in right)}" if right else "give them quite another share"
-    grouped = "; or --hetermoe-experts grouped (bf16 on Hopper and Blackwell), which does without cuBLAS" * (role == "expert")
-    return (f"{role} ranks have {percent}%, {found.multiprocessors} multiprocessors of an {found.name}, and there cuBLAS computes "
-            f"some products in {dtype} wrongly ({found.wrong_products[0]}, for one): {advice}{grouped}")
+def _product_problems(
+    emulated: Emulation, found: Mapping[str, SeenGpu], with_share: Callable[[int], dict[str, str]]
+) -> list[str]:
+    """Roles whose share has products of matrices come out wrong, and shares in which they are right."""
+    problems = []
+    for role in emulated.by_cublas:
+        percent, seen, dtype = emulated.shares.percent[role], found[role], emulated.dtype
+        if not seen.wrong_products:
+            continue
+        near = [other for other in range(max(1, percent - _NEARBY), min(100, percent + _NEARBY) + 1) if other != percent]
+        right = [f"{other}%" for other, one in zip(near, seen_gpu.seen(list(map(with_share, near)), dtype))
+                 if not one.problem and not one.wrong_products]
+        advice = f"one of {', '.join(right)}" if right else "quite another share"
+        problems.append(
+            f"{role} ranks have {percent}%, {seen.multiprocessors} multiprocessors of an {seen.name}, and there cuBLAS computes "
+            f"some products in {dtype} wrongly ({seen.wrong_products[0]}, for one): give them "
+            f"{advice}{'; or --hetermoe-experts grouped (bf16 on Hopper and Blackwell), which does without cuBLAS' * (role == 'expert')}")
+    return problems
