@@ -1,4 +1,4 @@
-"""Compares ways to train one model on the same mixed cluster: here one GPU in shares of the Multi-Process Service.
+"""Compares ways to train one model on the same mixed cluster, or on GPUs in shares of the Multi-Process Service.
 
     scripts/bench/compare.py --out cells.jsonl [--models D1] [--lengths 4096 8192] [--repeats 2]
 
@@ -20,7 +20,7 @@ counts for us. Busy shares are of a step without its optimizer too: by the profi
 
 With --throttle-gbps traffic of tokens is as slow as on such a network (``throttle.py``), in predictions too.
 
-NCCL must let ranks share a GPU (2.30; preload it where torch's is older).
+Where ranks share a GPU, NCCL must let them (2.30; preload it where torch's is older).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cells
-from measure import Machine, measure
+from hosts import Hosts
+from measure import Machine, Shares, measure
 from models import MODELS, STEPS, VOCABULARY, model_flags, model_shape, words
 from prices import Prices, measured_in, price, take_profiles
 from systems import FAST, KERNELS, NAMES, PIPELINE, PLANNED, SLOW, System, pipelined, planned, systems
@@ -65,6 +66,9 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shares", nargs=2, type=int, default=(25, 25), metavar=("FAST", "SLOW"),
                         help="percent of a GPU for a rank of each pool")
     parser.add_argument("--gpus", type=int, choices=(1, 2), default=1, help="one for all ranks, or one for each pool")
+    parser.add_argument("--hosts", nargs="+", metavar="HOST", help="of a real cluster in place of shares: one for each GPU, the fast "
+                        "pool's first; with the output's folder and all paths on each")
+    parser.add_argument("--on", default="ssh {host}", metavar="COMMAND", help="that starts a process on a host (default: %(default)s)")
     parser.add_argument("--memory-gb", nargs=2, type=float, default=(16, 20), metavar=("FAST", "SLOW"),
                         help="that a rank of each pool may take, for the planner")
     parser.add_argument("--profile-lengths", nargs="+", type=int, help="to profile at (default: --lengths)")
@@ -75,7 +79,10 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=120, help="seconds that a cell may take")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS",
                         help=f"no cell is begun that would not end in this time from the start (default: {BUDGET})")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.hosts and len(args.hosts) != sum(args.ranks):
+        parser.error(f"--hosts names {len(args.hosts)} GPUs; --ranks are {sum(args.ranks)}")
+    return args
 
 
 def main() -> int:
@@ -102,7 +109,7 @@ def _measure_model(args: argparse.Namespace, model: str, done: list[dict], end: 
     left = []
     for point in _points(args, model, prices):
         cell = {"model": model, "length": point.length, "ranks": list(args.ranks), "system": point.system, "repeat": point.repeat,
-                "batch": args.batch, "gbps": args.throttle_gbps, "shares": list(args.shares), "gpus": args.gpus}
+                "batch": args.batch, "gbps": args.throttle_gbps, **({"hosts": args.hosts} if args.hosts else {"shares": list(args.shares), "gpus": args.gpus})}
         if cells.key(cell) in keys:
             continue
         if time.monotonic() + likely_seconds(done, point, args.limit) > end:
@@ -138,14 +145,16 @@ def likely_seconds(done: Sequence[dict], point: Point, limit: float) -> float:
 def _cell(args: argparse.Namespace, priced: Prices, point: Point, limit: float) -> dict:
     """Measures, for so many seconds at most; returns the cell without what identifies it."""
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        system = _system(args, priced, point.system, Path(folder))
+    # On a cluster the output's folder is what all hosts can read and write.
+    with tempfile.TemporaryDirectory(dir=args.out.absolute().parent) as name:
+        folder = Path(name)
+        system = _system(args, priced, point.system, folder)
         flags = model_flags(point.model, point.length, args.batch)
         flags["--train-iters"] = STEPS + args.busy
         if args.trace and point.system in priced.compute:
             cell = f"{point.model}-{point.length}-{'-'.join(map(str, args.ranks))}-{point.system.replace(', ', '-')}"
             flags["--hetermoe-trace"] = args.trace / cell
-        found = measure(system, words(flags), _machine(args), limit, priced.longer)
+        found = measure(system, words(flags), _machine(args), folder, limit, priced.longer)
     return {**found, **_against_prices(found, priced, point.system), "pools": system.pools, "layout": system.layout,
             "took": time.monotonic() - start}
 
@@ -169,7 +178,10 @@ def _against_prices(found: dict, priced: Prices, name: str) -> dict:
 
 
 def _machine(args: argparse.Namespace) -> Machine:
-    return Machine(dict(zip((FAST, SLOW), args.shares)), args.gpus)
+    if args.hosts:
+        fast = args.ranks[0]
+        return Hosts({FAST: args.hosts[:fast], SLOW: args.hosts[fast:]}, args.on, args.out.absolute().parent)
+    return Shares(dict(zip((FAST, SLOW), args.shares)), args.gpus)
 
 
 def _ours(args: argparse.Namespace) -> tuple[str, ...]:
@@ -179,17 +191,17 @@ def _ours(args: argparse.Namespace) -> tuple[str, ...]:
 
 def _profiles(args: argparse.Namespace, model: str) -> Path:
     """The folder of a model's profiles, beside the output file."""
-    return args.out.with_name(f"{args.out.stem}-{model}-{args.ranks[0]}-{args.ranks[1]}")
+    return args.out.absolute().with_name(f"{args.out.stem}-{model}-{args.ranks[0]}-{args.ranks[1]}")
 
 
 def _prices(args: argparse.Namespace, model: str, length: int) -> Prices:
     """Profiles the model, once for all its lengths."""
     lengths = sorted(args.profile_lengths or args.lengths)
     fast, slow = args.ranks
-    ranks = _machine(args).ranks((FAST,) * fast + (SLOW,) * slow)
     flags = model_flags(model, lengths[-1], args.batch)
     memory = {pool: size * 1e9 for pool, size in zip((FAST, SLOW), args.memory_gb)}
-    cluster = take_profiles(_profiles(args, model), flags, ranks, lengths, memory, args.limit, _ours(args))
+    cluster = take_profiles(_profiles(args, model), flags, _machine(args), (FAST,) * fast + (SLOW,) * slow, lengths, memory,
+                            args.limit, _ours(args))
     return price(cluster, model_shape(model, length), args.batch, VOCABULARY, args.throttle_gbps)
 
 

@@ -1,17 +1,17 @@
-"""One cell: trains once on the ranks that stand for the cluster, and reads what they wrote."""
+"""One cell: trains once on the ranks of a cluster, or of what stands for one, and reads what they wrote."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import lab
-from lab import Rank
+from lab import Ended, Rank
 from models import STEPS
 from systems import FAST, KERNELS, SLOW, System
 
@@ -19,9 +19,19 @@ WARM_UP = 4  # steps left out: routing is uneven at first, and graphs are captur
 _HANGS = 0.9  # of the limit, after which a rank shows its stacks and ends
 
 
+class Machine(Protocol):
+    """Where ranks of the two pools run: ``Shares`` or ``hosts.Hosts``."""
+
+    def run(
+        self, pools: Sequence[str], argv_of: Callable[[int], Sequence[object]], limit: float, blocks: int | None = None
+    ) -> Ended:
+        """Runs one Python process for each of these ranks, as ``lab.run``."""
+        ...
+
+
 @dataclass(frozen=True)
-class Machine:
-    """What stands for the cluster.
+class Shares:
+    """A cluster's stand-in: GPUs that ranks share.
 
     Attributes:
         shares: of a GPU for a rank of each pool, in percent.
@@ -35,27 +45,35 @@ class Machine:
         """Virtual GPUs of these pools."""
         return [Rank(self.shares[pool], KERNELS[pool], pool, (FAST, SLOW).index(pool) % self.gpus) for pool in pools]
 
+    def run(
+        self, pools: Sequence[str], argv_of: Callable[[int], Sequence[object]], limit: float, blocks: int | None = None
+    ) -> Ended:
+        """As ``lab.run``."""
+        return lab.run(self.ranks(pools), argv_of, limit, blocks)
 
-def measure(system: System, flags: Sequence[str], machine: Machine, limit: float, longer: float = 0.0) -> dict:
+
+def measure(
+    system: System, flags: Sequence[str], machine: Machine, folder: Path, limit: float, longer: float = 0.0
+) -> dict:
     """Trains once.
 
     Args:
         system: the way to train.
         flags: the model's; steps after those that are timed are profiled.
         machine: where.
+        folder: that all ranks can write to.
         limit: seconds after which ranks are ended.
         longer: seconds that each byte of traffic is to take longer (``throttle.py``).
 
     Returns:
         the cell's figures, or why there are none.
     """
-    ranks = machine.ranks(system.pools)
-    with tempfile.TemporaryDirectory() as folder:
-        record = Path(folder, "record")
-        ended = lab.run(ranks, lambda index: [
-            Path(__file__).with_name("rank.py"), record, ranks[index].kernel, _HANGS * limit, "--timed", STEPS,
-            "--longer", longer, "--", *flags, *system.flags(ranks[index].kernel)], limit, system.blocks)
-        records = [lines_of(Path(f"{record}.{rank}")) for rank in range(len(ranks))]
+    kernels = [KERNELS[pool] for pool in system.pools]
+    record = folder / "record"
+    ended = machine.run(system.pools, lambda index: [
+        Path(__file__).with_name("rank.py"), record, kernels[index], _HANGS * limit, "--timed", STEPS, "--longer", longer,
+        "--", *flags, *system.flags(kernels[index])], limit, system.blocks)
+    records = [lines_of(Path(f"{record}.{rank}")) for rank in range(len(kernels))]
     if ended.failure and not all(len(of_rank) >= STEPS for of_rank in records):
         return ended.failure
     # Where only the profiler failed, the steps before are what they are.

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bound
-import lab
 import yaml
-from systems import FAST, PIPELINE, SLOW, equal_stages
+from lab import Ended
+from measure import Machine
+from systems import FAST, KERNELS, PIPELINE, SLOW, equal_stages
 from throttle import longer
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER, Plan
@@ -26,6 +27,7 @@ from megatron_hetermoe.simulator.baselines import (
 )
 
 _PRECISION = "bf16"
+_LINK = {"gb_per_s": 100, "latency_us": 20}  # for reductions; the channel is measured
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Prices:
 
 
 def take_profiles(
-    folder: Path, model_flags: dict[str, object], ranks: Sequence[lab.Rank], lengths: Sequence[int],
+    folder: Path, model_flags: dict[str, object], machine: Machine, pools: Sequence[str], lengths: Sequence[int],
     memory: Mapping[str, float], limit: float, flags: Sequence[str] = (),
 ) -> Path:
     """Profiles every rank while all run, and the channel between the pools; returns the cluster file.
@@ -60,7 +62,8 @@ def take_profiles(
     Args:
         folder: for the files; what is there is not measured again.
         model_flags: Megatron's, as in a recipe.
-        ranks: the attention ranks' pool first.
+        machine: where ranks run.
+        pools: of all ranks, the fast one first.
         lengths: of sequences.
         memory: bytes of a rank of each pool.
         limit: seconds for each of the two measurements.
@@ -71,20 +74,17 @@ def take_profiles(
     if measured.exists():
         return measured
     recipe.write_text(yaml.safe_dump({"MODEL_ARGS": model_flags}))
-    outs = [folder / f"{rank.pool}.{index}.json" for index, rank in enumerate(ranks)]
+    outs = [folder / f"{pool}.{index}.json" for index, pool in enumerate(pools)]
     if not all(out.exists() for out in outs):
-        _succeed(lab.run(ranks, lambda index: [
-            Path(__file__).with_name("fused.py"), "profile", recipe, "--out", outs[index], "--kind", ranks[index].pool,
-            "--lengths", *lengths, "--", "--hetermoe", "--hetermoe-attention", ranks[index].kernel, *flags], limit))
-    link = {"gb_per_s": 100, "latency_us": 20}
-    pools = {}
-    for index, rank in enumerate(ranks):
-        pools.setdefault(rank.pool, {
-            "kind": outs[index].name, "nodes": 1, "gpus_per_node": sum(other.pool == rank.pool for other in ranks),
-            "memory_gb": memory[rank.pool] / 1e9, "intra_node": link, "inter_node": link,
-        })
-    cluster.write_text(yaml.safe_dump({"pools": pools}, sort_keys=False))
-    _succeed(lab.run(ranks, lambda index: [
+        _succeed(machine.run(pools, lambda index: [
+            Path(__file__).with_name("fused.py"), "profile", recipe, "--out", outs[index], "--kind", pools[index],
+            "--lengths", *lengths, "--", "--hetermoe", "--hetermoe-attention", KERNELS[pools[index]], *flags], limit))
+    cluster.write_text(yaml.safe_dump({"pools": {
+        pool: {"kind": outs[pools.index(pool)].name, "nodes": 1, "gpus_per_node": pools.count(pool), "intra_node": _LINK,
+               "inter_node": _LINK, "memory_gb": memory[pool] / 1e9}
+        for pool in dict.fromkeys(pools)
+    }}, sort_keys=False))
+    _succeed(machine.run(pools, lambda index: [
         "-m", "megatron_hetermoe", "profile", "--network", "--cluster", cluster, "--out", measured], limit, 1))
     return measured
 
@@ -94,7 +94,7 @@ def measured_in(folder: Path) -> Path:
     return folder / "measured.yaml"
 
 
-def _succeed(ended: lab.Ended) -> None:
+def _succeed(ended: Ended) -> None:
     if ended.failure:
         raise SystemExit(json.dumps(ended.failure))
 

@@ -32,7 +32,7 @@ def modules(*names: str) -> SimpleNamespace:
             sys.modules["models"] = aside
 
 
-bench = modules("bound", "busy", "cells", "compare", "measure", "prices", "systems", "throttle")
+bench = modules("bound", "busy", "cells", "compare", "hosts", "measure", "prices", "systems", "throttle")
 
 
 def cell(system="EP, all ranks", loss=(10.0, 9.0), seconds=1.0, **others) -> dict:
@@ -313,6 +313,23 @@ def test_throttled_cells_are_predicted_for_the_slower_network(lab, tmp_path, mon
     cluster = read_cluster(tmp_path / "cells-D1-2-2" / "measured.yaml")
     throttled, more = bench.prices.throttled(cluster, 100, Notes())
     assert throttled.pools["fast"].channel(1e8) == pytest.approx(2e-3 + 1e8 * more)
+
+
+def test_on_a_cluster_each_rank_has_its_host_and_gpu(tmp_path):
+    """Hosts stand for nothing here: each command runs on this machine, and says what it was given."""
+    machine = bench.hosts.Hosts({"fast": ["a", "a"], "slow": ["b"]}, "env HOST={host}", tmp_path)
+    said = "import os, sys; print(*(os.environ[name] for name in ('HOST', 'RANK', 'CUDA_VISIBLE_DEVICES', 'MASTER_ADDR')), *sys.argv[1:])"
+    ended = machine.run(("fast", "fast", "slow"), lambda rank: ["-c", said, f"t*{rank}|t", rank], limit=60)
+    assert ended.failure is None
+    assert [log.split() for log in ended.logs] == [["a", "0", "0", "a", "t*0|t", "0"], ["a", "1", "1", "a", "t*1|t", "1"],
+                                                   ["b", "2", "0", "a", "t*2|t", "2"]]
+    assert machine.run(("slow",), lambda rank: ["-c", "raise SystemExit(3)"], limit=60).codes == [3]
+
+
+def test_hosts_are_as_many_as_ranks(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.compare.parsed(["--out", "cells.jsonl", "--hosts", "a", "b"])
+    assert "--hosts names 2 GPUs; --ranks are 4" in capsys.readouterr().err
 
 
 # ---- figures
