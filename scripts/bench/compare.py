@@ -62,6 +62,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help=f"of {', '.join(map(repr, NAMES))}")
     parser.add_argument("--ranks", nargs=2, type=int, default=(2, 2), metavar=("FAST", "SLOW"), help="of each pool")
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16", help="fp16 for GPUs older than Ampere")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--shares", nargs=2, type=int, default=(25, 25), metavar=("FAST", "SLOW"),
                         help="percent of a GPU for a rank of each pool")
@@ -89,6 +90,9 @@ def main() -> int:
     args = parsed()
     end = time.monotonic() + args.budget
     done = cells.read(args.out)
+    if other := next((cell["on"] for cell in done if cell.get("on", _where(args)) != _where(args)), None):
+        print(f"compare: {args.out} has cells of {other}, and this would be on {_where(args)}: name another file", file=sys.stderr)
+        return 2
     left: list[str] = []
     for model in args.models:
         # Two measurements, each with its limit; where both were made they take no time.
@@ -109,7 +113,7 @@ def _measure_model(args: argparse.Namespace, model: str, done: list[dict], end: 
     left = []
     for point in _points(args, model, prices):
         cell = {"model": model, "length": point.length, "ranks": list(args.ranks), "system": point.system, "repeat": point.repeat,
-                "batch": args.batch, "gbps": args.throttle_gbps, **({"hosts": args.hosts} if args.hosts else {"shares": list(args.shares), "gpus": args.gpus})}
+                "batch": args.batch, "gbps": args.throttle_gbps, "on": _where(args)}
         if cells.key(cell) in keys:
             continue
         if time.monotonic() + likely_seconds(done, point, args.limit) > end:
@@ -149,7 +153,7 @@ def _cell(args: argparse.Namespace, priced: Prices, point: Point, limit: float) 
     with tempfile.TemporaryDirectory(dir=args.out.absolute().parent) as name:
         folder = Path(name)
         system = _system(args, priced, point.system, folder)
-        flags = model_flags(point.model, point.length, args.batch)
+        flags = model_flags(point.model, point.length, args.batch, args.precision)
         flags["--train-iters"] = STEPS + args.busy
         if args.trace and point.system in priced.compute:
             cell = f"{point.model}-{point.length}-{'-'.join(map(str, args.ranks))}-{point.system.replace(', ', '-')}"
@@ -177,6 +181,12 @@ def _against_prices(found: dict, priced: Prices, name: str) -> dict:
     return said
 
 
+def _where(args: argparse.Namespace) -> dict[str, object]:
+    """What all cells of a file, and the profiles beside it, have in common."""
+    machine = {"hosts": args.hosts} if args.hosts else {"shares": list(args.shares), "gpus": args.gpus}
+    return {**machine, "precision": args.precision}
+
+
 def _machine(args: argparse.Namespace) -> Machine:
     if args.hosts:
         fast = args.ranks[0]
@@ -198,11 +208,11 @@ def _prices(args: argparse.Namespace, model: str, length: int) -> Prices:
     """Profiles the model, once for all its lengths."""
     lengths = sorted(args.profile_lengths or args.lengths)
     fast, slow = args.ranks
-    flags = model_flags(model, lengths[-1], args.batch)
+    flags = model_flags(model, lengths[-1], args.batch, args.precision)
     memory = {pool: size * 1e9 for pool, size in zip((FAST, SLOW), args.memory_gb)}
     cluster = take_profiles(_profiles(args, model), flags, _machine(args), (FAST,) * fast + (SLOW,) * slow, lengths, memory,
                             args.limit, _ours(args))
-    return price(cluster, model_shape(model, length), args.batch, VOCABULARY, args.throttle_gbps)
+    return price(cluster, model_shape(model, length), args.batch, VOCABULARY, args.precision, args.throttle_gbps)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from megatron_hetermoe.simulator.baselines import (
     Pipeline, expert_parallel_tokens_per_second, pipelines, spread, zebra_seconds,
 )
 
-_PRECISION = "bf16"
 _LINK = {"gb_per_s": 100, "latency_us": 20}  # for reductions; the channel is measured
 
 
@@ -99,7 +98,9 @@ def _succeed(ended: Ended) -> None:
         raise SystemExit(json.dumps(ended.failure))
 
 
-def price(path: Path, shape: ModelShape, batch: int, vocabulary: int, gbps: float | None = None) -> Prices:
+def price(
+    path: Path, shape: ModelShape, batch: int, vocabulary: int, precision: str = "bf16", gbps: float | None = None
+) -> Prices:
     """Plans and predictions for a cluster that was measured.
 
     Args:
@@ -107,12 +108,13 @@ def price(path: Path, shape: ModelShape, batch: int, vocabulary: int, gbps: floa
         shape: the model's.
         batch: sequences of a step.
         vocabulary: rows of the output layer.
+        precision: of parameters and activations.
         gbps: of a slower network that a rank's traffic is to be as on, in 10^9 bits a second; None for the measured one.
     """
     notes = Notes()
     cluster, more = throttled(read_cluster(path, notes), gbps, notes) if gbps else (read_cluster(path, notes), 0.0)
-    kinds = kinds_of(cluster, shape, _PRECISION, notes)
-    question = Question(shape, _PRECISION, 1, batch, vocabulary, ("none",), (False,), weight_gradients=(TOGETHER, MERGED))
+    kinds = kinds_of(cluster, shape, precision, notes)
+    question = Question(shape, precision, 1, batch, vocabulary, ("none",), (False,), weight_gradients=(TOGETHER, MERGED))
     by_kind = _by_kind(question, cluster, kinds)
     found = {"zebra, Asym-EA": _priced(by_kind), "zebra, planned": next(iter(search(question, cluster, kinds).best), None)}
     chosen = {name: priced for name, priced in found.items() if priced is not None}

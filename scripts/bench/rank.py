@@ -74,7 +74,7 @@ def with_our_experts(layer_specs: list, args: argparse.Namespace, first: int) ->
         args: Megatron's.
         first: the number of the first of these layers, from 1 on.
     """
-    together = not cpu.needed() and torch.cuda.get_device_capability()[0] in (9, 10)
+    together = args.bf16 and not cpu.needed() and torch.cuda.get_device_capability()[0] in (9, 10)
     replaced = []
     for layer, spec in enumerate(layer_specs, start=first):
         spec = copy(spec)

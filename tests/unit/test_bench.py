@@ -297,6 +297,13 @@ def test_what_is_left_when_time_is_over_is_for_the_next_call(lab, tmp_path, monk
     assert "('D1', 8192, 'EP, all ranks', 0); ('D1', 8192, 'zebra', 0)" in capsys.readouterr().out
 
 
+def test_a_file_is_of_one_machine(lab, tmp_path, monkeypatch, capsys):
+    compare(monkeypatch, tmp_path, "--systems", "zebra")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--shares", "31", "25"])
+    assert bench.compare.main() == 2
+    assert "name another file" in capsys.readouterr().err and len(lab) == 1
+
+
 def test_a_cell_is_likely_as_long_as_those_before():
     point = bench.compare.Point("D1", 4096, "zebra", 0)
     assert bench.compare.likely_seconds([], point, 120) == 120
