@@ -42,6 +42,10 @@ from prices import Prices, measured_in, price, take_profiles
 from systems import FAST, KERNELS, NAMES, PIPELINE, PLANNED, SLOW, System, pipelined, planned, systems
 
 BUDGET = 530  # seconds
+_WHY_NOT = {
+    PIPELINE: "stock Megatron has as many ranks in each stage, and a whole number of microbatches",
+    **dict.fromkeys(PLANNED, "no plan fits into --memory-gb"),
+}
 
 
 class Point(NamedTuple):
@@ -89,6 +93,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parsed()
     end = time.monotonic() + args.budget
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     done = cells.read(args.out)
     if other := next((cell["on"] for cell in done if cell.get("on", _where(args)) != _where(args)), None):
         print(f"compare: {args.out} has cells of {other}, and this would be on {_where(args)}: name another file", file=sys.stderr)
@@ -110,6 +115,9 @@ def _measure_model(args: argparse.Namespace, model: str, done: list[dict], end: 
     """Measures what is not done yet of a model, as long as there is time; returns what is left."""
     keys = set(map(cells.key, done))
     prices = {length: _prices(args, model, length) for length in args.lengths}
+    for length, priced in prices.items():
+        if impossible := [name for name in args.systems if name not in priced.predicted]:
+            print(f"not possible on {model}, {length}: {'; '.join(f'{name} ({_WHY_NOT[name]})' for name in impossible)}")
     left = []
     for point in _points(args, model, prices):
         cell = {"model": model, "length": point.length, "ranks": list(args.ranks), "system": point.system, "repeat": point.repeat,
@@ -183,7 +191,7 @@ def _against_prices(found: dict, priced: Prices, name: str) -> dict:
 
 def _where(args: argparse.Namespace) -> dict[str, object]:
     """What all cells of a file, and the profiles beside it, have in common."""
-    machine = {"hosts": args.hosts} if args.hosts else {"shares": list(args.shares), "gpus": args.gpus}
+    machine = {"hosts by": args.on} if args.hosts else {"shares": list(args.shares), "gpus": args.gpus}
     return {**machine, "precision": args.precision}
 
 

@@ -347,9 +347,9 @@ def test_figures_are_drawn_from_the_file_alone(tmp_path, monkeypatch):
     plots = modules("plots").plots
     measured = [cell(), cell("zebra", seconds=0.5, busy={"profiled": {"attention": 0.9, "expert": 0.8}, "kernels": {}}),
                 {**cell("zebra", seconds=1.0), "length": 8192}, cell("zebra", gbps=100.0)]
-    assert plots.panels(measured, "D1", plots.throughput)["2 fast, 2 slow"]["zebra"] == pytest.approx({4096: 65.536, 8192: 65.536})
-    assert plots.panels(measured, "D1", plots.busy) == {"2 fast, 2 slow": {
-        "zebra: attention, by profiles": {4096: 90.0}, "zebra: expert, by profiles": {4096: 80.0}}}
+    assert plots.throughput(measured, "D1")["", "2 fast, 2 slow"]["zebra"] == pytest.approx({4096: 65.536, 8192: 65.536})
+    assert plots.busy(measured, "D1") == {("2 fast, 2 slow", "zebra"): {
+        "attention, by profiles": {4096: 90.0}, "expert, by profiles": {4096: 80.0}}}
     for one in measured:
         bench.cells.append(tmp_path / "cells.jsonl", one)
     monkeypatch.setattr(sys, "argv", ["plots.py", str(tmp_path / "cells.jsonl"), "--out", str(tmp_path / "docs")])
