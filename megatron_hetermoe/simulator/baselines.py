@@ -94,25 +94,34 @@ class Pipeline:
     Attributes:
         seconds: for the tokens of the group's step.
         stages: of each pool, in order.
-        layers: of each stage.
+        ranks, layers: of each stage.
         microbatches: that go through it.
     """
 
     seconds: float
     stages: tuple[int, ...]
+    ranks: tuple[int, ...]
     layers: tuple[int, ...]
     microbatches: int
 
 
 def pipeline(group: GroupCosts) -> Pipeline:
+    """The fastest of ``pipelines``."""
+    return min(pipelines(group), key=lambda found: found.seconds)
+
+
+def pipelines(group: GroupCosts) -> list[Pipeline]:
     """Heterogeneity-aware pipeline parallelism: each pool has stages of its own, with as many layers as suit its speed.
 
     The ranks of a pool are divided evenly into its stages; those of a stage share a microbatch's sequences and spread
-    the experts over each other. 1F1B takes (microbatches - 1) of the slowest stage and each stage once. All numbers of
-    stages that divide the pools are tried, and for each the best split of layers, by dynamic programming.
+    the experts over each other. 1F1B takes (microbatches - 1) of the slowest stage and each stage once. Gradient reduction and
+    optimizer are not counted.
 
     Assumptions, which favour the pipeline: a microbatch's sequences can be split over any number of ranks, activations
     between stages cost nothing, and a stage's alltoall is priced as between its own ranks.
+
+    Returns:
+        one for all numbers of stages that divide the pools, with the best split of layers by dynamic programming.
     """
     shape, step = group.shape, group.step
     pools: list[list[Seat]] = []
@@ -122,9 +131,9 @@ def pipeline(group: GroupCosts) -> Pipeline:
         else:
             pools.append([seat])
     total = group_tokens(group) // shape.sequence  # sequences of the step
-    best = None
+    found = []
     for stages in _stage_choices([len(pool) for pool in pools], shape.layers):
-        ranks = [len(pool) // count for pool, count in zip(pools, stages) for _ in range(count)]
+        ranks = tuple(len(pool) // count for pool, count in zip(pools, stages) for _ in range(count))
         seats = [pool[0] for pool, count in zip(pools, stages) for _ in range(count)]
         width = min(max(ranks) * step.micro_batch, total)
         microbatches = total // width
@@ -132,10 +141,8 @@ def pipeline(group: GroupCosts) -> Pipeline:
         first = _once(seats[0].kind.embedding(width * shape.sequence), ranks[0])
         last = _once(seats[-1].kind.head(step.vocabulary, width * shape.sequence), ranks[-1])
         seconds, layers = _best_split(times, first, last, shape.layers, microbatches)
-        if best is None or seconds < best.seconds:
-            best = Pipeline(seconds, stages, layers, microbatches)
-    assert best is not None
-    return best
+        found.append(Pipeline(seconds, stages, ranks, layers, microbatches))
+    return found
 
 
 def _once(pair: tuple[float, float], ranks: int) -> float:

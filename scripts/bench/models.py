@@ -11,8 +11,15 @@ STEPS = 9  # that a cell trains
 MODELS = {"D1": (8, 1024, 24), "W1": (4, 2048, 12)}
 
 
-def model_flags(model: str, length: int, batch: int) -> dict[str, object]:
-    """Megatron's flags as a recipe has them."""
+def model_flags(model: str, length: int, batch: int, precision: str = "bf16") -> dict[str, object]:
+    """Megatron's flags as a recipe has them.
+
+    Args:
+        model: of MODELS.
+        length: tokens of a sequence.
+        batch: sequences of a step.
+        precision: "bf16", or "fp16" for GPUs older than Ampere.
+    """
     layers, hidden, experts = MODELS[model]
     flags = {
         "num-layers": layers, "hidden-size": hidden, "num-experts": experts, "seq-length": length,
@@ -25,12 +32,14 @@ def model_flags(model: str, length: int, batch: int) -> dict[str, object]:
         "eval-interval": 1000, "num-workers": 0, "attention-dropout": 0, "hidden-dropout": 0, "seed": 1234,
     }
     bare = (
-        "group-query-attention", "swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights", "bf16",
+        "group-query-attention", "swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights", precision,
         "mock-data", "no-create-attention-mask-in-dataloader", "no-persist-layer-norm", "no-masked-softmax-fusion",
         "no-gradient-accumulation-fusion", "no-rope-fusion", "no-check-for-nan-in-loss-and-grad",
         "cross-entropy-loss-fusion",
     )
-    return {f"--{name}": value for name, value in {**flags, **dict.fromkeys(bare, True)}.items()}
+    # Megatron would begin with 2^32 and skip steps until it has come down.
+    scale = {"initial-loss-scale": 4096} if precision == "fp16" else {}
+    return {f"--{name}": value for name, value in {**flags, **scale, **dict.fromkeys(bare, True)}.items()}
 
 
 def model_shape(model: str, length: int) -> ModelShape:

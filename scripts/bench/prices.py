@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import lab
+import bound
 import yaml
-from systems import FAST, SLOW
+from lab import Ended
+from measure import Machine
+from systems import FAST, KERNELS, PIPELINE, SLOW, equal_stages
+from throttle import longer
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER, Plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.cost.cluster import Cluster, Kind, kinds_of, read_cluster
-from megatron_hetermoe.cost.curves import Notes
-from megatron_hetermoe.planner.asym_ea import balance
+from megatron_hetermoe.cost.curves import Curve, Notes
+from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
+from megatron_hetermoe.planner.asym_ea import balance, counts_of
 from megatron_hetermoe.planner.options import Option, Question, options
 from megatron_hetermoe.planner.search import Priced, search
 from megatron_hetermoe.simulator.baselines import (
-    expert_parallel_tokens_per_second, spread, zebra_seconds,
+    Pipeline, expert_parallel_tokens_per_second, pipelines, spread, zebra_seconds,
 )
 
-_PRECISION = "bf16"
+_LINK = {"gb_per_s": 100, "latency_us": 20}  # for reductions; the channel is measured
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,24 @@ class Prices:
     Attributes:
         predicted: seconds of a step, by system.
         plans: by system, for those that have one.
+        split: the stages of a pipeline; None where stock Megatron could not run one.
+        compute: by system, for disaggregated ones, the seconds that a rank of each role computes in a step.
+        bound: seconds of a step if everything but compute were free.
+        ep_compute: the same of expert parallelism on all ranks.
+        longer: seconds a byte that throttled traffic takes longer; 0 where it is not throttled.
     """
 
     predicted: dict[str, float]
     plans: dict[str, Plan]
+    split: Pipeline | None
+    compute: dict[str, dict[str, float]]
+    bound: float
+    ep_compute: float
+    longer: float
 
 
 def take_profiles(
-    folder: Path, model_flags: dict[str, object], ranks: Sequence[lab.Rank], lengths: Sequence[int],
+    folder: Path, model_flags: dict[str, object], machine: Machine, pools: Sequence[str], lengths: Sequence[int],
     memory: Mapping[str, float], limit: float, flags: Sequence[str] = (),
 ) -> Path:
     """Profiles every rank while all run, and the channel between the pools; returns the cluster file.
@@ -47,40 +61,46 @@ def take_profiles(
     Args:
         folder: for the files; what is there is not measured again.
         model_flags: Megatron's, as in a recipe.
-        ranks: the attention ranks' pool first.
+        machine: where ranks run.
+        pools: of all ranks, the fast one first.
         lengths: of sequences.
         memory: bytes of a rank of each pool.
         limit: seconds for each of the two measurements.
         flags: ours, beyond the kernel of attention.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    recipe, cluster, measured = folder / "recipe.yaml", folder / "cluster.yaml", folder / "measured.yaml"
+    recipe, cluster, measured = folder / "recipe.yaml", folder / "cluster.yaml", measured_in(folder)
     if measured.exists():
         return measured
     recipe.write_text(yaml.safe_dump({"MODEL_ARGS": model_flags}))
-    outs = [folder / f"{rank.pool}.{index}.json" for index, rank in enumerate(ranks)]
-    _succeed(lab.run(ranks, lambda index: [
-        Path(__file__).with_name("fused.py"), "profile", recipe, "--out", outs[index], "--kind", ranks[index].pool,
-        "--lengths", *lengths, "--", "--hetermoe", "--hetermoe-attention", ranks[index].kernel, *flags], limit))
-    link = {"gb_per_s": 100, "latency_us": 20}
-    pools = {}
-    for index, rank in enumerate(ranks):
-        pools.setdefault(rank.pool, {
-            "kind": outs[index].name, "nodes": 1, "gpus_per_node": sum(other.pool == rank.pool for other in ranks),
-            "memory_gb": memory[rank.pool] / 1e9, "intra_node": link, "inter_node": link,
-        })
-    cluster.write_text(yaml.safe_dump({"pools": pools}, sort_keys=False))
-    _succeed(lab.run(ranks, lambda index: [
+    outs = [folder / f"{pool}.{index}.json" for index, pool in enumerate(pools)]
+    if not all(out.exists() for out in outs):
+        _succeed(machine.run(pools, lambda index: [
+            Path(__file__).with_name("fused.py"), "profile", recipe, "--out", outs[index], "--kind", pools[index],
+            "--lengths", *lengths, "--", "--hetermoe", "--hetermoe-attention", KERNELS[pools[index]], *flags], limit))
+    cluster.write_text(yaml.safe_dump({"pools": {
+        pool: {"kind": outs[pools.index(pool)].name, "nodes": 1, "gpus_per_node": pools.count(pool), "intra_node": _LINK,
+               "inter_node": _LINK, "memory_gb": memory[pool] / 1e9}
+        for pool in dict.fromkeys(pools)
+    }}, sort_keys=False))
+    _succeed(machine.run(pools, lambda index: [
         "-m", "megatron_hetermoe", "profile", "--network", "--cluster", cluster, "--out", measured], limit, 1))
     return measured
 
 
-def _succeed(ended: lab.Ended) -> None:
+def measured_in(folder: Path) -> Path:
+    """The cluster file of profiles that are complete once it is there."""
+    return folder / "measured.yaml"
+
+
+def _succeed(ended: Ended) -> None:
     if ended.failure:
         raise SystemExit(json.dumps(ended.failure))
 
 
-def price(path: Path, shape: ModelShape, batch: int, vocabulary: int) -> Prices:
+def price(
+    path: Path, shape: ModelShape, batch: int, vocabulary: int, precision: str = "bf16", gbps: float | None = None
+) -> Prices:
     """Plans and predictions for a cluster that was measured.
 
     Args:
@@ -88,26 +108,66 @@ def price(path: Path, shape: ModelShape, batch: int, vocabulary: int) -> Prices:
         shape: the model's.
         batch: sequences of a step.
         vocabulary: rows of the output layer.
+        precision: of parameters and activations.
+        gbps: of a slower network that a rank's traffic is to be as on, in 10^9 bits a second; None for the measured one.
     """
     notes = Notes()
-    cluster = read_cluster(path, notes)
-    kinds = kinds_of(cluster, shape, _PRECISION, notes)
-    question = Question(shape, _PRECISION, 1, batch, vocabulary, ("none",), (False,), weight_gradients=(TOGETHER, MERGED))
+    cluster, more = throttled(read_cluster(path, notes), gbps, notes) if gbps else (read_cluster(path, notes), 0.0)
+    kinds = kinds_of(cluster, shape, precision, notes)
+    question = Question(shape, precision, 1, batch, vocabulary, ("none",), (False,), weight_gradients=(TOGETHER, MERGED))
     by_kind = _by_kind(question, cluster, kinds)
     found = {"zebra, Asym-EA": _priced(by_kind), "zebra, planned": next(iter(search(question, cluster, kinds).best), None)}
     chosen = {name: priced for name, priced in found.items() if priced is not None}
     group, tokens = by_kind.group, batch * shape.sequence
+    merged = group.amortised(group.step.microbatches)
     even = spread(group, range(group.attention_members, group.members))
     pools = [[seat for seat in group.seats if seat.pool.name == name] for name in (FAST, SLOW)]
+    split = equal_stages(pipelines(group), batch)
     predicted = {
         "EP, all ranks": tokens / expert_parallel_tokens_per_second(group, group.seats),
         "EP, fast pool alone": tokens / expert_parallel_tokens_per_second(group, pools[0]),
         "EP, slow pool alone": tokens / expert_parallel_tokens_per_second(group, pools[1]),
         "naive disaggregation": zebra_seconds(group, even, "sequential"),
         "zebra": zebra_seconds(group, even, weight_gradients=MERGED),
+        **({PIPELINE: split.seconds + _after(group, split)} if split else {}),
         **{name: priced.assignment.seconds for name, priced in chosen.items()},
     }
-    return Prices(predicted, {name: priced.plan() for name, priced in chosen.items()})
+    spread_out = counts_of(even)[0]
+    compute = {
+        "naive disaggregation": bound.by_role(group, spread_out), "zebra": bound.by_role(merged, spread_out),
+        **{name: _compute(priced) for name, priced in chosen.items()},
+    }
+    return Prices(predicted, {name: priced.plan() for name, priced in chosen.items()}, split, compute,
+                  bound.disaggregated(merged), bound.expert_parallel(group, batch), more)
+
+
+def throttled(cluster: Cluster, gbps: float, notes: Notes) -> tuple[Cluster, float]:
+    """A cluster whose channel is as slow as that, and the seconds that each byte takes longer."""
+    channel = next(iter(cluster.pools.values())).channel
+    points = {size: channel(size) for size in channel.sizes}
+    more = longer(points, gbps)
+    slow = Curve("throttled channel", "bytes", {size: seconds + more * size for size, seconds in points.items()}, notes)
+    pools = {name: replace(pool, channel=slow) for name, pool in cluster.pools.items()}
+    return replace(cluster, pools=pools), more
+
+
+def _after(group: GroupCosts, split: Pipeline) -> float:
+    """Seconds of gradient reduction and optimizer of the stage where they take longest."""
+    seats = [next(seat for seat in group.seats if seat.pool.name == name)
+             for name, count in zip((FAST, SLOW), split.stages) for _ in range(count)]
+    longest = 0.0
+    for stage, seat, ranks in zip(group.of_stages(split.layers), seats, split.ranks):
+        stage = replace(stage, seats=(seat,) * ranks, attention_members=ranks, groups=1)
+        costs = TaskCosts(stage, spread(stage, range(ranks)))
+        longest = max(longest, costs.reduction(0) + costs.optimizer(0))
+    return longest
+
+
+def _compute(priced: Priced) -> dict[str, float]:
+    group = priced.option.group
+    if priced.weight_gradients == MERGED:
+        group = group.amortised(priced.wave)
+    return bound.by_role(group, priced.assignment.experts)
 
 
 def _by_kind(question: Question, cluster: Cluster, kinds: dict[str, Kind]) -> Option:

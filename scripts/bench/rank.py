@@ -1,70 +1,63 @@
-"""One rank of a benchmark: ``rank.py RECORD KERNEL SECONDS FLAGS...`` trains and writes the seconds and loss of each step.
+"""One rank of a benchmark: trains, and writes what each step took (``record.py``).
+
+    rank.py RECORD KERNEL SECONDS [--timed STEPS] [--longer SECONDS] -- FLAGS...
 
 With ``--hetermoe`` among the flags it is the plugin's run, without it stock Megatron's, whose own attention is replaced by
 KERNEL, which the plugin's flags name, and whose experts by ours, so that no kernel of ours is measured against none. Both have
-the same optimizer (``fused.py``).
+the same optimizer (``fused.py``) and begin with the same weights (``weights.py``).
 """
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
-import functools
-import json
 import os
 import sys
-import time
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from fused import fuse_adam
-from megatron.core.enums import ModelType
-from megatron.training import pretrain, training
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
-from megatron.training.models.gpt import default_layer_spec
+from megatron_hetermoe.mcore.platform import cpu
 
-from megatron_hetermoe import pretrain_gpt
-from megatron_hetermoe.mcore import gpt
-from megatron_hetermoe.mcore.attention import moe_submodules
-from megatron_hetermoe.mcore.grouped import GroupedExperts
-from megatron_hetermoe.mcore.platform import wheel
-from megatron_hetermoe.mcore.sdpa import with_kernel
+if cpu.needed():
+    cpu.install()  # before Megatron is imported
 
+import torch  # noqa: E402
+from fused import fuse_adam  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
+from megatron.training import pretrain  # noqa: E402
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.training.models.gpt import default_layer_spec  # noqa: E402
+from record import record_steps  # noqa: E402
+from throttle import Wait, throttle_channels, throttle_stock  # noqa: E402
+from weights import begin_alike  # noqa: E402
 
-def record_steps(path: Path) -> None:
-    """Writes a line for each training step: its seconds with the device idle before and after, and its loss."""
-    file = path.open("w", buffering=1, encoding="utf-8")
-    original = training.train_step
-
-    @functools.wraps(original)
-    def timed(*args, **kwargs):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = original(*args, **kwargs)
-        torch.cuda.synchronize()
-        loss = result[0].get("lm loss")
-        file.write(json.dumps({
-            "seconds": time.perf_counter() - start, "loss": None if loss is None else float(loss),
-            "memory": torch.cuda.max_memory_reserved(),
-        }) + "\n")
-        return result
-
-    training.train_step = timed
+from megatron_hetermoe import pretrain_gpt  # noqa: E402
+from megatron_hetermoe.config.errors import Problems  # noqa: E402
+from megatron_hetermoe.mcore import gpt  # noqa: E402
+from megatron_hetermoe.mcore.attention import moe_submodules  # noqa: E402
+from megatron_hetermoe.mcore.experts import HeldExperts  # noqa: E402
+from megatron_hetermoe.mcore.grouped import GroupedExperts  # noqa: E402
+from megatron_hetermoe.mcore.platform import wheel  # noqa: E402
+from megatron_hetermoe.mcore.sdpa import with_kernel  # noqa: E402
 
 
 def run_stock(flags: list[str], kernel: str) -> None:
     """Stock Megatron with one kernel of torch's for attention."""
-    wheel.install()  # it could not start from the wheel otherwise
+    _, flags = pretrain_gpt.prepared(flags, Problems())
+    if not cpu.needed():
+        wheel.install()  # it could not start from the wheel otherwise
     sys.argv = [sys.argv[0], *flags]
     args = parse_and_validate_args()
     model = gpt_config_from_args(args)
 
     def layers(config, vp_stage=None):
         spec = default_layer_spec(config, vp_stage)
-        spec.layer_specs = with_grouped_experts(with_kernel(spec.layer_specs, kernel), args)
+        first = 1 + get_transformer_layer_offset(config.transformer, vp_stage)
+        spec.layer_specs = with_our_experts(with_kernel(spec.layer_specs, kernel), args, first)
         return spec
 
     model.transformer_layer_spec = layers
@@ -73,21 +66,27 @@ def run_stock(flags: list[str], kernel: str) -> None:
              gpt.forward_step)
 
 
-def with_grouped_experts(layer_specs: list, args) -> list:
-    """Stock layers whose experts run as ours do on this GPU, where it has a kernel for all experts at once."""
-    if torch.cuda.get_device_capability()[0] not in (9, 10):
-        return layer_specs
+def with_our_experts(layer_specs: list, args: argparse.Namespace, first: int) -> list:
+    """Stock layers whose experts run as ours do on this GPU: together, where it has a kernel for that.
+
+    Args:
+        layer_specs: of this rank.
+        args: Megatron's.
+        first: the number of the first of these layers, from 1 on.
+    """
+    together = args.bf16 and not cpu.needed() and torch.cuda.get_device_capability()[0] in (9, 10)
     replaced = []
-    for layer, spec in enumerate(layer_specs, start=1):
+    for layer, spec in enumerate(layer_specs, start=first):
         spec = copy(spec)
         spec.submodules = copy(spec.submodules)
         stock_experts = moe_submodules(spec).experts
 
         def experts(count, config, pg_collection=None, layer=layer, stock_experts=stock_experts, **others):
             first = count * pg_collection.ep.rank()
-            # Rows come from Megatron's dispatcher in the order of experts, which is the reverse of what is held.
-            held = tuple(reversed(range(first, first + count)))
-            return GroupedExperts(config, stock_experts.keywords["submodules"], layer, held, args.seed, pg_collection)
+            held = tuple(range(first, first + count))
+            # Rows come from Megatron's dispatcher in the order of experts, which is the reverse of what is held together.
+            kind, held = (GroupedExperts, held[::-1]) if together else (HeldExperts, held)
+            return kind(config, stock_experts.keywords["submodules"], layer, held, args.seed, pg_collection)
 
         mlp = spec.submodules.mlp
         spec.submodules.mlp = partial(
@@ -97,14 +96,25 @@ def with_grouped_experts(layer_specs: list, args) -> list:
 
 
 def main() -> int:
-    record, kernel, limit, *flags = sys.argv[1:]
-    # A hang ends with the stacks of all threads in the log.
-    faulthandler.dump_traceback_later(float(limit), exit=True)
-    record_steps(Path(f"{record}.{os.environ['RANK']}"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("record", type=Path)
+    parser.add_argument("kernel")
+    parser.add_argument("seconds", type=float, help="after which it ends with the stacks of all threads, as one that hangs")
+    parser.add_argument("--timed", type=int, default=1 << 30, metavar="STEPS", help="profile those that follow")
+    parser.add_argument("--longer", type=float, default=0.0, metavar="SECONDS", help="that each byte of traffic takes longer")
+    split = sys.argv.index("--")
+    args, flags = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1:]
+    faulthandler.dump_traceback_later(args.seconds, exit=True)
+    wait = Wait()
+    record_steps(Path(f"{args.record}.{os.environ['RANK']}"), args.timed, wait.settle)
     fuse_adam()
-    if "--hetermoe" in flags:
+    begin_alike()
+    disaggregated = "--hetermoe" in flags
+    if args.longer:
+        (throttle_channels if disaggregated else throttle_stock)(wait, args.longer)
+    if disaggregated:
         return pretrain_gpt.main(flags)
-    run_stock(flags, kernel)
+    run_stock(flags, args.kernel)
     return 0
 
 
