@@ -14,7 +14,8 @@ from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import Step, TaskSeconds
 from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Kind, Link
 from megatron_hetermoe.cost.work import (
-    Work, attention_work, crossing_share, dense_parameters, embedding_work, feed_forward_work, head_work, projection_width,
+    Numbers, Work, attention_work, crossing_share, dense_parameters, embedding_work, feed_forward_work, head_work,
+    projection_width,
 )
 from megatron_hetermoe.schedule.tasks import Kind as TaskKind
 from megatron_hetermoe.schedule.tasks import Pass, Stream, Task
@@ -311,7 +312,7 @@ class GroupCosts:
         """Those parts, each with its seconds, on a GPU of its own."""
         return _priced_parts(kind, self.shape, self.step.micro_batch, self.step.vocabulary, self.step.recompute, parts)
 
-    def exchanged(self, kind: TaskKind, stream: Stream, held: np.ndarray) -> np.ndarray:
+    def exchanged(self, kind: TaskKind, stream: Stream, held: Numbers) -> Numbers:
         """Bytes of a transfer between an attention member and holders, with balanced routing.
 
         A token crosses once, whichever number of the holder's experts it goes to; for each of these dispatch carries a
@@ -320,7 +321,7 @@ class GroupCosts:
         Args:
             kind: dispatch or combine.
             stream: the channel.
-            held: [...], experts that each holder has of the layer.
+            held: experts that each holder has of the layer, one or an array.
         """
         row = self.shape.hidden * BYTES[self.precision]
         copy = 0 if kind is TaskKind.COMBINE else _PROBABILITY + _INDEX if stream is Stream.OUT else _PROBABILITY
@@ -478,6 +479,7 @@ class TaskCosts:
             tuple(holders.count(member) for member in range(group.members)) for holders in placement.holders
         ]
         self._transfers: dict[tuple[TaskKind, Stream, tuple[int, ...]], Transfer] = {}
+        self._exchanged: dict[tuple[TaskKind, Stream, tuple[int, ...]], list[float]] = {}
         self._expert_weights: dict[tuple[int, int], float] = {}
 
     def seconds(self, member: int, task: Task, microbatches: int = 1) -> float:
@@ -514,17 +516,18 @@ class TaskCosts:
 
     def sent(self, member: int, task: Task) -> int:
         """Bytes that a member sends others in a task; none in one that is no transfer."""
-        import numpy as np
-
         if task.stream is Stream.COMPUTE:
             return 0
         if task.kind is TaskKind.HANDOVER:
             leaves = (task.layer > self.group.shape.layers) == (task.direction is Pass.FORWARD)
             return self.group.handover if leaves else 0
         owners = range(self.group.attention_members)
-        sizes = self.group.exchanged(task.kind, task.stream, np.array(self._counts[task.layer - 1], float))
+        key = (task.kind, task.stream, self._counts[task.layer - 1])
+        if key not in self._exchanged:
+            self._exchanged[key] = [float(self.group.exchanged(task.kind, task.stream, held)) for held in key[2]]
+        sizes = self._exchanged[key]
         if task.stream is Stream.OUT:
-            return round(sizes.sum() - sizes[member]) if member in owners else 0
+            return round(sum(sizes) - sizes[member]) if member in owners else 0
         return round(sizes[member] * sum(owner != member for owner in owners) * self._share(member))
 
     def received(self, member: int, task: Task) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from megatron_hetermoe.config.shape import ModelShape
 if TYPE_CHECKING:
     import numpy as np
 
-_Numbers = TypeVar("_Numbers", float, "np.ndarray")
+Numbers = TypeVar("Numbers", float, "np.ndarray")
 
 _HALF = 2  # bytes of an activation in bf16 or fp16
 
@@ -76,7 +76,7 @@ def embedding_work(shape: ModelShape, tokens: int) -> Work:
     return Work(0, 0, _HALF * 3 * tokens * shape.hidden, 3)
 
 
-def crossing_share(shape: ModelShape, held: _Numbers) -> _Numbers:
+def crossing_share(shape: ModelShape, held: Numbers) -> Numbers:
     """The share of tokens that go to at least one of so many experts of a layer, with balanced routing.
 
     A token's k experts are then any k of E with equal probability, and none of n is among them in C(E-n, k) of C(E, k) cases

@@ -91,10 +91,10 @@ class AsymmetricDispatcher(MoETokenDispatcher):
         Returns:
             Rows, [at least rows, hidden], and probabilities, [at least copies], in the precision of ``probs``.
         """
-        state, count = self._state, routing_map.shape[0]
+        state = self._state
         state.hidden_shape = tokens.shape
         crossing = routing_map.float() @ self._is_held > 0  # [tokens, holders]
-        most = self._most_copies(count)
+        most = self._most_copies(len(routing_map))
         rows, _, state.mapping, *_ = permute(
             tokens.reshape(-1, tokens.shape[-1]), crossing, num_out_tokens=min(most, crossing.numel()),
             fused=self.config.moe_permute_fusion,
