@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 
-from megatron_hetermoe.mcore import checkpoints, forward_backward, optimizer, pretrain
+from megatron_hetermoe.mcore import arguments, checkpoints, forward_backward, optimizer, pretrain
+from megatron_hetermoe.mcore.platform import flags
 from megatron_hetermoe.runtime import executor, peers
 from megatron_hetermoe.runtime.channels import Channel
 from megatron_hetermoe.runtime.marks import Marks
@@ -166,6 +167,16 @@ def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
         corrupt(what, rank, folder)
     if what := env.get("HETERMOE_TEST_ROUTING"):
         skew_router(what)
+    if ranks := env.get("HETERMOE_TEST_ENGINE_RANKS"):
+        give_engine(list(map(int, ranks.split(","))), rank)
+
+
+def give_engine(ranks: Sequence[int], rank: int) -> None:
+    """Ranks that pass for GPUs with transformer-engine, which a stand-in is, and the others for GPUs without."""
+    flags._REPLACED = {}
+    found = {True: (8, 0), False: (7, 0)}
+    arguments.capabilities_here = lambda args: {one: found[one in ranks] for one in range(args.world_size)}
+    pretrain.capability_of = lambda device: found[rank in ranks]
 
 
 def install(fault: str, rank: int, folder: Path) -> None:

@@ -67,19 +67,20 @@ def emulation(
         None where something is.
     """
     before = len(problems)
-    kernel = flags.experts
+    kernel, impl = flags.experts, flags.expert_impl
     numbers = {role: (f"{PREFIX}-{role}-ranks", getattr(flags, f"{role}_ranks")) for role in ROLES}
     if flags.plan is not None:
         with problems.taking():
             plan = read_plan(flags.plan)
-            kernel = plan.expert_kernel
+            kernel, impl = plan.expert_kernel, plan.expert_impl
             numbers = {role: (f"{PREFIX}-plan", getattr(plan, f"{role}_ranks")) for role in ROLES}
     for role, (flag, count) in numbers.items():
         if count not in (None, shares.ranks[role]):
             problems.add(f"--emulate has {shares.ranks[role]} {role} ranks, {flag} has {count}: make them the same")
     gpu = gpu_to_divide({**os.environ, **env}, problems)
-    is_local = value_of(argv, "--transformer-impl") == "local"
-    for problem in _kernel_problems(shares, is_local, kernel):
+    dense = value_of(argv, "--transformer-impl")
+    of_experts = "local" if kernel == "grouped" else dense if impl in (None, "auto") else impl
+    for problem in _kernel_problems(shares, {"attention": dense, "expert": of_experts}):
         problems.add(problem)
     if len(problems) > before:
         return None
@@ -181,13 +182,13 @@ def _nccl_problems(found: SeenGpu) -> list[str]:
             "torch of CUDA 12), and start this with LD_PRELOAD=DIR/nvidia/nccl/lib/libnccl.so.2"]
 
 
-def _kernel_problems(shares: Shares, is_local: bool, experts: str | None) -> list[str]:
-    """Shares in which kernels are known to be wrong."""
+def _kernel_problems(shares: Shares, implementations: Mapping[str, str | None]) -> list[str]:
+    """Shares in which kernels are known to be wrong, those of transformer-engine, which is Megatron's default, for a role."""
     return [
         f"--emulate gives {role} ranks {shares.percent[role]}%: with less than {TRUSTED}% of an H200 transformer-engine's "
         f"linear layers gave wrong results and NaN; give them more, or use --transformer-impl local"
-        f"{' or --hetermoe-experts grouped' if role == 'expert' else ''}"
-        for role in _small(shares) if not is_local and (role == "attention" or experts != "grouped")
+        f"{' or --hetermoe-expert-impl local' if role == 'expert' else ''}"
+        for role in _small(shares) if implementations[role] != "local"
     ]
 
 

@@ -291,7 +291,7 @@ def test_small_shares_need_kernels_that_are_right_there(tmp_path, monkeypatch, c
     recipe.write_text("MODEL_ARGS:\n  --lr: 1\n")  # transformer-engine is Megatron's default
     shares = "attention=2x20%,expert=2x20%"
     assert_refused(["train", str(recipe), "--emulate", shares], GPU,
-                   ["2 problems", "attention ranks 20%", "expert ranks 20%", "or --hetermoe-experts grouped"], tmp_path,
+                   ["2 problems", "attention ranks 20%", "expert ranks 20%", "or --hetermoe-expert-impl local"], tmp_path,
                    monkeypatch, capsys)
     assert_refused(["train", str(recipe), "--emulate", shares, "--", "--hetermoe-experts", "grouped"], GPU,
                    ["1 problem:", "attention ranks 20%"], tmp_path, monkeypatch, capsys)
