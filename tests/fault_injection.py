@@ -23,12 +23,13 @@ from typing import Any
 import torch
 import megatron.core.dist_checkpointing.serialization as serialization
 import megatron.training.checkpointing as checkpointing
+import megatron.training.models.gpt as models
 import megatron.training.training as training
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 
-from megatron_hetermoe.mcore import arguments, checkpoints, forward_backward, optimizer, pretrain
+from megatron_hetermoe.mcore import arguments, checkpoints, forward_backward, optimizer, pretrain, sdpa
 from megatron_hetermoe.mcore.platform import flags
 from megatron_hetermoe.runtime import executor, peers
 from megatron_hetermoe.runtime.channels import Channel
@@ -167,8 +168,22 @@ def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
         corrupt(what, rank, folder)
     if what := env.get("HETERMOE_TEST_ROUTING"):
         skew_router(what)
+    if kernel := env.get("HETERMOE_TEST_ATTENTION"):
+        give_attention(kernel)
     if ranks := env.get("HETERMOE_TEST_ENGINE_RANKS"):
         give_engine(list(map(int, ranks.split(","))), rank)
+
+
+def give_attention(kernel: str) -> None:
+    """Stock Megatron's layers with attention by one of torch's kernels, as ``--hetermoe-attention`` names them."""
+    original = models.default_layer_spec
+
+    def default_layer_spec(*args: Any, **kwargs: Any) -> Any:
+        spec = original(*args, **kwargs)
+        spec.layer_specs = sdpa.with_kernel(spec.layer_specs, kernel)
+        return spec
+
+    models.default_layer_spec = default_layer_spec
 
 
 def give_engine(ranks: Sequence[int], rank: int) -> None:

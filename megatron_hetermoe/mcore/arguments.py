@@ -18,7 +18,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_args, vali
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags
-from megatron_hetermoe.config.plan import DELAYED, TOGETHER, Plan
+from megatron_hetermoe.config.plan import DELAYED, Plan
 from megatron_hetermoe.config.recipe import by_flag, hint
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.mcore.devices import capabilities_here, device_problems
@@ -180,16 +180,16 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
     if plan is not None:
         if plan.step is not None:
             _check_step(args, plan, problems)
-        if plan.weight_gradients == DELAYED and args.tensor_model_parallel_size > 1:
-            problems.add("--hetermoe-weight-gradients delayed is not supported with tensor parallelism: leave it out")
         if plan.context_parallel > 1 and plan.attention_kernel == "megatron" and args.transformer_impl == "local":
             problems.add("--hetermoe-attention megatron knows no context parallelism: leave it out")
         if args.reset_attention_mask and args.transformer_impl == "local" and _by_torch(plan):
             problems.add("--reset-attention-mask is not supported with torch's attention kernels, which see the whole "
                          "sequence: leave it out, or use --hetermoe-attention megatron")
-        if plan.weight_gradients != TOGETHER and args.transformer_impl != "local":
-            problems.add(f"--hetermoe-weight-gradients {plan.weight_gradients} is for --transformer-impl local, this is "
-                         f"{args.transformer_impl}: change one")
+        if plan.weight_gradients == DELAYED and args.transformer_impl == ENGINE and args.add_bias_linear \
+                and args.overlap_grad_reduce:
+            # Such a bias has its gradient with those of activations, once for several microbatches that W tasks report.
+            problems.add("--hetermoe-weight-gradients delayed is not supported with transformer-engine's biases beside "
+                         "--overlap-grad-reduce: leave one out, or add --disable-bias-linear")
         obstacle = expert_obstacle(plan, activation_again(args))
         if obstacle and plan.expert_impl == ENGINE:
             problems.add(f"--hetermoe-expert-impl transformer_engine is not supported with {obstacle}: use auto")

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_hetermoe.config.plan import TOGETHER, Plan
+from megatron_hetermoe.config.plan import MERGED, Plan
 
 LOCAL, ENGINE = "local", "transformer_engine"  # Megatron's names of them
 _ENGINE_CAPABILITY = (8, 0)  # Ampere
@@ -65,7 +65,7 @@ def expert_obstacle(plan: Plan, activation_again: bool) -> str | None:
         return "--hetermoe-experts grouped, which is for torch's"
     if activation_again:
         return "--recompute-modules moe_act"
-    return None if plan.weight_gradients == TOGETHER else f"--hetermoe-weight-gradients {plan.weight_gradients}"
+    return "--hetermoe-weight-gradients merged" if plan.weight_gradients == MERGED else None
 
 
 def choose_for_experts(

@@ -26,7 +26,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
-from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.plan import DELAYED, Plan
 from megatron_hetermoe.config.slow_down import parse_slow_down
 from megatron_hetermoe.mcore import dry_run, gpt, patches, prediction
 from megatron_hetermoe.mcore.attention import route_to_holders
@@ -36,7 +36,7 @@ from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.graphs import AttentionGraphs
 from megatron_hetermoe.mcore.grouped import build_held
-from megatron_hetermoe.mcore.implementation import choose_for_experts, engine_obstacle
+from megatron_hetermoe.mcore.implementation import ENGINE, choose_for_experts, engine_obstacle
 from megatron_hetermoe.mcore.meeting import join_world, meet
 from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
@@ -45,6 +45,7 @@ from megatron_hetermoe.mcore.pools import join_pools
 from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.trust import SWITCH, load_weights_only
+from megatron_hetermoe.mcore.weights import splitting
 from megatron_hetermoe.runtime.graphs import graphs_for
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
@@ -150,6 +151,9 @@ def _train(
         print(f"hetermoe: warning: {SWITCH} is off: a checkpoint may run a program as it is loaded", flush=True)
     check_load(args, session)
     watch.marks.enter("start-up")
+    if plan.weight_gradients == DELAYED and ENGINE in (args.transformer_impl, session.expert_impl):
+        for config in (args, script.config.ddp, script.config.model.transformer):
+            splitting(config)
     model, script.config.model = script.config.model, None  # Megatron then asks a function for the model
     train = functools.partial(
         pretrain, script.config, _datasets_provider(script.datasets_provider, session), script.model_type,

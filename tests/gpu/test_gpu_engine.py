@@ -17,7 +17,10 @@ pytestmark = pytest.mark.skipif(
 
 EXPERTS_WITHOUT = {"GPU_RANKS_WITHOUT_ENGINE": "2,3"}
 DISTRIBUTED = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
+TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 SEQUENTIAL = ["--hetermoe-experts", "sequential"]
+DELAYED = ["--hetermoe-weight-gradients", "delayed"]
 # Megatron's precision, environment, our flags, Megatron's flags beside them, and the bound. In fp32 transformer-engine multiplies
 # in TF32, and torch does not.
 CASES = {
@@ -27,6 +30,14 @@ CASES = {
                            DISTRIBUTED, 5e-3),
     "grouped": ({"bf16": True}, {}, ["--hetermoe-experts", "grouped"], DISTRIBUTED, 5e-3),
     "everywhere": ({"bf16": True}, {}, ["--hetermoe-expert-impl", "transformer_engine"], DISTRIBUTED, 5e-3),
+    "delayed": ({"bf16": True}, EXPERTS_WITHOUT, [*SEQUENTIAL, *DELAYED], {**DISTRIBUTED, "overlap_grad_reduce": True}, 5e-3),
+    "delayed-everywhere": ({"bf16": True}, {}, ["--hetermoe-expert-impl", "transformer_engine", *DELAYED],
+                           {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}, 5e-3),
+    "merged": ({"bf16": True}, EXPERTS_WITHOUT, ["--hetermoe-weight-gradients", "merged", "--hetermoe-wave", "2"],
+               DISTRIBUTED, 5e-3),
+    "tensor": ({"bf16": True}, {**EXPERTS_WITHOUT, **ONE_QUEUE}, SEQUENTIAL, {**DISTRIBUTED, **TENSOR}, 5e-3),
+    "tensor-delayed": ({"bf16": True}, {**EXPERTS_WITHOUT, **ONE_QUEUE}, [*SEQUENTIAL, *DELAYED], {**DISTRIBUTED, **TENSOR},
+                       5e-3),
     "recompute": ({"bf16": True}, EXPERTS_WITHOUT, SEQUENTIAL,
                   {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 5e-3),
 }

@@ -159,7 +159,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion({"ranks": ("2+2", "2+1", "2+3"), "tensor": ("2",), "context": ("2",)}, "attention ranks"),
     Exclusion({"ranks": ("2+1", "2+3", "1+1 x2"), "expert tensor": ("2",)}, "expert ranks"),
     Exclusion({"expert tensor": ("2",), "placement": ("on attention ranks",)}, "has experts on attention ranks"),
-    Exclusion({"tensor": ("2",), "weight gradients": ("delayed",)}, "not supported with tensor parallelism"),
+    Exclusion({"tensor": ("2",), "weight gradients": ("delayed",)}, "test_tensor_parallel.py has them together", refused=False),
     Exclusion({"capacity": ("least probable go", "last go", "padded"), "balancing": ("sinkhorn", "quantile")},
               "moe_expert_capacity_factor only works with"),
     Exclusion({"topk": ("1",), "scores": ("softmax",)}, "use --moe-router-pre-softmax when topk is 1"),

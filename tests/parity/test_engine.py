@@ -14,6 +14,7 @@ from models import tiny
 from parity_cases import REL, placement_file
 from ranks import Run, assert_same_steps
 
+LEFT = "stand-in: a layer leaves gradients of its weights"
 MODEL = {"transformer_impl": "transformer_engine", "train_iters": 10}
 MIXED = {1: {"a0": [0, 5], "e0": [1, 2, 3], "e1": [4, 6, 7]}, 2: {"a1": [2], "e1": [0, 1, "3-7"]}}
 
@@ -90,6 +91,26 @@ def test_a_checkpoint_does_not_know(engine, tmp_path, distributed):
     assert_same_steps(engine.disaggregated([0, 1, 2, 3], [], **resumed).steps[0], whole[5:], rel=REL)
     stock = engine.train(2, [0, 1], **resumed, expert_model_parallel_size=2)
     assert_same_steps(stock.steps[0], whole[5:], rel=REL)
+
+
+@pytest.mark.parametrize(
+    "ranks, hetermoe, model",
+    [([0, 1], ["--hetermoe-weight-gradients", "delayed"],
+      {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 2000,
+       "add_qkv_bias": True}),
+     pytest.param([0, 1, 2, 3], ["--hetermoe-weight-gradients", "delayed", "--hetermoe-wave", "2"],
+                  {"moe_shared_expert_intermediate_size": 32, "recompute_granularity": "full",
+                   "recompute_method": "uniform", "recompute_num_layers": 1}, marks=pytest.mark.slow),
+     pytest.param([0, 1], ["--hetermoe-weight-gradients", "merged"], {}, marks=pytest.mark.slow)],
+    ids=["dense", "experts too", "merged"])
+def test_gradients_of_weights_later(engine, ranks, hetermoe, model):
+    """As together, which is compared with stock Megatron above. These models have other parameters, from the seed."""
+    model = {**model, "load": None, "finetune": None}
+    later, together = (engine.disaggregated(ranks, flags, **model) for flags in (hetermoe, []))
+    says = [LEFT in output for output in later.output]
+    assert says == ([False] * 4 if "merged" in hetermoe else [rank in ranks for rank in range(4)])
+    for steps, others in zip(later.steps, together.steps, strict=True):
+        assert_same_steps(steps, others, rel=REL if "merged" in hetermoe else 0.0)
 
 
 def test_where_it_cannot_be(engine):

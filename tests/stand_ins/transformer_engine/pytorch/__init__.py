@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import linear
 from transformer_engine.pytorch import distributed, fp8
 
+LEFT = "stand-in: a layer leaves gradients of its weights"  # what it says when its first backward does
 RANKS = "HETERMOE_TEST_ENGINE_RANKS"  # in the environment: those that have it, with commas between; all without
 
 
@@ -67,11 +68,15 @@ class WeightGradStore:
     def __init__(self, delayed: bool):
         self.enabled = delayed
         self.context: queue.Queue = queue.Queue()
+        self.used = False
 
     def delay_wgrad_compute(self) -> bool:
         return self.enabled
 
     def put(self, tensors: list[torch.Tensor], function: Callable[..., Any]) -> None:
+        if not self.used:
+            print(LEFT, flush=True)
+        self.used = True
         self.context.put((tensors, function))
 
     def pop(self) -> Any:
