@@ -38,6 +38,8 @@ CASES = {
     "tensor": ({"bf16": True}, {**EXPERTS_WITHOUT, **ONE_QUEUE}, SEQUENTIAL, {**DISTRIBUTED, **TENSOR}, 5e-3),
     "tensor-delayed": ({"bf16": True}, {**EXPERTS_WITHOUT, **ONE_QUEUE}, [*SEQUENTIAL, *DELAYED], {**DISTRIBUTED, **TENSOR},
                        5e-3),
+    "selective": ({"bf16": True}, EXPERTS_WITHOUT, SEQUENTIAL,
+                  {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]}, 5e-3),
     "recompute": ({"bf16": True}, EXPERTS_WITHOUT, SEQUENTIAL,
                   {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 5e-3),
 }

@@ -120,16 +120,18 @@ HALVES: dict[str, dict[str, object]] = {
     "bf16, experts in fp32": {"bf16": True, "hetermoe_expert_precision": "fp32"},
 }
 
-# Options with other kernels than stock Megatron's, or another precision, which round otherwise.
+# Options that round otherwise than stock Megatron with its own kernels, so that other steps overflow.
 ROUNDING = {
     "attention": ("flash", "math"), "context": ("2",), "expert tensor": ("2",), "experts": ("grouped",),
     "precision": ("bf16, experts in fp16", "bf16, experts in fp32"),
 }
 
 
-def rounds_otherwise(row: Mapping[str, str]) -> bool:
-    """Whether what half precision makes of the row is another rounding than in any layout of stock Megatron."""
-    return any(row[axis] in options for axis, options in ROUNDING.items())
+def attention_kernel(row: Mapping[str, str]) -> str | None:
+    """Which of torch's attention kernels a row runs on the CPU; None for Megatron's own."""
+    if row["attention"] == "auto":
+        return "math" if row["context"] == "2" else None
+    return row["attention"]
 
 
 @dataclass(frozen=True)
