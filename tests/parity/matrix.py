@@ -127,11 +127,13 @@ ROUNDING = {
 }
 
 
-def attention_kernel(row: Mapping[str, str]) -> str | None:
-    """Which of torch's attention kernels a row runs on the CPU; None for Megatron's own."""
-    if row["attention"] == "auto":
-        return "math" if row["context"] == "2" else None
-    return row["attention"]
+def own_kernels(row: Mapping[str, str]) -> dict[str, str]:
+    """What of a row is no option of stock Megatron's, and changes its rounding: as a test gives it to that
+    (``fault_injection.py``), by environment variables."""
+    attention = {"auto": "math" if row["context"] == "2" else None}.get(row["attention"], row["attention"])
+    experts = HALVES.get(row["precision"], {}).get("hetermoe_expert_precision")
+    given = {"HETERMOE_TEST_ATTENTION": attention, "HETERMOE_TEST_EXPERTS": experts}
+    return {name: str(value) for name, value in given.items() if value}
 
 
 @dataclass(frozen=True)

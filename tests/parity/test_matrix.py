@@ -2,7 +2,9 @@
 
 In fp32 losses and gradient norms of every step are within 1e-5. In half precision, where sums in another order are other
 numbers, a run is as near to one of stock Megatron's expert-parallel layouts as these are to each other, measured on the same
-model and data, with the same attention kernel.
+model and data, with the same attention kernel and precision of experts. Where ranks have parts of a sequence, so that sums over
+it are of rounded parts, which stock Megatron has without transformer-engine in no layout, it is as near as the nearest of these is
+to stock Megatron in fp32.
 """
 
 from __future__ import annotations
@@ -42,8 +44,7 @@ def _stock_layouts(parity, row: matrix.Row, model: dict[str, object]) -> list[Ru
     context = int(row["context"])
     whole = m * g // context  # ranks with whole sequences
     sizes = [(whole, 1), (whole, 2), (max(whole, 4), 4)]
-    kernel = matrix.attention_kernel(row)
-    env = {"HETERMOE_TEST_ATTENTION": kernel} if kernel else None
+    env = matrix.own_kernels(row)
     return [parity.stock(world * context, env, expert_model_parallel_size=size, **model) for world, size in sizes]
 
 
@@ -63,6 +64,11 @@ def test_matrix(parity, row, record_property):
     else:
         stock = _stock_layouts(parity, row, model)
         allowed = _largest(largest_differences(one.steps[0], other.steps[0]) for one, other in combinations(stock, 2))
+        if row["context"] == "2":
+            in_fp32, _ = _split({**row, "precision": matrix.FP32}, parity)
+            whole = parity.stock(m * g, **in_fp32)
+            from_fp32 = _smallest(largest_differences(one.steps[0], whole.steps[0]) for one in stock)
+            allowed = _largest([allowed, from_fp32])
     found = _smallest(largest_differences(run.steps[0], other.steps[0]) for other in stock)
     record_property(matrix.DEVIATION, (row["precision"], *found, *allowed))
     assert found[0] <= allowed[0] and found[1] <= allowed[1], f"{found} against {allowed}: {row}"
