@@ -16,19 +16,24 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 import megatron.core.dist_checkpointing.serialization as serialization
 import megatron.training.checkpointing as checkpointing
+import megatron.training.models.gpt as models
 import megatron.training.training as training
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 
-from megatron_hetermoe.mcore import checkpoints, forward_backward, optimizer, pretrain
+from megatron_hetermoe.mcore import arguments, checkpoints, forward_backward, optimizer, pretrain, sdpa
+from megatron_hetermoe.mcore.platform import flags
+from megatron_hetermoe.mcore.session import DTYPES
 from megatron_hetermoe.runtime import executor, peers
 from megatron_hetermoe.runtime.channels import Channel
 from megatron_hetermoe.runtime.marks import Marks
@@ -166,6 +171,51 @@ def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
         corrupt(what, rank, folder)
     if what := env.get("HETERMOE_TEST_ROUTING"):
         skew_router(what)
+    if kernel := env.get("HETERMOE_TEST_ATTENTION"):
+        give_attention(kernel)
+    if precision := env.get("HETERMOE_TEST_EXPERTS"):
+        give_experts(DTYPES[precision])
+    if ranks := env.get("HETERMOE_TEST_ENGINE_RANKS"):
+        give_engine(list(map(int, ranks.split(","))), rank)
+
+
+def give_attention(kernel: str) -> None:
+    """Stock Megatron's layers with attention by one of torch's kernels, as ``--hetermoe-attention`` names them."""
+    original = models.default_layer_spec
+
+    def default_layer_spec(*args: Any, **kwargs: Any) -> Any:
+        spec = original(*args, **kwargs)
+        spec.layer_specs = sdpa.with_kernel(spec.layer_specs, kernel)
+        return spec
+
+    models.default_layer_spec = default_layer_spec
+
+
+def give_experts(dtype: torch.dtype) -> None:
+    """Stock Megatron's experts in a precision of their own: tokens are cast for them, and what they give is cast back."""
+    built, run, moved = SequentialMLP.__init__, SequentialMLP.forward, SequentialMLP._apply
+
+    def __init__(self: Any, number: int, config: Any, *args: Any, **kwargs: Any) -> None:
+        config = copy(config)
+        config.params_dtype, config.fp16, config.bf16 = dtype, dtype is torch.float16, dtype is torch.bfloat16
+        built(self, number, config, *args, **kwargs)
+
+    def forward(self: Any, tokens: torch.Tensor, *others: Any) -> tuple[torch.Tensor, Any]:
+        output, bias = run(self, tokens.to(dtype), *others)
+        return output.to(tokens.dtype), bias
+
+    def _apply(self: Any, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        return moved(self, lambda one: one if (other := function(one)).dtype != one.dtype else other, recurse)
+
+    SequentialMLP.__init__, SequentialMLP.forward, SequentialMLP._apply = __init__, forward, _apply
+
+
+def give_engine(ranks: Sequence[int], rank: int) -> None:
+    """Ranks that pass for GPUs with transformer-engine, which a stand-in is, and the others for GPUs without."""
+    flags._REPLACED = {}
+    found = {True: (8, 0), False: (7, 0)}
+    arguments.capabilities_here = lambda args: {one: found[one in ranks] for one in range(args.world_size)}
+    pretrain.capability_of = lambda device: found[rank in ranks]
 
 
 def install(fault: str, rank: int, folder: Path) -> None:

@@ -72,12 +72,12 @@ def emulation(
         None where something is.
     """
     before = len(problems)
-    kernel = flags.experts
+    kernel, impl = flags.experts, flags.expert_impl
     numbers = {role: (f"{PREFIX}-{role}-ranks", getattr(flags, f"{role}_ranks")) for role in ROLES}
     if flags.plan is not None:
         with problems.taking():
             plan = read_plan(flags.plan)
-            kernel = plan.expert_kernel
+            kernel, impl = plan.expert_kernel, plan.expert_impl
             numbers = {role: (f"{PREFIX}-plan", getattr(plan, f"{role}_ranks")) for role in ROLES}
     for role, (flag, count) in numbers.items():
         if count not in (None, shares.ranks[role]):
@@ -86,8 +86,10 @@ def emulation(
     if len(problems) > before:
         return None
     dtype = "bfloat16" if "--bf16" in argv else "float16" if "--fp16" in argv else "float32"
+    if impl in (None, "auto"):
+        impl = value_of(argv, "--transformer-impl")
     is_grouped = kernel == "grouped" or (
-        kernel in (None, "auto") and dtype == "bfloat16" and gpu.capability[0] in _GROUPED_BY_ITSELF)
+        impl == "local" and kernel in (None, "auto") and dtype == "bfloat16" and gpu.capability[0] in _GROUPED_BY_ITSELF)
     return Emulation(shares, gpu, dtype, ROLES[:1] if is_grouped else ROLES)
 
 

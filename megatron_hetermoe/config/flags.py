@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_hetermoe.config.errors import Problems
-from megatron_hetermoe.config.plan import ATTENTION_KERNELS, EXPERT_KERNELS, PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS
+from megatron_hetermoe.config.plan import (
+    ATTENTION_KERNELS, EXPERT_IMPLS, EXPERT_KERNELS, PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS,
+)
 from megatron_hetermoe.config.slow_down import EXAMPLE, parse_slow_down
 
 PREFIX = "--hetermoe"
@@ -31,6 +33,7 @@ class Flags:
         wave: the most microbatches on the way together.
         attention: one of ``config.plan.ATTENTION_KERNELS``.
         experts: one of ``config.plan.EXPERT_KERNELS``.
+        expert_impl: one of ``config.plan.EXPERT_IMPLS``.
         expert_precision: one of ``config.plan.PRECISIONS``.
         weight_gradients: one of ``config.plan.WEIGHT_GRADIENTS``.
         plan: plan file, in place of the flags above or beside ones that agree with it.
@@ -52,6 +55,7 @@ class Flags:
     wave: int | None = None
     attention: str | None = None
     experts: str | None = None
+    expert_impl: str | None = None
     expert_precision: str | None = None
     weight_gradients: str | None = None
     plan: str | None = None
@@ -82,6 +86,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        help="attention where there is no transformer-engine: torch's kernels, or Megatron's own")
     group.add_argument("--hetermoe-experts", metavar="|".join(EXPERT_KERNELS), help="experts of a rank one after the "
                        "other, or as grouped matrix products (default: where the GPU has them)")
+    group.add_argument("--hetermoe-expert-impl", metavar="|".join(EXPERT_IMPLS), help="whose linear layers experts have that "
+                       "run one after the other (default: those of --transformer-impl, where all ranks with experts can)")
     group.add_argument("--hetermoe-expert-precision", metavar="|".join(PRECISIONS), help="of the experts beside "
                        "attention in bf16, for GPUs without bf16 (default: that of all else)")
     group.add_argument("--hetermoe-weight-gradients", metavar="|".join(WEIGHT_GRADIENTS), help="with those of "
@@ -128,7 +134,7 @@ def parse_flags(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[st
     flags = Flags(**values)
     for name, allowed in (
         ("schedule", SCHEDULES), ("attention", ATTENTION_KERNELS), ("experts", EXPERT_KERNELS),
-        ("expert_precision", PRECISIONS), ("weight_gradients", WEIGHT_GRADIENTS),
+        ("expert_impl", EXPERT_IMPLS), ("expert_precision", PRECISIONS), ("weight_gradients", WEIGHT_GRADIENTS),
         ("on_save_failure", ON_SAVE_FAILURE),
     ):
         if getattr(flags, name) not in (None, *allowed):

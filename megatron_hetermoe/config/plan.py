@@ -18,6 +18,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 EXPERT_PRECISIONS = {"fp32": ("fp32",), "bf16": ("bf16", "fp16", "fp32"), "fp16": ("fp16",)}  # beside attention's
 ATTENTION_KERNELS = ("auto", "flash", "efficient", "math", "megatron")
 EXPERT_KERNELS = ("auto", "sequential", "grouped")
+EXPERT_IMPLS = ("auto", "local", "transformer_engine")
 WEIGHT_GRADIENTS = TOGETHER, DELAYED, MERGED = ("together", "delayed", "merged")
 _PARTS = {part.__name__: part for part in (ModelShape, Step, Prediction, TaskSeconds)}  # of a plan, mappings in its file
 
@@ -53,6 +54,8 @@ class Plan:
         predicted: what is expected of it.
         tasks: what is expected of its tasks.
         virtual_stages: chunks that each pipeline stage has.
+        expert_impl: whose linear layers experts have, whichever rank they are on, one of EXPERT_IMPLS: torch's, or
+            transformer-engine's.
     """
 
     model: ModelShape
@@ -76,6 +79,7 @@ class Plan:
     predicted: Prediction | None = None
     tasks: TaskSeconds | None = None
     virtual_stages: int = 1
+    expert_impl: str = "auto"
 
     @property
     def stages(self) -> int:

@@ -18,13 +18,14 @@ from megatron.training.arguments import add_megatron_arguments, parse_args, vali
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags
-from megatron_hetermoe.config.plan import DELAYED, TOGETHER, Plan
+from megatron_hetermoe.config.plan import DELAYED, Plan
 from megatron_hetermoe.config.recipe import by_flag, hint
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.mcore.devices import capabilities_here, device_problems
 from megatron_hetermoe.mcore.gpt import check_args
 from megatron_hetermoe.mcore.graphs import FLAG as GRAPHS
 from megatron_hetermoe.mcore.graphs import graph_problems
+from megatron_hetermoe.mcore.implementation import ENGINE, expert_obstacle, without_engine
 from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.mcore.session import DTYPES
@@ -44,6 +45,8 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     ("--tensor-model-parallel-size above 1 without --sequence-parallel",
      lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
      "add it; Megatron does not train a mixture of experts without it either"),
+    ("--transformer-impl inference_optimized", lambda args: args.transformer_impl == "inference_optimized",
+     "use transformer_engine, or local"),
     ("--tensor-model-parallel-size above 1 with --transformer-impl local on a GPU",
      lambda args: args.tensor_model_parallel_size > 1 and args.transformer_impl == "local" and not cpu.needed(),
      "use transformer_engine; torch's norms know no sequence parallelism, in stock Megatron too"),
@@ -134,7 +137,7 @@ def disaggregated_arguments(
     args = parse(rest, problems, asked)
     plan = _resolved(args, flags, args.world_size, problems)
     if plan is not None:
-        for problem in device_problems(plan, args.add_bias_linear, capabilities_here(args)):
+        for problem in device_problems(plan, args.add_bias_linear, args.transformer_impl, capabilities_here(args)):
             problems.add(problem)
     try:
         check_args(args)
@@ -177,16 +180,19 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
     if plan is not None:
         if plan.step is not None:
             _check_step(args, plan, problems)
-        if plan.weight_gradients == DELAYED and args.tensor_model_parallel_size > 1:
-            problems.add("--hetermoe-weight-gradients delayed is not supported with tensor parallelism: leave it out")
         if plan.context_parallel > 1 and plan.attention_kernel == "megatron" and args.transformer_impl == "local":
             problems.add("--hetermoe-attention megatron knows no context parallelism: leave it out")
         if args.reset_attention_mask and args.transformer_impl == "local" and _by_torch(plan):
             problems.add("--reset-attention-mask is not supported with torch's attention kernels, which see the whole "
                          "sequence: leave it out, or use --hetermoe-attention megatron")
-        if plan.weight_gradients != TOGETHER and args.transformer_impl != "local":
-            problems.add(f"--hetermoe-weight-gradients {plan.weight_gradients} is for --transformer-impl local, this is "
-                         f"{args.transformer_impl}: change one")
+        if plan.weight_gradients == DELAYED and args.transformer_impl == ENGINE and args.add_bias_linear \
+                and args.overlap_grad_reduce:
+            # Such a bias has its gradient with those of activations, once for several microbatches that W tasks report.
+            problems.add("--hetermoe-weight-gradients delayed is not supported with transformer-engine's biases beside "
+                         "--overlap-grad-reduce: leave one out, or add --disable-bias-linear")
+        obstacle = expert_obstacle(plan, activation_again(args))
+        if obstacle and plan.expert_impl == ENGINE:
+            problems.add(f"--hetermoe-expert-impl transformer_engine is not supported with {obstacle}: use auto")
         if args.loss_scale and plan.expert_precision == "fp32" != plan.attention_precision:
             problems.add("--loss-scale is not supported with experts in fp32: leave it out")
         if plan.weight_gradients == DELAYED and flags.cuda_graphs:
@@ -466,6 +472,7 @@ def _validate(args: argparse.Namespace, plan: Plan, problems: Problems, asked: A
     args.expert_tensor_parallel_size = 1  # of attention ranks; the expert pool's is the plan's
     # Megatron does it inside transformer-engine's grouped experts only, and refuses it without them.
     args.activation_again = activation_again(args)
+    without_engine(args)
     if args.activation_again:
         args.recompute_modules = [module for module in args.recompute_modules if module != "moe_act"]
     try:

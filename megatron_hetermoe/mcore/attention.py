@@ -54,7 +54,7 @@ class RoutedMoELayer(MoELayer):
         def experts(num_local_experts: int, config: TransformerConfig, **kwargs: Any) -> MegatronModule:
             if not session.held(layer):
                 return AbsentExperts(config)
-            return build_held(submodules.experts, config, session, layer, seed, pg_collection)
+            return build_held(config, session, layer, seed, pg_collection)
 
         # The stock constructor divides a layer's experts by the expert-parallel size; ours need not divide.
         alone = copy(pg_collection)

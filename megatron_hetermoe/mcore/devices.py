@@ -10,6 +10,7 @@ import torch
 
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore.grouped import grouped_obstacle
+from megatron_hetermoe.mcore.implementation import ENGINE, engine_obstacle
 from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.topology.layout import ATTENTION, layout_of
 from megatron_hetermoe.topology.placement import Placement
@@ -31,14 +32,20 @@ def capabilities_here(args: argparse.Namespace) -> dict[int, tuple[int, int] | N
     return {first + local: torch.cuda.get_device_capability(local % torch.cuda.device_count()) for local in here}
 
 
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a device, None for the CPU."""
+    return torch.cuda.get_device_capability(device) if torch.empty(0, device=device).is_cuda else None
+
+
 def device_problems(
-    plan: Plan, has_biases: bool, capabilities: Mapping[int, tuple[int, int] | None]
+    plan: Plan, has_biases: bool, dense_impl: str, capabilities: Mapping[int, tuple[int, int] | None]
 ) -> list[str]:
     """What a plan asks of ranks' GPUs in vain, one sentence each.
 
     Args:
         plan: the run's.
         has_biases: whether linear layers have biases.
+        dense_impl: ``--transformer-impl``.
         capabilities: by rank.
     """
     layout = layout_of(plan)
@@ -46,6 +53,12 @@ def device_problems(
     problems = []
     for rank, found in capabilities.items():
         holds = bool(placement.layers_of(layout.holder_of(rank)))
+        without = engine_obstacle(found)
+        if without and dense_impl == ENGINE and layout.role(rank) == ATTENTION:
+            problems.append(f"--transformer-impl transformer_engine cannot be on attention rank {rank}: {without}; use local, or "
+                            f"give attention to others")
+        if without and plan.expert_impl == ENGINE and holds:
+            problems.append(f"--hetermoe-expert-impl transformer_engine cannot be on rank {rank}: {without}; use auto")
         lacks_bf16 = found is not None and found < _BF16_CAPABILITY
         if lacks_bf16 and plan.attention_precision == "bf16" and layout.role(rank) == ATTENTION:
             problems.append(f"rank {rank} has a GPU without bf16 ({_version(found)}) for attention in bf16: train with "

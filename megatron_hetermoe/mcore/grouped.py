@@ -8,7 +8,6 @@ lays them out so itself. Nothing is copied.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -16,13 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import grouped_mm
 
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore.activation import activation_of, expert_again, kept
 from megatron_hetermoe.mcore.experts import HeldExperts
+from megatron_hetermoe.mcore.implementation import ENGINE, LOCAL, expert_config, expert_submodules
 from megatron_hetermoe.mcore.session import Session
 
 # GPUs for which torch 2.11 to 2.14 has the kernel. Elsewhere it runs one group after the other and copies their
@@ -56,23 +55,26 @@ def grouped_obstacle(plan: Plan, has_biases: bool, capability: tuple[int, int] |
 
 
 def build_held(
-    builder: Any, config: TransformerConfig, session: Session, layer: int, seed: int,
-    pg_collection: ProcessGroupCollection,
+    config: TransformerConfig, session: Session, layer: int, seed: int, pg_collection: ProcessGroupCollection
 ) -> HeldExperts:
     """The experts of a layer that this rank holds, which are some.
 
     Args:
-        builder: ``MoESubmodules.experts`` of the stock layer, whose submodules are used.
+        config: the model's.
+        session: this rank's.
+        layer: from 1 on.
+        seed: of the run.
+        pg_collection: groups of this rank's pool.
     """
-    assert isinstance(builder, partial) and builder.func is SequentialMLP, builder
     kernel = session.plan.expert_kernel
     if kernel == "auto":
-        kernel = "grouped" if _is_native(session, config.add_bias_linear) else "sequential"
-    kind = GroupedExperts if kernel == "grouped" else HeldExperts
-    config = copy(config)
+        grouped = session.plan.expert_impl != ENGINE and _is_native(session, config.add_bias_linear)
+        kernel = "grouped" if grouped else "sequential"
+    kind, impl = (GroupedExperts, LOCAL) if kernel == "grouped" else (HeldExperts, session.expert_impl)
+    config = expert_config(config, impl)
     config.params_dtype = session.expert_dtype
     config.fp16, config.bf16 = config.params_dtype is torch.float16, config.params_dtype is torch.bfloat16
-    return kind(config, builder.keywords["submodules"], layer, session.held(layer), seed, pg_collection,
+    return kind(config, expert_submodules(impl), layer, session.held(layer), seed, pg_collection,
                 session.activation_again)
 
 

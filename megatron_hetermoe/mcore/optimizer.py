@@ -128,7 +128,9 @@ class PooledOptimizer(ChainedOptimizer):
         for index, optimizer in enumerate(self.chained_optimizers):
             if not _is_idle(optimizer):
                 state = state_dict[index]
-                optimizer.load_state_dict(_with_common(state, common, optimizer) if common else state)
+                state = _with_common(state, common, optimizer) if common else state
+                fit_to_adam(state, optimizer.optimizer, isinstance(optimizer, DistributedOptimizer))
+                optimizer.load_state_dict(state)
 
 
 class _AgreedScaler(MegatronGradScaler):
@@ -206,6 +208,34 @@ def _with_common(state: dict[str, Any], common: dict[str, Any], optimizer: Any) 
         groups = optimizer._filter_and_reorder_param_groups(optimizer.param_groups, inner["param_groups"])
         inner["param_groups"] = [{**group, **own} for group, own in zip(groups, read["param_groups"], strict=True)]
     return whole | {key: value for key, value in state.items() if key not in ("optimizer", "state", "param_groups")}
+
+
+def fit_to_adam(state: dict[str, Any], adam: torch.optim.Optimizer, distributed: bool) -> None:
+    """Changes an optimizer's state that another implementation of Adam may have written into one that this rank's reads.
+
+    What is not sharded is written by rank 0 for all, and only some ranks may have transformer-engine, whose Adam counts
+    steps in its parameter groups. torch's counts them for each parameter, which in a checkpoint is one number beside the
+    states; but a distributed optimizer has it in the groups too.
+
+    Args:
+        state: what an optimizer of Megatron's is about to load.
+        adam: this rank's.
+        distributed: whether the optimizer is.
+    """
+    inner = state.get("optimizer", state)
+    groups, states = inner["param_groups"], inner.get("state", {})
+    for group in groups:
+        for name, value in adam.defaults.items():
+            group.setdefault(name, value)
+    step = next((group["step"] for group in groups if "step" in group), states.get("common_step"))
+    if step is None:
+        return
+    if not isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
+        states.pop("common_step", None)
+        for group in groups:
+            group["step"] = int(step)
+    elif not distributed:
+        states.setdefault("common_step", torch.tensor(float(step)))
 
 
 def _unsharded(optimizer: DistributedOptimizer) -> dict[str, Any]:

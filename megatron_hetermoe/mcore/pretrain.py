@@ -26,15 +26,17 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
-from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.plan import DELAYED, Plan
 from megatron_hetermoe.config.slow_down import parse_slow_down
 from megatron_hetermoe.mcore import dry_run, gpt, patches, prediction
-from megatron_hetermoe.mcore.attention import moe_submodules, route_to_holders
+from megatron_hetermoe.mcore.attention import route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, going_on, sealing
+from megatron_hetermoe.mcore.devices import capability_of
 from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.graphs import AttentionGraphs
 from megatron_hetermoe.mcore.grouped import build_held
+from megatron_hetermoe.mcore.implementation import ENGINE, choose_for_experts, engine_obstacle
 from megatron_hetermoe.mcore.meeting import join_world, meet
 from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
@@ -43,6 +45,7 @@ from megatron_hetermoe.mcore.pools import join_pools
 from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.trust import SWITCH, load_weights_only
+from megatron_hetermoe.mcore.weights import splitting
 from megatron_hetermoe.runtime.graphs import graphs_for
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
@@ -129,7 +132,7 @@ def _train(
     args: argparse.Namespace, plan: Plan, flags: Flags, script: Script, store: dist.Store, watch: Watch
 ) -> None:
     join_world(args, store)
-    session = replace(join_pools(plan), activation_again=args.activation_again)
+    session = _session(args, plan)
     if not session.is_attention:
         # Experts draw no random numbers, and a stock checkpoint has a state for ranks with attention only.
         args.no_save_rng = args.no_load_rng = True
@@ -148,6 +151,9 @@ def _train(
         print(f"hetermoe: warning: {SWITCH} is off: a checkpoint may run a program as it is loaded", flush=True)
     check_load(args, session)
     watch.marks.enter("start-up")
+    if plan.weight_gradients == DELAYED and ENGINE in (args.transformer_impl, session.expert_impl):
+        for config in (args, script.config.ddp, script.config.model.transformer):
+            splitting(config)
     model, script.config.model = script.config.model, None  # Megatron then asks a function for the model
     train = functools.partial(
         pretrain, script.config, _datasets_provider(script.datasets_provider, session), script.model_type,
@@ -161,6 +167,14 @@ def _train(
     watch.marks.enter("the end of all ranks")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _session(args: argparse.Namespace, plan: Plan) -> Session:
+    """This rank's, with what all ranks have to agree on of their devices."""
+    session = join_pools(plan)
+    able = not session.holds or engine_obstacle(capability_of(session.device)) is None
+    impl = choose_for_experts(plan, args.transformer_impl, args.activation_again, able, session.control)
+    return replace(session, activation_again=args.activation_again, expert_impl=impl)
 
 
 def slow_down(flags: Flags, session: Session) -> dict[Kind, float]:
@@ -188,7 +202,8 @@ def announce(session: Session) -> None:
         }
         for rank in range(layout.world_size)
     ]
-    print("hetermoe plan: " + json.dumps({"schedule": plan.schedule, "wave": plan.wave, "ranks": ranks}), flush=True)
+    print("hetermoe plan: " + json.dumps(
+        {"schedule": plan.schedule, "wave": plan.wave, "expert_impl": session.expert_impl, "ranks": ranks}), flush=True)
 
 
 def _datasets_provider(provider: Callable[..., Any], session: Session) -> Callable[..., Any]:
@@ -225,20 +240,17 @@ def model_provider(model_config: GPTModelConfig, seed: int, session: Session) ->
         pg_collection: ProcessGroupCollection | None = None,
     ) -> Any:
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        spec = default_layer_spec(model_config, vp_stage)
         if session.is_attention:
+            spec = default_layer_spec(model_config, vp_stage)
             spec.layer_specs = attention_specs(
                 spec.layer_specs, session.decoder_layers(vp_stage or 0), model_config, seed, session)
             model_config.transformer_layer_spec = spec
             return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
         config = _of_expert_pool(model_config.transformer, session.plan)
-        # Those that predict further tokens are as the model's last one.
         chunk = vp_stage or 0
-        layer_specs = [*spec.layer_specs, *[spec.layer_specs[-1]] * len(session.mtp_layers(chunk))]
         held = {
-            layer: build_held(submodules.experts, config, session, layer, seed, groups)
-            for layer, layer_spec in zip(session.chunks[chunk], layer_specs, strict=True)
-            if (submodules := moe_submodules(layer_spec)) is not None and session.held(layer)
+            layer: build_held(config, session, layer, seed, groups)
+            for layer in session.chunks[chunk] if session.held(layer)
         }
         return ExpertModel(config, session.decoder_layers(chunk), session.mtp_layers(chunk), held, groups)
 

@@ -29,7 +29,9 @@ from megatron_hetermoe.cost.profile import Points, Profile, taken_for
 from megatron_hetermoe.cost.work import crossing_share
 from megatron_hetermoe.mcore import gpt
 from megatron_hetermoe.mcore.arguments import disaggregated_arguments, model_shape
+from megatron_hetermoe.mcore.devices import capability_of
 from megatron_hetermoe.mcore.experts import experts_of
+from megatron_hetermoe.mcore.implementation import choose_for_experts, engine_obstacle
 from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.pretrain import model_provider
 from megatron_hetermoe.mcore.session import Session
@@ -233,7 +235,10 @@ class _Part:
     def __init__(self, args: argparse.Namespace, plan: Plan, device: torch.device, activation_again: bool = False):
         self.args, self.device = args, device
         # No member is there to send to, so there are no channels and no control group.
-        self.session = Session(plan, self.rank, None, None, None, device, activation_again=activation_again)
+        able = engine_obstacle(capability_of(device)) is None
+        impl = choose_for_experts(plan, args.transformer_impl, activation_again, able, None)
+        self.session = Session(
+            plan, self.rank, None, None, None, device, activation_again=activation_again, expert_impl=impl)
         (self.model,) = training.get_model(model_provider(gpt_config_from_args(args), args.seed, self.session))
         self.config = get_model_config(self.model)
 

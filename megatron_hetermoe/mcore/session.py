@@ -38,6 +38,7 @@ class Session:
         activation_again: whether experts compute the output of their activation again in the backward.
         stages: channel to the ranks at this place of each pipeline stage; None where there is one stage, and on expert
             ranks.
+        expert_impl: whose linear layers experts have, whichever rank they are on: local or transformer_engine.
     """
 
     plan: Plan
@@ -48,6 +49,7 @@ class Session:
     device: torch.device
     activation_again: bool = False
     stages: Channel | None = None
+    expert_impl: str = "local"
 
     @cached_property
     def layout(self) -> Layout:
@@ -138,6 +140,11 @@ class Session:
     def speaks_in_last_stage(self) -> bool:
         """Whether this rank is the first of its role in the last stage."""
         return self.rank == self.layout.stage_ranks(self.role, self.layout.stages - 1)[0]
+
+    @property
+    def holds(self) -> bool:
+        """Whether this rank holds an expert of any layer."""
+        return bool(self.placement.layers_of(self.holder))
 
     def held(self, layer: int) -> tuple[int, ...]:
         """The experts of a layer, from 1 on, that this rank holds."""

@@ -249,8 +249,11 @@ def _megatron(machines: Sequence[Machine]) -> Iterator[Finding]:
 
 
 def _extensions(machines: Sequence[Machine]) -> Iterator[Finding]:
-    for name, without in (("transformer-engine", "recipes need --transformer-impl local, and ranks use torch's attention "
-                           "kernels"), ("apex", "recipes need --no-gradient-accumulation-fusion and --no-persist-layer-norm")):
+    for name, users, without in (
+        ("transformer-engine", "all attention ranks", "recipes need --transformer-impl local, and ranks use torch's attention "
+         "kernels"),
+        ("apex", "all ranks", "recipes need --no-gradient-accumulation-fusion and --no-persist-layer-norm"),
+    ):
         if not any(one.gpu for one in machines):
             continue
         versions = _by(machines, lambda one: one.packages.get(name))
@@ -259,8 +262,8 @@ def _extensions(machines: Sequence[Machine]) -> Iterator[Finding]:
         elif len(versions) == 1:
             yield Finding(GOOD, name, versions[0][0])
         else:
-            yield Finding(WARNING, name, _listed(versions), "flags are the same for all ranks, so a recipe may only use what "
-                          f"all of them have: where it is missing somewhere, {without}")
+            yield Finding(WARNING, name, _listed(versions), "flags are the same for all ranks, so a recipe may only use it where "
+                          f"{users} have it: else {without}")
 
 
 def _memory(machines: Sequence[Machine]) -> Iterator[Finding]:

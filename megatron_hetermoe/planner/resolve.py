@@ -11,7 +11,7 @@ import yaml
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
 from megatron_hetermoe.config.plan import (
-    ATTENTION_KERNELS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS, Plan, read_plan,
+    ATTENTION_KERNELS, EXPERT_IMPLS, EXPERT_KERNELS, EXPERT_PRECISIONS, SCHEDULES, WEIGHT_GRADIENTS, Plan, read_plan,
 )
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems, stage_problems
@@ -21,7 +21,7 @@ from megatron_hetermoe.topology.placement import even_placement, placement_from_
 PLANNED = {
     "attention_ranks": "attention_ranks", "expert_ranks": "expert_ranks", "groups": "groups", "schedule": "schedule",
     "wave": "wave", "attention": "attention_kernel", "experts": "expert_kernel",
-    "expert_precision": "expert_precision", "weight_gradients": "weight_gradients",
+    "expert_impl": "expert_impl", "expert_precision": "expert_precision", "weight_gradients": "weight_gradients",
 }
 
 
@@ -103,7 +103,7 @@ def _from_flags(
         shape, layout.attention_ranks, layout.expert_ranks, groups, placement.holders, flags.schedule or "zebra",
         flags.wave, precision, flags.expert_precision or precision, flags.attention or "auto", flags.experts or "auto",
         parallelism.tensor, parallelism.context, parallelism.expert_tensor, flags.weight_gradients or "together",
-        parallelism.stage_layers, virtual_stages=parallelism.virtual_stages,
+        parallelism.stage_layers, virtual_stages=parallelism.virtual_stages, expert_impl=flags.expert_impl or "auto",
     )
 
 
@@ -159,7 +159,7 @@ def _check(plan: Plan, world_size: int, problems: Problems) -> None:
                      f"{PREFIX}-expert-precision may be {' or '.join(beside)} there")
     for name, allowed in (
         ("attention_kernel", ATTENTION_KERNELS), ("expert_kernel", EXPERT_KERNELS),
-        ("weight_gradients", WEIGHT_GRADIENTS),
+        ("expert_impl", EXPERT_IMPLS), ("weight_gradients", WEIGHT_GRADIENTS),
     ):
         if getattr(plan, name) not in allowed:
             problems.add(f"the plan's {name} is {getattr(plan, name)!r}; it must be one of {', '.join(allowed)}")

@@ -17,7 +17,7 @@ VOLTA, AMPERE, HOPPER = (7, 0), (8, 0), (9, 0)
 def _problems(rank: int, world: int, cases: list) -> list[list[str]]:
     from megatron_hetermoe.mcore.devices import device_problems
 
-    return [device_problems(plan, biases, capabilities) for plan, biases, capabilities in cases]
+    return [device_problems(plan, biases, "local", capabilities) for plan, biases, capabilities in cases]
 
 
 def plan(attention: str, experts: str, kernel: str = "auto", holders=(2, 2, 3, 3)) -> Plan:

@@ -53,15 +53,26 @@ def train(
 
 
 class Stock:
-    """Stock Megatron with two expert-parallel ranks, each precision once."""
+    """Stock Megatron with two expert-parallel ranks, each precision once, from weights of its own.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: for what it writes.
+        model: flags beside MODEL.
+    """
+
+    def __init__(self, folder: Path, **model: object):
         self.folder = folder
+        self.model = {**MODEL, **model}
+        datasets = Path(importlib.util.find_spec("megatron.core").submodule_search_locations[0], "datasets")
+        assert (datasets / "Makefile").exists(), "stock Megatron runs `make` there; put a Makefile that does nothing"
+        train(folder, "weights", 2, tiny(**{**self.model, "train_iters": 1}, save=folder / "weights", save_interval=1,
+                                         no_save_optim=True, no_save_rng=True, expert_model_parallel_size=2), 29610)
         self._runs: dict[tuple, list[dict]] = {}
 
     def flags(self, **others: object) -> list[str]:
         """Megatron's, of a run from the common weights."""
-        return tiny(**MODEL, **others, load=self.folder / "weights", finetune=True, no_load_optim=True, no_load_rng=True)
+        start = {"load": self.folder / "weights", "finetune": True, "no_load_optim": True, "no_load_rng": True}
+        return tiny(**{**self.model, **start, **others})
 
     def steps(self, **precision: object) -> list[dict]:
         """What each step returned."""
@@ -74,12 +85,7 @@ class Stock:
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpu")
-    datasets = Path(importlib.util.find_spec("megatron.core").submodule_search_locations[0], "datasets")
-    assert (datasets / "Makefile").exists(), "stock Megatron runs `make` there; put a Makefile that does nothing"
-    train(folder, "weights", 2, tiny(**{**MODEL, "train_iters": 1}, save=folder / "weights", save_interval=1,
-                                     no_save_optim=True, no_save_rng=True, expert_model_parallel_size=2), 29610)
-    return Stock(folder)
+    return Stock(tmp_path_factory.mktemp("gpu"))
 
 
 BF16 = {"bf16": True}

@@ -48,7 +48,7 @@ class Parity:
         """Megatron's flags of a run that starts from the model's weights."""
         return tiny(load=self.weights(**model), finetune=True, no_load_optim=True, no_load_rng=True, **model)
 
-    def stock(self, world: int, **model: object) -> Run:
+    def stock(self, world: int, env: Mapping[str, str] | None = None, **model: object) -> Run:
         """Stock Megatron on so many ranks, as tensor-parallel as ours and as expert-parallel as experts allow.
 
         Its attention without transformer-engine knows no context parallelism, so there are fewer ranks in its place.
@@ -60,9 +60,9 @@ class Parity:
         flags = self.flags(**{
             "expert_model_parallel_size": expert_parallel, **model, "expert_tensor_parallel_size": 1,
         })
-        key = (world, *flags)
+        key = (world, *(env or {}).items(), *flags)
         if key not in self._references:
-            self._references[key] = run_ranks(flags, world, cwd=self.folder).check()
+            self._references[key] = run_ranks(flags, world, cwd=self.folder, env=env).check()
         return self._references[key]
 
     def disaggregated(

@@ -20,6 +20,20 @@ def test_layout(parity, m, n, g, batch):
     parity.check(m, n, g, global_batch_size=batch, **TENSOR)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param({"add_qkv_bias": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
+                   "ddp_bucket_size": 2000}, marks=pytest.mark.slow),
+     pytest.param({"num_layers": 3, "moe_layer_freq": "[0,1,1]", "ffn_hidden_size": 64, "untie_embeddings_and_output_weights": None,
+                   "moe_shared_expert_intermediate_size": 32, "calculate_per_token_loss": True,
+                   "recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+                  marks=pytest.mark.slow)],
+    ids=["distributed", "dense"])
+def test_gradients_of_weights_later(parity, model):
+    """Parts of a sequence are gathered again in the backward, for the product that is left."""
+    parity.check(2, 2, hetermoe=["--hetermoe-weight-gradients", "delayed", "--hetermoe-wave", "2"], **model, **TENSOR)
+
+
 @pytest.mark.slow
 def test_experts_on_attention_ranks(parity):
     """They are whole there, and each of the two ranks that share a microbatch has its own."""

@@ -1,0 +1,3 @@
+"""What Megatron subclasses at its import."""
+
+from transformer_engine.common import recipe
