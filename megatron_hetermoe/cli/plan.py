@@ -17,6 +17,7 @@ from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
 from megatron_hetermoe.config.plan import TOGETHER, WEIGHT_GRADIENTS
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
+from megatron_hetermoe.config.stages import stage_flags
 from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
@@ -250,11 +251,8 @@ def flags_of(plan: Mapping[str, Any]) -> str:
     tensor, shares = plan["tensor_parallel"], plan["expert_tensor_parallel"]
     shared = f" --tensor-model-parallel-size {tensor} --sequence-parallel" if tensor > 1 else ""
     shared += f" --expert-tensor-parallel-size {shares}" if shares > 1 else ""
-    shared += f" --pipeline-model-parallel-size {len(layers)}" if layers else ""
-    if layers and layers[0] != layers[1]:
-        shared += f" --decoder-first-pipeline-num-layers {layers[0]}"
-    if len(layers) > 2 and layers[-1] != layers[-2]:
-        shared += f" --decoder-last-pipeline-num-layers {layers[-1]}"
+    if layers:
+        shared += " " + " ".join(stage_flags(layers, plan["virtual_stages"], plan["model"]["mtp_layers"]))
     distributed = " --use-distributed-optimizer" if step["distributed_optimizer"] else ""
     modules = [module for module, again in (("core_attn", step["recompute"] == "core_attn"),
                                             ("moe_act", step["activation_again"])) if again]
