@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -572,12 +572,6 @@ class TaskCosts:
             found[f"combine_{name}"] = sent(TaskKind.COMBINE, way)
         found["handover"] = max(map(group.handover_seconds, range(m))) if group.stages > 1 else 0.0
         return TaskSeconds(**found)
-
-
-def typical(stages: Sequence[TaskCosts]) -> TaskSeconds:
-    """The median of each kind and pass, over pipeline stages."""
-    each = [asdict(costs.typical()) for costs in stages]
-    return TaskSeconds(**{name: statistics.median(one[name] for one in each) for name in each[0]})
 
 
 def costs_of_plan(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind], stage: int = 0) -> TaskCosts:

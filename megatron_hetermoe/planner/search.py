@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_hetermoe.config.plan import DELAYED, MERGED, TOGETHER, Plan
 from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.cost.cluster import Cluster, Kind
-from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, typical
+from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
 from megatron_hetermoe.planner.asym_ea import LONG, Assignment, balance, placement_of
 from megatron_hetermoe.planner.memory import imbalance_that_fits, in_flight, member_memory, most_imbalance
 from megatron_hetermoe.planner.options import Option, Question, options, variants
@@ -117,9 +117,9 @@ class Priced:
             tensor_parallel=group.tensor, expert_tensor_parallel=group.expert_tensor,
             weight_gradients=self.weight_gradients, stage_layers=option.stage_layers,
             pools=tuple(name for name, count in (*option.attention, *option.expert) for _ in range(count)),
-            step=group.step, predicted=prediction, tasks=typical([
-                TaskCosts(stage, placement.of_layers(part))
-                for stage, part in zip(option.stages, parts_of(option.stage_layers or (group.shape.layers,)))]),
+            step=group.step, predicted=prediction, tasks=tuple(
+                TaskCosts(stage, placement.of_layers(part)).typical()
+                for stage, part in zip(option.stages, parts_of(option.stage_layers or (group.shape.layers,)))),
         )
 
 

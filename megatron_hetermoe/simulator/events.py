@@ -51,7 +51,8 @@ class Result:
     seconds: float
 
     def spans(
-        self, rank_of: Callable[[int], int], costs: TaskCosts, holder_of: Callable[[int], int] = lambda member: member
+        self, rank_of: Callable[[int], int], costs: TaskCosts, holder_of: Callable[[int], int] = lambda member: member,
+        in_model: Callable[[Task], Task] = lambda task: task,
     ) -> list[Span]:
         """The step as a trace.
 
@@ -59,12 +60,13 @@ class Result:
             rank_of: global rank of a member.
             costs: that were simulated.
             holder_of: the member that it is in these.
+            in_model: a task with the model's number for its layer (``schedule.numbering``).
         """
         spans = []
         for member, result in enumerate(self.members):
             rank, holder = rank_of(member), holder_of(member)
             spans += [
-                Span(rank, task.stream.value, str(task), *times, costs.sent(holder, task),
+                Span(rank, task.stream.value, str(in_model(task)), *times, costs.sent(holder, task),
                      costs.received(holder, task))
                 for task, times in result.times.items()
             ]

@@ -14,6 +14,7 @@ from megatron_hetermoe.cost.cluster import Cluster, Kind, kinds_of
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.tasks import TaskCosts, costs_of_plan
 from megatron_hetermoe.schedule.interleaved import schedule_of
+from megatron_hetermoe.schedule.numbering import Numbering
 from megatron_hetermoe.schedule.orders import Schedule
 from megatron_hetermoe.schedule.trace import Span
 from megatron_hetermoe.simulator.events import Result, simulate_stages
@@ -32,18 +33,26 @@ class Predicted:
     Attributes:
         results: of each stage's first group; members are ranks, those that are a holder together do the same.
         costs: of each stage, that it was simulated with; members are holders.
-        layout: the plan's.
+        plan: whose step it is.
     """
 
     results: tuple[Result, ...]
     costs: tuple[TaskCosts, ...]
-    layout: Layout
+    plan: Plan
+
+    @cached_property
+    def layout(self) -> Layout:
+        return layout_of(self.plan)
 
     @cached_property
     def spans(self) -> list[Span]:
-        """The first ZP groups' trace."""
-        return [span for group, result, costs in zip(self.groups, self.results, self.costs)
-                for span in result.spans(lambda member, group=group: self.layout.rank_of(group, member), costs, self._holder)]
+        """The first ZP groups' trace, in which layers have the model's numbers."""
+        return [span for stage in range(self.layout.stages) for span in self._spans_of(stage)]
+
+    def _spans_of(self, stage: int) -> list[Span]:
+        group, numbering = self.groups[stage], Numbering(self.plan.chunks_of_stage(stage))
+        return self.results[stage].spans(
+            lambda member: self.layout.rank_of(group, member), self.costs[stage], self._holder, numbering.in_model)
 
     @property
     def groups(self) -> range:
@@ -81,7 +90,7 @@ def predict(
     holders = [layout.holder_of(rank) for rank in layout.zp_group(0)]
     results = tuple(replace(result, members=tuple(result.members[holder] for holder in holders))
                     for result in simulate_stages(stages))
-    return Predicted(results, tuple(costs for _, costs in stages), layout)
+    return Predicted(results, tuple(costs for _, costs in stages), plan)
 
 
 def priced_stages(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> list[tuple[Schedule, TaskCosts]]:
