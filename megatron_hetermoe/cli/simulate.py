@@ -101,7 +101,9 @@ def _print(summary, notes, timeline: str | None) -> None:
                   title=f"step {summary.seconds:.4f} s; bound {summary.bound:.4f} s (the busiest rank's work), "
                         f"{summary.distance:.1%} above; after the last task {summary.after:.4f} s")
     for name, role in summary.by_name.items():
-        table.add_row(name, f"{role.busy:.1%}", *(f"{role.bubbles[cause] / summary.seconds:.1%}" for cause in causes))
+        _, of_stage, stage = name.partition(", ")
+        table.add_row(f"  {stage}" if of_stage else name, f"{role.busy:.1%}",
+                      *(f"{role.bubbles[cause] / summary.seconds:.1%}" for cause in causes))
     console.print(table)
     for note in notes:
         console.print(f"note: {note}", highlight=False)

@@ -16,7 +16,7 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.stages import stage_flags
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import costs_of_plan
-from megatron_hetermoe.planner.memory import in_flight, member_memory, usable
+from megatron_hetermoe.planner.memory import in_flight, member_memory, usable, waves_ahead
 from megatron_hetermoe.topology.layout import Layout, layout_of, layout_problems
 from megatron_hetermoe.topology.placement import Placement
 
@@ -107,7 +107,8 @@ def within_memory(found: Refit, cluster: Cluster, kinds: Mapping[str, Kind]) -> 
         over = {}
         for stage, costs in enumerate(stages):
             group = costs.group
-            there = in_flight(plan.schedule, wave, plan.step.microbatches, plan.model.layers, plan.stages - 1 - stage)
+            there = in_flight(plan.schedule, wave, plan.step.microbatches, plan.model.layers,
+                              waves_ahead(stage, plan.stages, plan.virtual_stages))
             for member in range(group.members):
                 needed = member_memory(group, member, costs.placement.experts_held(member), there,
                                        weight_gradients=plan.weight_gradients).total
@@ -205,7 +206,8 @@ def _said(
 ) -> tuple[str, ...]:
     said = []
     if before.stages != now.stages:
-        said.append(f"{now.stages} pipeline stages in place of {before.stages}: start with {shlex.join(stage_flags(now.stage_layers, now.virtual_stages, now.model.mtp_layers))}")
+        flags = shlex.join(stage_flags(now.stage_layers, now.virtual_stages, now.model.mtp_layers))
+        said.append(f"{now.stages} pipeline stages in place of {before.stages}: start with {flags}")
     for role, old, new, count in (
         ("attention", before.attention_ranks, now.attention_ranks, there[0]),
         ("expert", before.expert_ranks, now.expert_ranks, there[1]),

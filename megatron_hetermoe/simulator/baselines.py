@@ -56,7 +56,7 @@ def expert_parallel_tokens_per_second(
     slowest = 0.0
     for chosen in dict.fromkeys(sets):
         microbatches = 2  # a step's microbatches follow one another; two tell one from what comes once a step
-        every = replace(group, seats=chosen, attention_members=size, groups=len(sets), tensor=1,
+        every = replace(group, seats=chosen, attention_members=size, groups=len(sets), tensor=1, context=1,
                         step=replace(group.step, microbatches=microbatches))
         placement = spread(every, range(size))
         result = simulate(sequential(group.shape.layers, placement, size, microbatches), TaskCosts(every, placement))
@@ -152,7 +152,7 @@ def _stage_choices(sizes: list[int], layers: int) -> list[tuple[int, ...]]:
 
 def _stage_layer(group: GroupCosts, seat: Seat, ranks: int, width: int) -> float:
     """Seconds of one layer, forward and backward, of a microbatch of ``width`` sequences on a stage of ``ranks``."""
-    stage = replace(group, seats=(seat,) * ranks, attention_members=ranks, groups=1, tensor=1)
+    stage = replace(group, seats=(seat,) * ranks, attention_members=ranks, groups=1, tensor=1, context=1)
     placement = spread(stage, range(ranks))
     costs = TaskCosts(stage, placement)
     layer = group.shape.moe_layers[0]

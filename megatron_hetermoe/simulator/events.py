@@ -144,7 +144,7 @@ class _Active:
 
 
 _Channel = tuple[int, Stream]  # of a stage
-_Handover = tuple[int, int, Pass, int]  # stage that is nearer to the model's begin, member, pass, microbatch
+_Handover = tuple[int, int, Pass, int]  # part of the model before it, member, pass, microbatch
 
 
 class _Run:
@@ -223,7 +223,8 @@ class _Run:
     def _hand_over(self, track: int, task: Task, now: float) -> None:
         """Starts what stages hand over, when the other one has come to it too."""
         stage, member = self._tracks[track]
-        key = (stage if task.layer > self._schedules[stage].layers else stage - 1, member, task.direction, task.microbatch)
+        part, is_end = self._schedules[stage].place(task)
+        key = (part if is_end else part - 1, member, task.direction, task.microbatch)
         if key not in self._met:
             self._met[key] = track, task
             return
