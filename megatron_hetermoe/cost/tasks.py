@@ -190,7 +190,7 @@ class GroupCosts:
         """The number in tasks of each chunk's first layer."""
         return first_numbers([shape.layers for shape, _, _ in self._chunks])
 
-    @property
+    @cached_property
     def dense(self) -> float:
         """Weights of an attention rank's dense part."""
         return sum(dense_parameters(shape, self.step.vocabulary, *ends) for shape, *ends in self._chunks) / self.tensor

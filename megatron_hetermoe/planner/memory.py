@@ -216,11 +216,10 @@ def most_experts(group: GroupCosts, member: int, wave: float, weight_gradients: 
         return member_memory(group, member, experts, wave, weight_gradients=weight_gradients).total
 
     low, high = 0, group.shape.experts * len(group.shape.moe_layers)
-    low_total, high_total = total(low), total(high)
-    if low_total > limit:
-        return -1
-    if high_total <= limit:
+    if (high_total := total(high)) <= limit:
         return high
+    if (low_total := total(low)) > limit:
+        return -1
     guessing = True  # by turns, since what a layer's experts need at once makes steps
     while high - low > 1:
         share = (limit - low_total) / (high_total - low_total) if guessing else 0.5

@@ -178,11 +178,19 @@ class Option:
 
     def limits(self, wave: int, schedule: str = "zebra", weight_gradients: str = TOGETHER) -> tuple[Limits, ...]:
         """What fits in each stage, which has as many waves on the way as there are stages from it on."""
-        microbatches = self.group.step.microbatches
-        return tuple(
-            limits_of(group, in_flight(schedule, wave, microbatches, group.shape.layers, self.ahead(stage)), weight_gradients)
-            for stage, group in enumerate(self.stages)
-        )
+        key = wave, schedule, weight_gradients
+        if key not in self._limits:
+            microbatches = self.group.step.microbatches
+            self._limits[key] = tuple(
+                limits_of(group, in_flight(schedule, wave, microbatches, group.shape.layers, self.ahead(stage)), weight_gradients)
+                for stage, group in enumerate(self.stages)
+            )
+        return self._limits[key]
+
+    @cached_property
+    def _limits(self) -> dict[tuple[int, str, str], tuple[Limits, ...]]:
+        """Those that were asked for: a search asks for some of them several times."""
+        return {}
 
     def fits(self, wave: int) -> bool:
         """Whether all experts find room with that many microbatches on their way."""
