@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +16,15 @@ from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import parse_flags
-from megatron_hetermoe.config.plan import TOGETHER, WEIGHT_GRADIENTS
+from megatron_hetermoe.config.plan import TOGETHER, WEIGHT_GRADIENTS, Plan
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
+from megatron_hetermoe.config.stages import stage_flags
 from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
-NOT_SEARCHED = "context parallelism and CPU offload of the optimizer were not searched; routing is taken to be balanced"
+NOT_SEARCHED = "context parallelism and virtual stages are the recipe's, and CPU offload of the optimizer was not searched; " \
+               "routing is taken to be balanced"
 _RUNNERS_UP = 5
 _TENSOR = (1, 2, 4, 8)
 _EXPERT_TENSOR = (1, 2, 4)
@@ -109,13 +112,8 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
 
         parsed, shape = arguments_to_plan_for(rest, problems)
     parallelism = parallelism_of(parsed)
-    if parallelism.context > 1:
-        problems.add("no plan is made for context parallelism yet, which the recipe asks for: plan without it, or give ranks "
-                     "and placement by hand")
-    if parallelism.virtual_stages > 1:
-        problems.add(f"no plan is made for virtual stages yet, and the recipe asks for {parallelism.virtual_stages} of each stage: "
-                     "plan without them, or give ranks and placement by hand")
-    elif shape is not None and parallelism.stage_layers and not _may_be_staged(shape, parallelism.stage_layers):
+    if shape is not None and parallelism.stage_layers and not _may_be_staged(
+            shape, parallelism.stage_layers, parallelism.virtual_stages):
         problems.add(f"pipeline stages of {', '.join(map(str, parallelism.stage_layers))} layers are no plan for "
                      f"{shape.layers} layers, of which each stage must have one with experts: change "
                      "--pipeline-model-parallel-size or the layers of the first and last stage")
@@ -134,15 +132,16 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems
                     WEIGHT_GRADIENTS if parsed.transformer_impl == "local" else (TOGETHER,),
                     activation_again=(True,) if activation_again(parsed) else (False, True),
                     expert_tensor=(parallelism.expert_tensor,) if parsed.expert_tensor_parallel_size else _EXPERT_TENSOR,
-                    stage_layers=(parallelism.stage_layers,) if parallelism.stage_layers else ((), *divisions(shape)))
+                    stage_layers=(parallelism.stage_layers,) if parallelism.stage_layers else ((), *divisions(shape)),
+                    virtual_stages=parallelism.virtual_stages, context=parallelism.context)
 
 
-def _may_be_staged(shape: Any, stage_layers: Sequence[int]) -> bool:
+def _may_be_staged(shape: Any, stage_layers: Sequence[int], virtual_stages: int) -> bool:
     """Whether the layers divide so, with experts in each stage."""
-    from megatron_hetermoe.planner.staged import parts_of
+    from megatron_hetermoe.planner.staged import layers_of
 
-    return sum(stage_layers) == shape.layers and min(stage_layers) > 0 and all(
-        set(part) & set(shape.moe_layers) for part in parts_of(stage_layers))
+    return sum(stage_layers) == shape.layers and min(stage_layers) > 0 and not len(stage_layers) % virtual_stages and all(
+        set(layers) & set(shape.moe_layers) for layers in layers_of(stage_layers, virtual_stages))
 
 
 def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
@@ -166,6 +165,7 @@ def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, A
     return {
         "plan": {**{key: value for key, value in asdict(plan).items() if key not in ("model", "placement")},
                  "layout": best.option.describe()},
+        "flags": flags_of(plan),
         "experts_on_attention_ranks": {
             layer: int(held[layer - 1, :best.option.m].sum()) for layer in question.shape.moe_layers},
         "assignment": {"by": assignment.origin, "seconds": assignment.seconds,
@@ -236,29 +236,24 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
         console.print(f"note: {note}", highlight=False)
     if out:
         console.print(f"written to {out}; the step task by task: hetermoe simulate {out} --cluster ...", soft_wrap=True)
-        console.print(f"to train it, with the recipe's ranks left out: hetermoe train ... -- --hetermoe --hetermoe-plan {out}"
-                      f"{flags_of(plan)}", soft_wrap=True)
+        console.print(f"to train it, with the recipe's ranks left out: hetermoe train ... -- --hetermoe --hetermoe-plan {out} "
+                      f"{shlex.join(answer['flags'])}", soft_wrap=True)
 
 
-def flags_of(plan: Mapping[str, Any]) -> str:
-    """Megatron's flags that a plan's times and memory were reckoned with.
-
-    Args:
-        plan: as its file has it.
-    """
-    step, layers = plan["step"], plan["stage_layers"]
-    tensor, shares = plan["tensor_parallel"], plan["expert_tensor_parallel"]
-    shared = f" --tensor-model-parallel-size {tensor} --sequence-parallel" if tensor > 1 else ""
-    shared += f" --expert-tensor-parallel-size {shares}" if shares > 1 else ""
-    shared += f" --pipeline-model-parallel-size {len(layers)}" if layers else ""
-    if layers and layers[0] != layers[1]:
-        shared += f" --decoder-first-pipeline-num-layers {layers[0]}"
-    if len(layers) > 2 and layers[-1] != layers[-2]:
-        shared += f" --decoder-last-pipeline-num-layers {layers[-1]}"
-    distributed = " --use-distributed-optimizer" if step["distributed_optimizer"] else ""
-    modules = [module for module, again in (("core_attn", step["recompute"] == "core_attn"),
-                                            ("moe_act", step["activation_again"])) if again]
-    recompute = f" --recompute-granularity selective --recompute-modules {' '.join(modules)}" if modules else ""
-    if step["recompute"] == "full":
-        recompute = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    return f" --micro-batch-size {step['micro_batch']}{shared}{distributed}{recompute}"
+def flags_of(plan: Plan) -> list[str]:
+    """Megatron's flags that a plan's times and memory were reckoned with. The plan has a step."""
+    step, words = plan.step, ["--micro-batch-size", str(plan.step.micro_batch)]
+    if plan.tensor_parallel > 1:
+        words += ["--tensor-model-parallel-size", str(plan.tensor_parallel), "--sequence-parallel"]
+    if plan.context_parallel > 1:
+        words += ["--context-parallel-size", str(plan.context_parallel)]
+    if plan.expert_tensor_parallel > 1:
+        words += ["--expert-tensor-parallel-size", str(plan.expert_tensor_parallel)]
+    if plan.stage_layers:
+        words += stage_flags(plan.stage_layers, plan.virtual_stages, plan.model.mtp_layers)
+    if step.distributed_optimizer:
+        words.append("--use-distributed-optimizer")
+    modules = [module for module, again in (("core_attn", step.recompute == "core_attn"), ("moe_act", step.activation_again)) if again]
+    if step.recompute == "full":
+        return [*words, "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    return [*words, "--recompute-granularity", "selective", "--recompute-modules", *modules] if modules else words

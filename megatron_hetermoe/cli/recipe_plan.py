@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from megatron_hetermoe.cli.environment import environment
 from megatron_hetermoe.cli.plan import flags_of
@@ -40,4 +38,4 @@ def plan_of(recipe: Recipe, argv: Sequence[str], problems: Problems) -> tuple[Pl
 def _planned_flags(path: str) -> list[str]:
     """Megatron's flags that a plan was made with."""
     plan = read_plan(path)
-    return shlex.split(flags_of(asdict(plan))) if plan.step else []
+    return flags_of(plan) if plan.step else []

@@ -89,7 +89,7 @@ def _run(run: Run, plan: Plan) -> dict[str, Any]:
     microseconds = 1e6
     return {
         "name": run.name, "seconds": next(iter(run.results.values())).seconds,
-        "ranks": sorted(_ranks(run, plan, layout), key=lambda entry: entry["rank"]),
+        "ranks": sorted(_ranks(run, plan, layout), key=lambda entry: (entry["stage"], entry["rank"])),
         "spans": [
             [span.rank, STREAMS.index(span.stream), span.task, round(span.start * microseconds, 1),
              round(span.end * microseconds, 1), span.sent, sum(span.tokens), *_host(span)]
@@ -108,20 +108,28 @@ def _host(span: Span) -> list[float]:
 
 
 def _ranks(run: Run, plan: Plan, layout: Layout) -> list[dict[str, Any]]:
-    """For each rank where its time went, as parts that add up to the step, and what it sent."""
+    """For each rank its stage, from 1 on, or 0 where there is one; where its time went, as parts that add up to the step; and
+    what it sent."""
     entries = []
     sent = Counter()
     for span in run.spans:
         sent[span.rank, span.stream] += span.sent
+    lasts: dict[int, float] = {}  # when a ZP group's last task ends, and those that it is in a pipeline with
     for group, result in run.results.items():
-        last = max(end for member in result.members for _, end in member.times.values())
-        for member, summary in enumerate(summarise_members(result)):
+        pipeline = group % layout.groups
+        lasts[pipeline] = max(lasts.get(pipeline, 0.0),
+                              *(end for member in result.members for _, end in member.times.values()))
+    for group, result in run.results.items():
+        last = lasts[group % layout.groups]
+        for member, summary in enumerate(summarise_members(result, last)):
             rank = layout.rank_of(group, member)
             role = layout.role(rank)
-            pool = escape(plan.pools[member]) if plan.pools else ""
+            pool = f" of {escape(plan.pools[member])}" if plan.pools else ""
+            stage = 1 + layout.stage_of(rank) if plan.stages > 1 else 0
             after = min(summary.after, result.seconds - last)
             entries.append({
-                "rank": rank, "role": role, "pool": f"{role} ranks" + (f" of {pool}" if pool else ""),
+                "rank": rank, "role": role, "stage": stage,
+                "pool": f"{role} ranks{pool}" + (f", stage {stage}" if stage else ""),
                 "parts": {"work": summary.work, **summary.bubbles, "after": after,
                           "end": result.seconds - last - after},
                 "sent": {name: sent[rank, name] for name in _CHANNELS},
@@ -148,20 +156,16 @@ def _load(spans: Sequence[Span], plan: Plan, layout: Layout) -> dict[str, Any]:
         if not span.tokens or task is None or (task.kind, task.direction) != (Kind.DISPATCH, Pass.FORWARD):
             continue
         by_rank[span.rank] = by_rank.get(span.rank, 0) + sum(span.tokens)
-        (layers,) = plan.chunks_of_stage(layout.stage_of(span.rank))
-        layer = layers[task.layer - 1]
-        for expert, count in zip(placement.held(layer, layout.holder_of(span.rank)), span.tokens, strict=True):
-            tokens[layer][expert] += count
-    stage_of = {layer: stage for stage in range(plan.stages) for (layers,) in [plan.chunks_of_stage(stage)]
-                for layer in layers}
+        for expert, count in zip(placement.held(task.layer, layout.holder_of(span.rank)), span.tokens, strict=True):
+            tokens[task.layer][expert] += count
+    stage_of = {layer: stage for stage in range(plan.stages) for layers in plan.chunks_of_stage(stage) for layer in layers}
 
     def first(layer: int, holder: int) -> int:
         """A holder's first rank, in its stage's first group."""
         return layout.rank_of(stage_of[layer] * layout.groups, layout.members_of(holder)[0])
 
     def held(rank: int) -> int:
-        (layers,) = plan.chunks_of_stage(layout.stage_of(rank))
-        return placement.of_layers(layers).experts_held(layout.holder_of(rank))
+        return placement.of_chunks(plan.chunks_of_stage(layout.stage_of(rank))).experts_held(layout.holder_of(rank))
 
     return {
         "layers": [

@@ -85,8 +85,7 @@ def _write(path: Path, plan: Plan, predicted: Predicted, notes: Notes) -> None:
         run = Run(PREDICTED, predicted.spans, dict(zip(predicted.groups, predicted.results)))
         write_page(path, "A step as predicted", plan, [run], [*notes])
     else:
-        layout = predicted.layout
-        write_timeline(predicted.spans, {rank: layout.role(rank) for rank in predicted.ranks}, path)
+        write_timeline(predicted.spans, predicted.layout, predicted.ranks, path)
 
 
 def _print(summary, notes, timeline: str | None) -> None:
@@ -101,8 +100,10 @@ def _print(summary, notes, timeline: str | None) -> None:
     table = Table("role", "computing", *(f"idle: {cause}" for cause in causes), title_justify="left",
                   title=f"step {summary.seconds:.4f} s; bound {summary.bound:.4f} s (the busiest rank's work), "
                         f"{summary.distance:.1%} above; after the last task {summary.after:.4f} s")
-    for name, role in summary.roles.items():
-        table.add_row(name, f"{role.busy:.1%}", *(f"{role.bubbles[cause] / summary.seconds:.1%}" for cause in causes))
+    for name, role in summary.by_name.items():
+        _, of_stage, stage = name.partition(", ")
+        table.add_row(f"  {stage}" if of_stage else name, f"{role.busy:.1%}",
+                      *(f"{role.bubbles[cause] / summary.seconds:.1%}" for cause in causes))
     console.print(table)
     for note in notes:
         console.print(f"note: {note}", highlight=False)

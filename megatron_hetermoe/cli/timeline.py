@@ -32,7 +32,7 @@ def draw(spans: list[Span], roles: dict[int, str], out: Path) -> None:
 
     Args:
         spans: one step, in seconds since its start.
-        roles: the role of each rank.
+        roles: the role of each rank, in the order in which they are drawn.
         out: file, of a kind that matplotlib knows.
     """
     kinds = {_kind(span) for span in spans}
@@ -54,7 +54,7 @@ def draw(spans: list[Span], roles: dict[int, str], out: Path) -> None:
     axes.set_yticks([index + 0.28 for index in row.values()], [f"rank {rank}\n{role}" for rank, role in roles.items()])
     axes.set_ylim(len(roles), 0)
     axes.set_xlim(0, length * 1e3)
-    axes.set_xlabel("milliseconds; in a task: layer, microbatch; below each rank's tasks its channels out and back")
+    axes.set_xlabel("milliseconds; in a task: layer, microbatch; below each rank's tasks its channels")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
         handles=[Patch(color=colour, label=label) for kind, (colour, label) in _KINDS.items() if kind in kinds],

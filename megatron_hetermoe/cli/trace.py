@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         if out.suffix == ".html":
             _write_page(out, step, spans, plan, folder, args.cluster)
         else:
-            write_timeline(spans, roles, out)
+            write_timeline(spans, layout, roles, out)
     print(f"step {step}, {sum(span.stream != STEP for span in spans)} tasks of {len(roles)} ranks: {out}")
     for role, cost in host_costs(spans, roles).items():
         print(f"{role} ranks: {cost}")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.flags import PREFIX
+from megatron_hetermoe.config.plan import read_plan
 from megatron_hetermoe.config.recipe import override
 from megatron_hetermoe.config.saved import TRACKER
+from megatron_hetermoe.config.stages import SIZE, STAGE_FLAGS, stage_flags
 from megatron_hetermoe.planner.resolve import PLANNED
 
 # What a recipe says of the checkpoint that it begins with, and what does not hold of the job's own.
@@ -41,10 +43,18 @@ def resumed(argv: Sequence[str]) -> list[str]:
 
 
 def with_plan(argv: Sequence[str], path: str) -> list[str]:
-    """The command line with a plan file in place of all that a plan decides."""
+    """The command line with a plan file in place of all that a plan decides, and with as many pipeline stages.
+
+    Raises:
+        UsageError: as ``read_plan``.
+    """
     decided = {f"{PREFIX}-{name.replace('_', '-')}" for name in (*PLANNED, "placement", "plan")}
+    plan, words = read_plan(path), [f"{PREFIX}-plan", path]
+    if value_of(argv, SIZE) != str(plan.stages) and not (plan.stages == 1 and value_of(argv, SIZE) is None):
+        decided |= set(STAGE_FLAGS)
+        words += stage_flags(plan.stage_layers, plan.virtual_stages, plan.model.mtp_layers)
     given = {word.partition("=")[0] for word in argv}
-    return override(argv, [f"{PREFIX}-plan", path], sorted(decided & given))
+    return override(argv, words, sorted(decided & given))
 
 
 def value_of(argv: Sequence[str], flag: str) -> str | None:

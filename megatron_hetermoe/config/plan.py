@@ -52,7 +52,7 @@ class Plan:
             was there.
         step: the step that was planned for, None when nothing was predicted.
         predicted: what is expected of it.
-        tasks: what is expected of its tasks.
+        tasks: what is expected of the tasks of each pipeline stage; empty when nothing was predicted.
         virtual_stages: chunks that each pipeline stage has.
         expert_impl: whose linear layers experts have, whichever rank they are on, one of EXPERT_IMPLS: torch's, or
             transformer-engine's.
@@ -77,7 +77,7 @@ class Plan:
     pools: tuple[str, ...] = ()
     step: Step | None = None
     predicted: Prediction | None = None
-    tasks: TaskSeconds | None = None
+    tasks: tuple[TaskSeconds, ...] = ()
     virtual_stages: int = 1
     expert_impl: str = "auto"
 
@@ -138,13 +138,26 @@ def plan_from_json(text: str, origin: str) -> Plan:
     del document["format"]
     problems = Problems()
     values = _fields_of(Plan, document, origin, problems)
-    parts = {}
     for field in dataclasses.fields(Plan):
-        kind = _PARTS.get(str(field.type).removesuffix(" | None"))
-        if kind and values.get(field.name) is not None:
-            parts[field.name] = kind, _fields_of(kind, values[field.name], f"{origin}: {field.name}", problems)
+        kind = _PARTS.get(_inner(str(field.type)).removesuffix(" | None"))
+        value = values.get(field.name)
+        if kind and value is not None:
+            where = f"{origin}: {field.name}"
+            if isinstance(value, tuple):
+                values[field.name] = tuple(_part_of(kind, one, where, problems) for one in value)
+            else:
+                values[field.name] = _part_of(kind, value, where, problems)
     problems.raise_if_any()
-    return Plan(**{**values, **{name: kind(**found) for name, (kind, found) in parts.items()}})
+    return Plan(**values)
+
+
+def _part_of(kind: type, document: Any, where: str, problems: Problems) -> Any:
+    """The part of a plan that a mapping of its file describes; None, with what is wrong noted, where it describes none."""
+    own = Problems()
+    fields = _fields_of(kind, document, where, own)
+    with problems.taking():
+        own.raise_if_any()
+        return kind(**fields)
 
 
 def _fields_of(kind: type, document: Any, where: str, problems: Problems) -> dict[str, Any]:
@@ -172,13 +185,17 @@ def _fits(value: Any, annotation: str) -> bool:
     if annotation.endswith(" | None"):
         return value is None or _fits(value, annotation.removesuffix(" | None"))
     if annotation.startswith("tuple["):
-        inner = annotation.removeprefix("tuple[").removesuffix(", ...]")
-        return isinstance(value, list) and all(_fits(item, inner) for item in value)
+        return isinstance(value, list) and all(_fits(item, _inner(annotation)) for item in value)
     if annotation == "int":
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation == "float":
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, {"bool": bool, "str": str}.get(annotation, dict))
+
+
+def _inner(annotation: str) -> str:
+    """What a tuple's annotation says of its items; any other annotation as it is."""
+    return annotation.removeprefix("tuple[").removesuffix(", ...]") if annotation.startswith("tuple[") else annotation
 
 
 def _as_tuple(value: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,13 @@ class ModelShape:
         return self.heads * (self.v_head_dim if self.kv_lora_rank else self.head_dim)
 
     @property
+    def key_value_width(self) -> int:
+        """Of a token's keys and values together, as the attention core reads them."""
+        if self.kv_lora_rank:
+            return self.query_width + self.value_width
+        return 2 * self.query_groups * self.head_dim
+
+    @property
     def latent_width(self) -> int:
         """What multi-latent attention makes of a token before its queries, keys and values: 0 for other attention."""
         return self.q_lora_rank + self.kv_lora_rank + self.qk_position_dim
@@ -94,3 +103,10 @@ class ModelShape:
         moe = tuple(layer - layers.start + 1 for layer in self.moe_layers if layer in layers)
         further = sum(layer > self.decoder_layers for layer in layers)
         return replace(self, layers=len(layers), moe_layers=moe, mtp_layers=further)
+
+
+def together(shapes: Sequence[ModelShape]) -> ModelShape:
+    """The shape of all their layers, one after the other."""
+    ends = list(accumulate((shape.layers for shape in shapes), initial=0))
+    moe = tuple(end + layer for end, shape in zip(ends, shapes) for layer in shape.moe_layers)
+    return replace(shapes[0], layers=ends[-1], moe_layers=moe, mtp_layers=sum(shape.mtp_layers for shape in shapes))

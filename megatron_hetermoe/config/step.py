@@ -56,7 +56,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TaskSeconds:
-    """What a task of each kind and pass takes, in seconds: the median over layers and over the members that have it.
+    """What a task of each kind and pass takes in a pipeline stage, in seconds: the median over layers and over the members that have it.
 
     Attributes:
         attention_forward, attention_backward: A tasks.

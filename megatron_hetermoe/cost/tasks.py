@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from megatron_hetermoe.config.plan import DELAYED, TOGETHER, Plan
-from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.config.shape import ModelShape, together
 from megatron_hetermoe.config.step import Step, TaskSeconds
 from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Kind, Link
 from megatron_hetermoe.cost.work import (
     Numbers, Work, attention_work, crossing_share, dense_parameters, embedding_work, feed_forward_work, head_work,
     projection_width,
 )
+from megatron_hetermoe.schedule.numbering import first_numbers
 from megatron_hetermoe.schedule.tasks import Kind as TaskKind
 from megatron_hetermoe.schedule.tasks import Pass, Stream, Task
 from megatron_hetermoe.topology.layout import layout_of
@@ -134,6 +135,8 @@ class GroupCosts:
         expert_tensor: expert ranks that share the weights of their experts, and are one member together; its figures are
             those of each of them. Attention ranks hold no expert then.
         stage, stages: which pipeline stage's group it is, of how many; the shape is that of its layers.
+        context: attention ranks, or tensor-parallel groups of them, that have parts of one sequence.
+        chunks: the shapes of a stage's chunks, where it has several; tasks number their layers as ``schedule.numbering`` says.
     """
 
     shape: ModelShape
@@ -147,6 +150,8 @@ class GroupCosts:
     stage: int = 0
     stages: int = 1
     merged: int = 0
+    context: int = 1
+    chunks: tuple[ModelShape, ...] = ()
 
     @property
     def members(self) -> int:
@@ -162,20 +167,34 @@ class GroupCosts:
         """Whether it has the head."""
         return self.stage == self.stages - 1
 
-    def of_stages(self, stage_layers: Sequence[int]) -> tuple[GroupCosts, ...]:
-        """The groups of the pipeline stages that these layers are divided into; itself where there is one stage."""
+    def of_stages(self, stage_layers: Sequence[int], virtual_stages: int = 1) -> tuple[GroupCosts, ...]:
+        """The groups of the pipeline stages that layers are divided into as in a plan; itself where there is one stage."""
         if len(stage_layers) < 2:
             return (self,)
-        ends = list(accumulate(stage_layers, initial=0))
+        ends, stages = list(accumulate(stage_layers, initial=0)), len(stage_layers) // virtual_stages
+        parts = [self.shape.of_layers(range(first + 1, last + 1)) for first, last in pairwise(ends)]
+        of_stages = [tuple(parts[stage::stages]) for stage in range(stages)]
         return tuple(
-            replace(self, shape=self.shape.of_layers(range(first + 1, last + 1)), stage=stage, stages=len(stage_layers))
-            for stage, (first, last) in enumerate(pairwise(ends))
+            replace(self, shape=together(chunks), stage=stage, stages=stages, chunks=chunks if virtual_stages > 1 else ())
+            for stage, chunks in enumerate(of_stages)
         )
 
+    @cached_property
+    def _chunks(self) -> tuple[tuple[ModelShape, bool, bool], ...]:
+        """The shape of each chunk, or of the stage, and whether it has the embedding, and the head."""
+        shapes = self.chunks or (self.shape,)
+        return tuple((shape, self.begins and place == 0, self.ends and place == len(shapes) - 1)
+                     for place, shape in enumerate(shapes))
+
     @property
+    def firsts(self) -> tuple[int, ...]:
+        """The number in tasks of each chunk's first layer."""
+        return first_numbers([shape.layers for shape, _, _ in self._chunks])
+
+    @cached_property
     def dense(self) -> float:
         """Weights of an attention rank's dense part."""
-        return dense_parameters(self.shape, self.step.vocabulary, self.begins, self.ends) / self.tensor
+        return sum(dense_parameters(shape, self.step.vocabulary, *ends) for shape, *ends in self._chunks) / self.tensor
 
     @cached_property
     def alike(self) -> dict[tuple[bool, str], tuple[int, ...]]:
@@ -186,14 +205,19 @@ class GroupCosts:
         return {sort: tuple(members) for sort, members in found.items()}
 
     @property
-    def replicas(self) -> int:
-        """Copies of the dense part in the ZP group, each at work on a microbatch of its own."""
+    def copies(self) -> int:
+        """Copies of the dense part in the ZP group."""
         return self.attention_members // self.tensor
+
+    @property
+    def replicas(self) -> int:
+        """Microbatches that the ZP group's attention ranks are at work on at once."""
+        return self.copies // self.context
 
     @property
     def rank_tokens(self) -> float:
         """Tokens of a microbatch that one attention member owns."""
-        return self.step.micro_batch * self.shape.sequence / self.tensor
+        return self.step.micro_batch * self.shape.sequence / (self.tensor * self.context)
 
     @cached_property
     def expert_tokens(self) -> float:
@@ -220,13 +244,13 @@ class GroupCosts:
         """For each attention member, what W tasks take of the backward of its A tasks of layers 1 to K+1, in seconds."""
         return tuple(
             tuple(self._of_layers(lambda parts, kind=seat.kind: sum(
-                self._weights(seconds, work) for seconds, work in self._priced(kind, parts))))
+                self._weights(seconds, work) for seconds, work in self._priced(kind, parts)) / (self.tensor * self.context)))
             for seat in self.seats[:self.attention_members]
         )
 
     def _of_layers(self, price: Callable[[_Parts], _Price]) -> list[_Price]:
-        """The price of A_1 to A_{K+1}: each once of those that are made of the same parts."""
-        parts = _parts_of(self.shape, self.begins, self.ends)
+        """The price of A_1 to A_{K+1}, of each chunk: each once of those that are made of the same parts."""
+        parts = [one for chunk in self._chunks for one in _parts_of(*chunk)]
         known = {one: price(one) for one in set(parts)}
         return [known[one] for one in parts]
 
@@ -288,25 +312,28 @@ class GroupCosts:
     def _attention_task(self, seat: Seat, of: _Parts) -> tuple[float, float]:
         """Seconds of an A task, forward and backward.
 
-        Ranks that share it do an equal part each. Around each of its parts, forward, tokens are gathered and their
-        sums scattered; backward the same, and the tokens are gathered once more for the weights' gradients.
+        Ranks that share it do an equal part each. Around each of its parts, forward, ranks that share its weights gather
+        tokens and scatter their sums; backward the same, and the tokens are gathered once more for the weights' gradients.
+        Ranks that have parts of a sequence gather keys and values, and scatter their gradients.
         """
         parts = [seconds for seconds, _ in self._priced(seat.kind, of)]
         times = sum(part[0] for part in parts), sum(part[1] for part in parts)
-        if self.tensor == 1:
+        if self.tensor == self.context == 1:
             return times
         shared = sum(1 for part in parts if sum(part))
-        again = 2 if self.step.recompute == "full" and not of.heads else 0
+        again = self.step.recompute == "full" and not of.heads
+        tokens = self._ring_seconds(seat, self.tensor, self.shape.hidden, self.context)
+        keys = of.attention * self._ring_seconds(seat, self.context, self.shape.key_value_width, self.tensor)
         return tuple(
-            seconds / self.tensor + shared * count * self._gather_seconds(seat)
-            for seconds, count in zip(times, (2, 3 + again))
+            seconds / (self.tensor * self.context) + shared * of_tokens * tokens + of_keys * keys
+            for seconds, of_tokens, of_keys in zip(times, (2, 3 + 2 * again), (1, 1 + again))
         )
 
-    def _gather_seconds(self, seat: Seat) -> float:
-        """Of gathering a microbatch's tokens on all ranks that share it, or scattering their sums, in a ring inside a
-        node."""
-        size = self.step.micro_batch * self.shape.sequence * self.shape.hidden * BYTES[self.precision]
-        return (self.tensor - 1) * (size / self.tensor / seat.pool.intra.bandwidth + seat.pool.intra.latency)
+    def _ring_seconds(self, seat: Seat, ranks: int, width: int, parts: int) -> float:
+        """Of gathering on so many ranks what all have of a microbatch's tokens, so wide, or scattering its sums, in a ring
+        inside a node; of all tokens each of other ``parts`` of the ranks has its own."""
+        size = self.step.micro_batch * self.shape.sequence * width * BYTES[self.precision] / parts
+        return (ranks - 1) * (size / ranks / seat.pool.intra.bandwidth + seat.pool.intra.latency)
 
     def _priced(self, kind: Kind, parts: _Parts) -> tuple[tuple[tuple[float, float], Work], ...]:
         """Those parts, each with its seconds, on a GPU of its own."""
@@ -421,7 +448,7 @@ class GroupCosts:
         routed = experts * self.shape.expert_weights / self.expert_tensor
         seconds = self._ring(member, routed * size, self.groups, shared=True)
         if member < self.attention_members:
-            seconds += self._ring(member, self.dense * size, self.groups * self.replicas, shared=self.tensor > 1)
+            seconds += self._ring(member, self.dense * size, self.groups * self.copies, shared=self.tensor > 1)
             if self.stages > 1 and self.shape.tied_embeddings and (self.begins or self.ends):
                 # The embedding is on the first stage and on the last.
                 seconds += self._ring(member, self.step.vocabulary * self.shape.hidden / self.tensor * size, 2, shared=True)
@@ -442,7 +469,7 @@ class GroupCosts:
         share = self.groups if self.step.distributed_optimizer else 1
         parameters = experts * self.shape.expert_weights / self.expert_tensor / share
         if member < self.attention_members:
-            share = self.groups * self.replicas if self.step.distributed_optimizer else 1
+            share = self.groups * self.copies if self.step.distributed_optimizer else 1
             parameters += self.dense / share
         return self.seats[member].kind.optimizer(parameters)
 
@@ -519,8 +546,8 @@ class TaskCosts:
         if task.stream is Stream.COMPUTE:
             return 0
         if task.kind is TaskKind.HANDOVER:
-            leaves = (task.layer > self.group.shape.layers) == (task.direction is Pass.FORWARD)
-            return self.group.handover if leaves else 0
+            ends = task.layer not in self.group.firsts
+            return self.group.handover if ends == (task.direction is Pass.FORWARD) else 0
         owners = range(self.group.attention_members)
         key = (task.kind, task.stream, self._counts[task.layer - 1])
         if key not in self._exchanged:
@@ -555,7 +582,8 @@ class TaskCosts:
     def typical(self) -> TaskSeconds:
         """The median of each kind and pass."""
         group = self.group
-        layers, m = group.shape.moe_layers, group.attention_members
+        m, count = group.attention_members, len(self.placement.holders)
+        layers = [layer for layer, holders in enumerate(self.placement.holders, start=1) if holders]
 
         def computed(kind: TaskKind, way: Pass, members: range, of: Sequence[int]) -> float:
             return statistics.median([
@@ -568,19 +596,13 @@ class TaskCosts:
 
         found: dict[str, float] = {}
         for name, way in (("forward", Pass.FORWARD), ("backward", Pass.BACKWARD)):
-            found[f"attention_{name}"] = computed(TaskKind.ATTENTION, way, range(m), range(1, group.shape.layers + 2))
+            found[f"attention_{name}"] = computed(TaskKind.ATTENTION, way, range(m), range(1, count + 2))
             found[f"expert_{name}"] = computed(TaskKind.EXPERT, way, range(m, group.members), layers)
             found[f"moved_{name}"] = computed(TaskKind.EXPERT, way, range(m), layers)
             found[f"dispatch_{name}"] = sent(TaskKind.DISPATCH, way)
             found[f"combine_{name}"] = sent(TaskKind.COMBINE, way)
         found["handover"] = max(map(group.handover_seconds, range(m))) if group.stages > 1 else 0.0
         return TaskSeconds(**found)
-
-
-def typical(stages: Sequence[TaskCosts]) -> TaskSeconds:
-    """The median of each kind and pass, over pipeline stages."""
-    each = [asdict(costs.typical()) for costs in stages]
-    return TaskSeconds(**{name: statistics.median(one[name] for one in each) for name in each[0]})
 
 
 def costs_of_plan(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind], stage: int = 0) -> TaskCosts:
@@ -591,6 +613,7 @@ def costs_of_plan(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind], stage
     group = GroupCosts(
         plan.model, plan.step, tuple(seats[layout.members_of(holder)[0]] for holder in range(layout.holders)), layout.m,
         plan.groups, plan.attention_precision, plan.tensor_parallel, plan.expert_tensor_parallel,
+        context=plan.context_parallel,
     )
     placement = Placement(plan.placement, layout.holders).of_chunks(plan.chunks_of_stage(stage))
-    return TaskCosts(group.of_stages(plan.stage_layers)[stage], placement, plan.weight_gradients)
+    return TaskCosts(group.of_stages(plan.stage_layers, plan.virtual_stages)[stage], placement, plan.weight_gradients)

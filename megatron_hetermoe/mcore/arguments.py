@@ -175,7 +175,7 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
     plan = None
     if shape is not None and flags.enabled:
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-        if can_be_staged(args, flags, problems):
+        if can_be_staged(args, problems):
             plan = resolve(flags, shape, precision, world_size, problems, parallelism_of(args))
     if plan is not None:
         if plan.step is not None:

@@ -141,23 +141,30 @@ class _OfRank:
 
     Attributes:
         role: ATTENTION or EXPERT.
-        tasks: seconds by task and step; only of the first ZP group, as the others do the same.
+        tasks: seconds by task, with the model's number for its layer, and step; only of each pipeline stage's first ZP
+            group, as the others do the same.
         step: seconds of a step.
         memory: bytes that the GPU's allocator took at most, 0 without a GPU.
+        stage: from 0 on.
+        member: of its ZP group.
     """
 
     role: str
     tasks: dict[Task, list[float]]
     step: float
     memory: float
+    stage: int = 0
+    member: int = 0
 
 
 def report(session: Session, measurements: Measurements, checks: Sequence[str]) -> None:
     """Prints on rank 0 what was predicted and measured; all ranks call it after the last step."""
     memory = float(torch.cuda.max_memory_reserved(session.device)) if _is_gpu(session) else 0.0
-    in_first = session.layout.group_of(session.rank) == 0
-    own = _OfRank(session.role, measurements.tasks if in_first else {}, measurements.step_seconds, memory)
-    ranks: list[_OfRank] | None = [own] * session.layout.world_size if session.rank == 0 else None
+    layout = session.layout
+    in_first = layout.group_of(session.rank) % layout.groups == 0
+    tasks = {session.numbering.in_model(task): seconds for task, seconds in measurements.tasks.items()}
+    own = _OfRank(session.role, tasks if in_first else {}, measurements.step_seconds, memory, session.stage, session.member)
+    ranks: list[_OfRank] | None = [own] * layout.world_size if session.rank == 0 else None
     dist.gather_object(own, ranks, dst=0, group=session.control)
     if ranks is not None:
         for line in (*checks, *_table(session.plan, ranks)):
@@ -165,14 +172,15 @@ def report(session: Session, measurements: Measurements, checks: Sequence[str]) 
 
 
 def _table(plan: Plan, ranks: Sequence[_OfRank]) -> Iterator[str]:
-    """The lines of the comparison."""
-    measured = typical(ranks)
-    yield f"{'median of a task':28}{'predicted':>12}{'measured':>12}"
-    for field in fields(TaskSeconds):
-        if field.name in measured:
-            predicted = getattr(plan.tasks, field.name) if plan.tasks else None
-            yield _row(field.name.replace("_", " ").replace("moved", "moved expert"), predicted,
-                       measured[field.name], 1e3, "ms")
+    """The lines of the comparison: tasks, of each pipeline stage, then step and memory."""
+    for stage, measured in enumerate(typical(ranks)):
+        where = f"median of a task, stage {stage + 1}" if plan.stages > 1 else "median of a task"
+        yield f"{where:28}{'predicted':>12}{'measured':>12}"
+        for field in fields(TaskSeconds):
+            if field.name in measured:
+                predicted = getattr(plan.tasks[stage], field.name) if plan.tasks else None
+                yield _row(field.name.replace("_", " ").replace("moved", "moved expert"), predicted,
+                           measured[field.name], 1e3, "ms")
     predicted = plan.predicted
     step = max(rank.step for rank in ranks)
     yield _row("step", predicted and predicted.step_seconds, step, 1e3, "ms")
@@ -180,7 +188,7 @@ def _table(plan: Plan, ranks: Sequence[_OfRank]) -> Iterator[str]:
                            (EXPERT, predicted and predicted.expert_bytes)):
         most = max(rank.memory for rank in ranks if rank.role == role)
         yield _row(f"memory of {role} ranks", expected, most or None, 1e-9, "GB")
-    if plan.tasks is None:
+    if not plan.tasks:
         yield "nothing was predicted: `hetermoe plan` makes a plan that says what to expect, --hetermoe-plan takes it"
 
 
@@ -192,14 +200,14 @@ def _row(name: str, predicted: float | None, measured: float | None, scale: floa
     return f"{name:28}{cell(predicted):>12}{cell(measured):>12}{ratio}"
 
 
-def typical(ranks: Sequence[_OfRank]) -> dict[str, float]:
-    """The median of each kind and pass, named as in TaskSeconds.
+def typical(ranks: Sequence[_OfRank]) -> list[dict[str, float]]:
+    """For each pipeline stage the median of each kind and pass, named as in TaskSeconds.
 
     A transfer's time on a rank has in it what the rank waited for its peers, so of all that took part the shortest
     counts: the last to come waits for none.
     """
-    found: dict[str, list[float]] = {}
-    transfers: dict[tuple[Task, int], list[float]] = {}
+    found: list[dict[str, list[float]]] = [{} for _ in range(1 + max(rank.stage for rank in ranks))]
+    transfers: dict[tuple[Task, int, int], list[tuple[float, int]]] = {}  # by task, where and step: seconds, stage
     for rank in ranks:
         weights = _weights(rank)
         for task, seconds in rank.tasks.items():
@@ -207,16 +215,25 @@ def typical(ranks: Sequence[_OfRank]) -> dict[str, float]:
                 continue
             if task.direction is Pass.BACKWARD:  # prices are of a whole one
                 seconds = [sum(both) for both in zip(seconds, weights.get((task.kind, task.layer), repeat(0.0)))]
-            name = {Kind.ATTENTION: "attention", Kind.EXPERT: "expert" if rank.role == EXPERT else "moved"}.get(task.kind)
-            if name:
-                found.setdefault(f"{name}_{_PASSES[task.direction]}", []).extend(seconds)
-            else:
-                for step, one in enumerate(seconds):
-                    transfers.setdefault((task, step), []).append(one)
-    for (task, _), seconds in transfers.items():
-        name = "dispatch" if task.kind is Kind.DISPATCH else "combine"
-        found.setdefault(f"{name}_{_PASSES[task.direction]}", []).append(min(seconds))
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+            if task.stream is Stream.COMPUTE:
+                found[rank.stage].setdefault(_name(task, rank.role), []).extend(seconds)
+                continue
+            where = rank.member if task.kind is Kind.HANDOVER else -1  # ranks at one place of two stages, or a ZP group
+            for step, one in enumerate(seconds):
+                transfers.setdefault((task, where, step), []).append((one, rank.stage))
+    for (task, _, _), times in transfers.items():
+        for stage in {stage for _, stage in times}:
+            found[stage].setdefault(_name(task), []).append(min(times)[0])
+    return [{name: statistics.median(seconds) for name, seconds in of_stage.items()} for of_stage in found]
+
+
+def _name(task: Task, role: str = ATTENTION) -> str:
+    """What TaskSeconds calls a task of a rank with that role."""
+    if task.kind is Kind.HANDOVER:
+        return "handover"
+    kind = {Kind.ATTENTION: "attention", Kind.EXPERT: "expert" if role == EXPERT else "moved", Kind.DISPATCH: "dispatch",
+            Kind.COMBINE: "combine"}[task.kind]
+    return f"{kind}_{_PASSES[task.direction]}"
 
 
 def _weights(rank: _OfRank) -> dict[tuple[Kind, int], list[float]]:

@@ -26,6 +26,7 @@ from megatron_hetermoe.mcore.weights import WeightGradients, delay, delay_expert
 from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.handover import Handover
 from megatron_hetermoe.runtime.marks import Marks
+from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.streams import Observer, Queued, streams_for
 from megatron_hetermoe.runtime.stretch import stretched
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
@@ -55,6 +56,7 @@ class ForwardBackward:
         self._session = session
         self._checker = Checker(session, marks, self_check)
         self._marks = marks
+        marks.numbering = session.numbering
         self._meter = meter
         self._measurements = measurements
         self._slow_down = slow_down or {}
@@ -154,24 +156,25 @@ class ForwardBackward:
     ) -> tuple[list[Any], torch.Tensor]:
         """The tasks of a step whose microbatches are of a sequence length and a number of sequences, with a model's chunks."""
         session, config = self._session, inputs[0].config
-        def row_order(layer: int) -> Sequence[int]:
-            chunk = session.chunk_of(layer)
-            return experts_of(inputs[chunk].model, layer - session.firsts[chunk] + 1).row_order
+        numbering = session.numbering
 
+        def row_order(layer: int) -> Sequence[int]:
+            chunk = numbering.chunk_of(layer)
+            return experts_of(inputs[chunk].model, layer - numbering.firsts[chunk] + 1).row_order
+
+        recorder = None if inputs[0].forward_only else self._meter.recorder
         transfers = session.transfers(
-            config.hidden_size, checksums=checks.checksums, row_order=row_order,
-            recorder=None if inputs[0].forward_only else self._meter.recorder,
-        )
+            config.hidden_size, checksums=checks.checksums, row_order=row_order, recorder=recorder)
         streams = self._streams if inputs[0].forward_only else self._recorded
         experts = [ExpertTasks(of, transfers, partial(experts_of, of.model), first)
-                   for of, first in zip(inputs, session.firsts, strict=True)]
+                   for of, first in zip(inputs, numbering.firsts, strict=True)]
         table = {**transfers.table(), **self._by_chunk([tasks.table() for tasks in experts])}
         if not session.is_attention:
             executor.run(member, stretched(table, self._slow_down), streams, self._marks)
             return [], torch.zeros([], dtype=torch.int, device=session.device)
-        handover = self._handover(config, batch) if session.stages else None
+        handover = self._handover(config, batch, recorder) if session.stages else None
         attention = [AttentionTasks(of, first, len(layers), transfers, checks.numbers, handover, checks.load)
-                     for of, first, layers in zip(inputs, session.firsts, session.chunks, strict=True)]
+                     for of, first, layers in zip(inputs, numbering.firsts, session.chunks, strict=True)]
         table |= self._by_chunk([tasks.table() for tasks in attention]) | (handover.table() if handover else {})
         executor.run(member, stretched(table, self._slow_down), streams, self._marks)
         return attention[-1].losses, attention[-1].tokens
@@ -180,17 +183,17 @@ class ForwardBackward:
         """What the executor calls, from the same for the tasks of each chunk."""
         if len(tables) == 1:
             return tables[0]
-        chunk_of = self._session.chunk_of
+        chunk_of = self._session.numbering.chunk_of
         return {key: lambda task, key=key: tables[chunk_of(task.layer)][key](task) for key in tables[0]}
 
-    def _handover(self, config: Any, batch: tuple[int, int]) -> Handover:
+    def _handover(self, config: Any, batch: tuple[int, int], recorder: Recorder | None) -> Handover:
         """The hidden states between stages, as Megatron's pipelines have them (schedules.py, get_tensor_shapes)."""
         session = self._session
         parts = session.layout.context * (session.layout.tensor if config.sequence_parallel else 1)
         shape = batch[0] // parts, batch[1], config.hidden_size
         return Handover(
-            session.stages, session.stage, session.layout.stages, session.firsts, shape,
-            config.pipeline_dtype or config.params_dtype, session.device,
+            session.stages, session.stage, session.layout.stages, session.numbering.firsts, shape,
+            config.pipeline_dtype or config.params_dtype, session.device, recorder,
         )
 
     def _tokens_of_pool(self, tokens: torch.Tensor) -> torch.Tensor:

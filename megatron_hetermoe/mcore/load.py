@@ -28,7 +28,7 @@ class Load:
 
     def note(self, layer: int, counts: Sequence[Sequence[int]]) -> None:
         """An attention rank's copies of one microbatch, as ``TransferSizes.counts``, in a layer as tasks number it."""
-        layer = self._session.layer_of(layer)
+        layer = self._session.numbering.layer_in_model(layer)
         flat = torch.tensor([rows for of_holder in counts for rows in of_holder])
         self._rows[self._layers.index(layer), list(self._orders[layer])] += flat
 

@@ -20,6 +20,7 @@ from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 _ROLES = (ATTENTION, EXPERT)
 _CHANNELS = (Stream.OUT.value, Stream.BACK.value)
+_SENT = (*_CHANNELS, Stream.STAGES.value)
 
 
 class Meter:
@@ -43,7 +44,7 @@ class Meter:
         # Of this rank: seconds of A and E tasks, seconds after the last one, bytes sent by channel; tokens by layer
         # and expert.
         self._work, self._after = 0.0, 0.0
-        self._sent = dict.fromkeys(_CHANNELS, 0)
+        self._sent = dict.fromkeys(_SENT, 0)
         self._load = [[0] * len(holders) for holders in self._session.plan.placement]
 
     def begin_step(self, microbatches: int) -> None:
@@ -117,9 +118,10 @@ class Meter:
             busy, after = (value / len(self._session.layout.pool(role)) for value in values[2 * index:2 * index + 2])
             scalars[f"{role}-busy"] = busy
             scalars[f"{role}-bubble"] = max(0.0, 1 - busy - after)
-        for name, size in zip(_CHANNELS, values[4:6]):
-            scalars[f"{name}-bytes-per-second"] = size / self._seconds
-        return scalars | self._balance(values[6:])
+        sent = dict(zip(_SENT, values[4:7]))
+        for name in _SENT if self._session.layout.stages > 1 else _CHANNELS:
+            scalars[f"{name}-bytes-per-second"] = sent[name] / self._seconds
+        return scalars | self._balance(values[7:])
 
     def _balance(self, tokens: Sequence[float]) -> dict[str, float]:
         """How uneven experts' tokens are, as the most over the mean: of the experts of a layer, the worst layer's;
@@ -149,6 +151,7 @@ def said(scalars: dict[str, float], predicted: Prediction | None) -> str:
         if f"{role}-busy" in scalars:
             parts.append(f"{role} ranks compute {scalars[f'{role}-busy']:.0%}, idle {scalars[f'{role}-bubble']:.0%}")
     if "out-bytes-per-second" in scalars:
-        parts.append(", ".join(f"{name} {scalars[f'{name}-bytes-per-second'] / 1e6:,.1f} MB/s" for name in _CHANNELS))
+        parts.append(", ".join(f"{name} {scalars[f'{name}-bytes-per-second'] / 1e6:,.1f} MB/s" for name in _SENT
+                               if f"{name}-bytes-per-second" in scalars))
         parts.append(f"busiest expert {scalars['expert-load-most-over-mean']:.2f} times its layer's mean")
     return " | ".join(parts)

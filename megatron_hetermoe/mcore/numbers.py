@@ -52,7 +52,7 @@ class Numbers:
     def first(self) -> str | None:
         """The first place in the model whose results are not finite, or None where all were."""
         for layer, microbatch in sorted(self._sent):
-            where = f"layer {self._session.layer_of(layer)}, microbatch {microbatch + 1}"
+            where = f"layer {self._session.numbering.layer_in_model(layer)}, microbatch {microbatch + 1}"
             came = self._came.get((layer, microbatch))
             if not self._sent[layer, microbatch][:len(came[0]) if came else None].all():
                 return f"{where}: in attention, or before it, on {self._name(self._session.rank)}"

@@ -141,7 +141,7 @@ def _train(
     measurements = dry_run.Measurements() if flags.dry_run else None
     recorder = None
     if flags.trace:
-        recorder = Recorder(Path(flags.trace), session.rank, session.device)
+        recorder = Recorder(Path(flags.trace), session.rank, session.device, session.numbering)
         if session.rank == 0:
             Path(flags.trace, "plan.json").write_text(plan.to_json(), encoding="utf-8")
     replacements = _replacements(session, flags, args.seed, Meter(session, recorder), measurements, watch.marks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +14,9 @@ from megatron_hetermoe.runtime.channels import Channel
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.runtime.transfers import Transfers
+from megatron_hetermoe.schedule.interleaved import schedule_of
+from megatron_hetermoe.schedule.numbering import Numbering
 from megatron_hetermoe.schedule.orders import Schedule
-from megatron_hetermoe.schedule.interleaved import first_numbers, schedule_of
 from megatron_hetermoe.schedule.tasks import Kind
 from megatron_hetermoe.topology.layout import ATTENTION, Layout, layout_of
 from megatron_hetermoe.topology.placement import Placement
@@ -71,13 +71,9 @@ class Session:
         return self.plan.chunks_of_stage(self.stage)
 
     @cached_property
-    def firsts(self) -> tuple[int, ...]:
-        """The number in tasks of each chunk's first layer."""
-        return first_numbers([len(layers) for layers in self.chunks])
-
-    def chunk_of(self, layer: int) -> int:
-        """The chunk of a layer, or of the A task that ends one, which has this number in tasks."""
-        return bisect(self.firsts, layer) - 1
+    def numbering(self) -> Numbering:
+        """How tasks of this rank number layers."""
+        return Numbering(self.chunks)
 
     def decoder_layers(self, chunk: int) -> range:
         """Those layers of a chunk that do not predict further tokens."""
@@ -92,11 +88,6 @@ class Session:
     def stage_placement(self) -> Placement:
         """The placement of this stage's layers, as tasks number them."""
         return self.placement.of_chunks(self.chunks)
-
-    def layer_of(self, layer: int) -> int:
-        """The number in the model, from 1 on, of a layer that has this number in tasks."""
-        chunk = self.chunk_of(layer)
-        return self.chunks[chunk][layer - self.firsts[chunk]]
 
     @property
     def expert_dtype(self) -> torch.dtype:

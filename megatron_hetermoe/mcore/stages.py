@@ -9,7 +9,6 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_hetermoe.config.errors import Problems
-from megatron_hetermoe.config.flags import Flags
 
 # What a pipeline of a disaggregated run does not do: the flag, whether the arguments ask for it, and the way out.
 UNSUPPORTED_STAGES: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] = (
@@ -66,8 +65,8 @@ def virtual_stages(args: argparse.Namespace) -> int:
     return 1
 
 
-def can_be_staged(args: argparse.Namespace, flags: Flags, problems: Problems) -> bool:
-    """Whether the number of pipeline stages makes sense; notes what keeps it, or what is asked beside it, from working."""
+def can_be_staged(args: argparse.Namespace, problems: Problems) -> bool:
+    """Whether the number of pipeline stages makes sense; notes what keeps it from working."""
     stages = args.pipeline_model_parallel_size
     if not 1 <= stages <= args.num_layers:
         problems.add(f"--pipeline-model-parallel-size {stages} with {args.num_layers} layers: it must be from 1 to that")
@@ -83,9 +82,6 @@ def can_be_staged(args: argparse.Namespace, flags: Flags, problems: Problems) ->
             problems.add(problem)
         if wrong:
             return False
-    for name, asked in (("--hetermoe-trace", flags.trace), ("--hetermoe-dry-run", flags.dry_run)):
-        if asked and stages > 1:
-            problems.add(f"{name} is not supported with --pipeline-model-parallel-size {stages}: leave it out")
     return True
 
 

@@ -240,12 +240,20 @@ def long_step_seconds(
         )
         return two + (three - two) * (len(sizes) - 2)
     known = {size: _longer(group, experts, "zebra", size, 1) for size in {*sizes} - {0}}
+    return sum(known[size] for size in sizes) - _once(group, experts.sum(axis=1)) * (len(sizes) - 1)
+
+
+def _once(group: GroupCosts, held: np.ndarray) -> np.ndarray:
+    """Seconds, [candidates], of what follows a step's last task, with so many pairs on each rank, [candidates, members]."""
     import numpy as np
 
-    held = experts.sum(axis=1)
-    once = np.array([max(group.reduction(member, int(count)) + group.optimizer(member, int(count))
-                         for member, count in enumerate(row)) for row in held])
-    return sum(known[size] for size in sizes) - once * (len(sizes) - 1)
+    longest = []
+    for members in group.alike.values():
+        pairs = held[:, list(members)].astype(int)
+        known = {count: group.reduction(members[0], count) + group.optimizer(members[0], count)
+                 for count in set(pairs.ravel().tolist())}
+        longest.append([max(known[count] for count in row) for row in pairs.tolist()])
+    return np.max(longest, axis=0)
 
 
 def _longer(group: GroupCosts, experts: np.ndarray, schedule: str, wave: int, waves: int) -> np.ndarray:

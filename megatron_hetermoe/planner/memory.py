@@ -46,7 +46,16 @@ def usable(group: GroupCosts, member: int) -> float:
     return group.seats[member].pool.memory * (1 - MARGIN)
 
 
-def in_flight(schedule: str, wave: int, microbatches: int, layers: int, behind: int = 0) -> float:
+def waves_ahead(stage: int, stages: int, virtual_stages: int = 1) -> float:
+    """The waves, beside the one at hand, whose activations a pipeline stage has when the first gradients come to it: one for
+    each stage behind. With virtual stages what it does before counts as the part of a wave that a chunk is
+    (``schedule.interleaved``)."""
+    if virtual_stages == 1:
+        return stages - 1 - stage
+    return (2 * (stages - 1 - stage) + (virtual_stages - 1) * stages + 1) / virtual_stages - 1
+
+
+def in_flight(schedule: str, wave: int, microbatches: int, layers: int, ahead: float = 0) -> float:
     """The microbatches whose activations are there at once, each counted as the share of its layers that are.
 
     Args:
@@ -54,11 +63,11 @@ def in_flight(schedule: str, wave: int, microbatches: int, layers: int, behind: 
         wave: R.
         microbatches: of a step.
         layers: K.
-        behind: pipeline stages behind this one, each of which has a wave that comes back.
+        ahead: waves that a pipeline stage has beside the one at hand (``waves_ahead``).
     """
     if schedule == "overlapped" and wave < microbatches:
         return wave * (1 + 1 / layers)
-    return float(min(wave * (1 + behind), microbatches))
+    return float(min(wave * (1 + ahead), microbatches))
 
 
 def member_memory(
@@ -79,7 +88,7 @@ def member_memory(
     dense = group.dense if member < group.attention_members else 0.0
     routed = experts * shape.expert_weights / group.expert_tensor
     state = _MOMENTS + (_MASTER if BYTES[group.precision] < 4 else 0)
-    shares = (group.groups * group.replicas, group.groups) if step.distributed_optimizer else (1, 1)
+    shares = (group.groups * group.copies, group.groups) if step.distributed_optimizer else (1, 1)
     rows = group.expert_tokens * imbalance
     activations = wave * experts * rows * expert_row_bytes(group, member)
     transient = 0.0
@@ -94,14 +103,17 @@ def member_memory(
     if dense:
         tokens = group.rank_tokens
         activations += wave * tokens * shape.layers * attention_token_bytes(group, member)
+        # Keys and values of a whole sequence, of which a rank has a part itself.
+        keys = tokens * shape.key_value_width * BYTES[group.precision]
+        activations += wave * shape.layers * (group.context - 1) * keys * (step.recompute == "none")
         # Of what predicts a further token: a later one's embedding and the hidden state, as they come and normed, and the
         # result, which the head gets.
         activations += wave * tokens * shape.mtp_layers * 5 * shape.hidden * BYTES[group.precision]
         # Logits with their gradient, in the weights' type and in fp32, or the permuted tokens of a layer.
         logits = tokens * step.vocabulary * 2 * (BYTES[group.precision] + 4) * (1 + shape.mtp_layers) * group.ends
         permuted = 4 * tokens * most_rows(group) * shape.hidden * BYTES[group.precision]
-        # Ranks that share a microbatch gather its tokens, and the gradients of these.
-        gathered = 2 * (group.tensor - 1) * tokens * shape.hidden * BYTES[group.precision]
+        # Ranks that share a microbatch gather its tokens, or keys and values of a sequence, and the gradients of these.
+        gathered = 2 * (group.tensor - 1) * tokens * shape.hidden * BYTES[group.precision] + 2 * (group.context - 1) * keys
         transient = max(transient, logits, permuted) + gathered
     return Memory(
         weights=(dense + routed) * BYTES[group.precision],
@@ -204,11 +216,10 @@ def most_experts(group: GroupCosts, member: int, wave: float, weight_gradients: 
         return member_memory(group, member, experts, wave, weight_gradients=weight_gradients).total
 
     low, high = 0, group.shape.experts * len(group.shape.moe_layers)
-    low_total, high_total = total(low), total(high)
-    if low_total > limit:
-        return -1
-    if high_total <= limit:
+    if (high_total := total(high)) <= limit:
         return high
+    if (low_total := total(low)) > limit:
+        return -1
     guessing = True  # by turns, since what a layer's experts need at once makes steps
     while high - low > 1:
         share = (limit - low_total) / (high_total - low_total) if guessing else 0.5

@@ -13,7 +13,8 @@ from megatron_hetermoe.config.step import RECOMPUTE, Step
 from megatron_hetermoe.cost.cluster import Cluster, Kind
 from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
 from megatron_hetermoe.planner.asym_ea import Limits, limits_of
-from megatron_hetermoe.planner.memory import in_flight, member_memory, usable
+from megatron_hetermoe.planner.memory import in_flight, member_memory, usable, waves_ahead
+from megatron_hetermoe.planner.staged import layers_of
 from megatron_hetermoe.schedule.tasks import Kind as TaskKind
 from megatron_hetermoe.schedule.tasks import Stream
 
@@ -38,8 +39,10 @@ class Question:
         weight_gradients: choices, of ``config.plan.WEIGHT_GRADIENTS``.
         activation_again: choices, the first where expert ranks have room for a whole step.
         expert_tensor: choices of how many expert ranks share an expert.
-        stage_layers: choices of the layers of each pipeline stage; empty for one stage.
+        stage_layers: choices of the layers of each pipeline stage, or of each chunk, as in a plan; empty for one stage.
         schedules: choices, "zebra" and perhaps "overlapped", where a step has more than one wave.
+        virtual_stages: chunks that each pipeline stage has.
+        context: attention ranks, or groups of them that share weights, that have parts of one sequence.
     """
 
     shape: ModelShape
@@ -55,6 +58,12 @@ class Question:
     activation_again: tuple[bool, ...] = (False,)
     expert_tensor: tuple[int, ...] = (1,)
     stage_layers: tuple[tuple[int, ...], ...] = ((),)
+    virtual_stages: int = 1
+    context: int = 1
+
+    def stages(self, stage_layers: tuple[int, ...]) -> int:
+        """The number of pipeline stages that a choice has."""
+        return max(1, len(stage_layers) // self.virtual_stages)
 
     @property
     def ways(self) -> tuple[Way, ...]:
@@ -75,7 +84,8 @@ class Option:
         attention, expert: ranks of one ZP group by pool.
         groups: G.
         group: its costs, with all layers.
-        stage_layers: of each pipeline stage; empty for one stage.
+        stage_layers: of each pipeline stage, or each chunk; empty for one stage.
+        virtual_stages: chunks of each stage.
     """
 
     attention: tuple[tuple[str, int], ...]
@@ -83,11 +93,21 @@ class Option:
     groups: int
     group: GroupCosts
     stage_layers: tuple[int, ...] = ()
+    virtual_stages: int = 1
 
     @cached_property
     def stages(self) -> tuple[GroupCosts, ...]:
         """The group's costs in each stage."""
-        return self.group.of_stages(self.stage_layers)
+        return self.group.of_stages(self.stage_layers, self.virtual_stages)
+
+    @cached_property
+    def layers(self) -> tuple[tuple[int, ...], ...]:
+        """The layers, from 1 on, of each stage."""
+        return layers_of(self.stage_layers or (self.group.shape.layers,), self.virtual_stages)
+
+    def ahead(self, stage: int) -> float:
+        """Waves that a stage has on the way beside the one at hand."""
+        return waves_ahead(stage, len(self.stages), self.virtual_stages)
 
     @property
     def m(self) -> int:
@@ -114,10 +134,12 @@ class Option:
         def ranks(role: str, pools: tuple[tuple[str, int], ...]) -> str:
             tensor, experts = self.group.tensor, self.group.expert_tensor
             shared = f", {tensor} a microbatch" if role == _A and tensor > 1 else ""
+            shared += f", {self.group.context} parts of a sequence" if role == _A and self.group.context > 1 else ""
             shared += f", {experts} an expert" if role == _E and experts > 1 else ""
             return " + ".join(f"{count} {name}" for name, count in pools) + f" {role}{shared}"
 
-        stages = f"{len(self.stages)} stages x " if self.stage_layers else ""
+        chunks = f" of {self.virtual_stages} chunks" if self.virtual_stages > 1 else ""
+        stages = f"{len(self.stages)} stages{chunks} x " if self.stage_layers else ""
         return f"{stages}{self.groups} x ({ranks('attention', self.attention)}, {ranks('expert', self.expert)})"
 
     @property
@@ -129,7 +151,8 @@ class Option:
     @cached_property
     def bound(self) -> float:
         """Tokens a second that the option cannot exceed, whatever the placement: the slowest stage's work, which begins
-        when a microbatch has come through the stages before and ends when its gradients have gone back."""
+        when a microbatch has come through the stages before (with virtual stages through a part of them, which is not
+        counted) and ends when its gradients have gone back."""
         known: dict[tuple, float] = {}
         microbatches, before, slowest = self.group.step.microbatches, 0.0, 0.0
         for group in self.stages:
@@ -138,7 +161,7 @@ class Option:
                 known[key] = _microbatch_bound(group) * microbatches + max(
                     group.optimizer(members[0], 0) for members in group.alike.values())
             slowest = max(slowest, before + known[key])
-            before += min(sum(map(sum, group.attention[members[0]])) for (is_attention, _), members in group.alike.items()
+            before += 0.0 if group.chunks else min(sum(map(sum, group.attention[members[0]])) for (is_attention, _), members in group.alike.items()
                           if is_attention)
         return self.tokens / slowest
 
@@ -155,11 +178,19 @@ class Option:
 
     def limits(self, wave: int, schedule: str = "zebra", weight_gradients: str = TOGETHER) -> tuple[Limits, ...]:
         """What fits in each stage, which has as many waves on the way as there are stages from it on."""
-        microbatches, last = self.group.step.microbatches, len(self.stages) - 1
-        return tuple(
-            limits_of(group, in_flight(schedule, wave, microbatches, group.shape.layers, last - stage), weight_gradients)
-            for stage, group in enumerate(self.stages)
-        )
+        key = wave, schedule, weight_gradients
+        if key not in self._limits:
+            microbatches = self.group.step.microbatches
+            self._limits[key] = tuple(
+                limits_of(group, in_flight(schedule, wave, microbatches, group.shape.layers, self.ahead(stage)), weight_gradients)
+                for stage, group in enumerate(self.stages)
+            )
+        return self._limits[key]
+
+    @cached_property
+    def _limits(self) -> dict[tuple[int, str, str], tuple[Limits, ...]]:
+        """Those that were asked for: a search asks for some of them several times."""
+        return {}
 
     def fits(self, wave: int) -> bool:
         """Whether all experts find room with that many microbatches on their way."""
@@ -245,9 +276,9 @@ def options(
         if not (by_role[_A] or by_role[_BOTH]) or not (by_role[_E] or by_role[_BOTH]) or len(by_role[_BOTH]) > 1:
             continue
         for groups, (shares, stage_layers) in product(_divisors(sequences), ways):
-            each = {name: cluster.pools[name].gpus // (groups * max(1, len(stage_layers))) for name in names}
+            each = {name: cluster.pools[name].gpus // (groups * question.stages(stage_layers)) for name in names}
             for replicas, tensor in product(_divisors(sequences // groups), question.tensor):
-                split = _split(by_role, each, replicas * tensor, kinds, question)
+                split = _split(by_role, each, replicas * tensor * question.context, kinds, question)
                 if split is None:
                     continue
                 attention, expert = split
@@ -256,7 +287,7 @@ def options(
                 members = sum(count for _, count in (*attention, *expert))
                 layout = attention, expert, groups, tensor, shares, stage_layers
                 if members > MOST_MEMBERS or layout in seen \
-                        or not _may_share(question.shape, cluster, attention, tensor) \
+                        or not _may_share(question, cluster, attention, tensor) \
                         or shares > 1 and not _may_share_experts(question, cluster, expert, shares):
                     continue
                 seen.add(layout)
@@ -271,7 +302,7 @@ def variants(
     seen = set()
     for option in plain:
         for shares, stage_layers in question.ways[1:]:
-            groups, left = divmod(option.groups, max(1, len(stage_layers)))
+            groups, left = divmod(option.groups * len(option.stages), question.stages(stage_layers))
             expert = tuple((name, count - count % shares) for name, count in option.expert)
             layout = option.attention, expert, groups, option.group.tensor, shares, stage_layers
             if left or layout in seen or shares > 1 and not _may_share_experts(question, cluster, expert, shares):
@@ -280,11 +311,14 @@ def variants(
             yield from _steps(question, cluster, kinds, *layout)
 
 
-def _may_share(shape: ModelShape, cluster: Cluster, attention: tuple[tuple[str, int], ...], tensor: int) -> bool:
-    """Whether so many attention ranks of a ZP group can share a microbatch: what they split divides, and nodes do."""
+def _may_share(question: Question, cluster: Cluster, attention: tuple[tuple[str, int], ...], tensor: int) -> bool:
+    """Whether so many attention ranks of a ZP group can share a microbatch: what they split divides, and nodes do. Of a
+    sequence each of those that have parts of it has two."""
+    shape, together = question.shape, tensor * question.context
     divided = (shape.heads, shape.query_groups, shape.sequence, shape.dense_ffn, shape.shared_expert_ffn)
-    return not any(size % tensor for size in divided) and not any(
-        count % tensor or cluster.pools[name].gpus_per_node % tensor for name, count in attention)
+    parts = 2 * together if question.context > 1 else 1
+    return not any(size % tensor for size in divided) and shape.sequence % parts == 0 and not any(
+        count % together or cluster.pools[name].gpus_per_node % together for name, count in attention)
 
 
 def _may_share_experts(question: Question, cluster: Cluster, expert: tuple[tuple[str, int], ...], shares: int) -> bool:
@@ -304,7 +338,7 @@ def _steps(
     """A layout with each way to do a step. Where a pipeline is a choice, and one stage on the same ranks has room for a
     step as the user asks for it, there is none: stages only add ramps."""
     m = sum(count for _, count in attention)
-    microbatches = question.global_batch // question.micro_batch // (groups * (m // tensor))
+    microbatches = question.global_batch // question.micro_batch // (groups * (m // (tensor * question.context)))
     base = None
     for recompute in question.recompute:
         if not all(kinds[name].has_recompute(recompute) for name, _ in attention):
@@ -314,14 +348,15 @@ def _steps(
             if base is None:
                 seats = seats_of([name for name, count in (*attention, *expert) for _ in range(count)], cluster, kinds)
                 base = GroupCosts(question.shape, step, (*seats[:m], *seats[m::shares]), m, groups, question.precision,
-                                  tensor, shares)
-                if stage_layers and len(question.stage_layers) > 1 and _roomy(base, len(stage_layers)):
+                                  tensor, shares, context=question.context)
+                if stage_layers and len(question.stage_layers) > 1 and _roomy(base, question.stages(stage_layers)):
                     return
             for again in (False,) if recompute == "full" else question.activation_again:
                 if again and not all(seat.kind.has_activation_again for seat in base.seats):
                     continue
                 option = Option(attention, expert, groups,
-                                replace(base, step=replace(step, activation_again=again)), stage_layers)
+                                replace(base, step=replace(step, activation_again=again)), stage_layers,
+                                question.virtual_stages if stage_layers else 1)
                 yield option
                 if option.has_room:
                     break

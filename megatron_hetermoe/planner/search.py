@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from megatron_hetermoe.config.plan import DELAYED, MERGED, TOGETHER, Plan
 from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.cost.cluster import Cluster, Kind
-from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, typical
+from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
 from megatron_hetermoe.planner.asym_ea import LONG, Assignment, balance, placement_of
 from megatron_hetermoe.planner.memory import imbalance_that_fits, in_flight, member_memory, most_imbalance
 from megatron_hetermoe.planner.options import Option, Question, options, variants
-from megatron_hetermoe.planner.staged import balance_stages, divisions, parts_of, quick_seconds, scheduled
+from megatron_hetermoe.planner.staged import balance_stages, divisions, quick_seconds, scheduled
 from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.simulator.events import simulate, simulate_stages
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
@@ -55,12 +55,11 @@ class Priced:
     @cached_property
     def _stages(self) -> list[tuple[GroupCosts, np.ndarray, float]]:
         """For each pipeline stage costs, experts that each member holds in all its layers, microbatches on their way."""
-        experts, stages = self.assignment.experts, self.option.stages
-        parts = parts_of(self.option.stage_layers or (len(experts),))
+        experts, option = self.assignment.experts, self.option
         return [
-            (group, experts[part.start - 1:part.stop - 1].sum(axis=0), in_flight(
-                self.schedule, self.wave, group.step.microbatches, group.shape.layers, len(stages) - 1 - group.stage))
-            for group, part in zip(stages, parts)
+            (group, experts[[layer - 1 for layer in layers]].sum(axis=0), in_flight(
+                self.schedule, self.wave, group.step.microbatches, group.shape.layers, option.ahead(group.stage)))
+            for group, layers in zip(option.stages, option.layers)
         ]
 
     def busy(self, role: str) -> float:
@@ -111,16 +110,16 @@ class Priced:
         )
         placement = placement_of(self.assignment.experts)
         copies = option.groups * len(option.stages)
-        return Plan(
+        plan = Plan(
             group.shape, option.m * copies, option.n * copies, option.groups,
             placement.holders, self.schedule, self.wave, group.precision, _expert_precision(group),
-            tensor_parallel=group.tensor, expert_tensor_parallel=group.expert_tensor,
+            tensor_parallel=group.tensor, context_parallel=group.context, expert_tensor_parallel=group.expert_tensor,
             weight_gradients=self.weight_gradients, stage_layers=option.stage_layers,
             pools=tuple(name for name, count in (*option.attention, *option.expert) for _ in range(count)),
-            step=group.step, predicted=prediction, tasks=typical([
-                TaskCosts(stage, placement.of_layers(part))
-                for stage, part in zip(option.stages, parts_of(option.stage_layers or (group.shape.layers,)))]),
+            step=group.step, predicted=prediction, virtual_stages=option.virtual_stages,
         )
+        return replace(plan, tasks=tuple(TaskCosts(stage, placement.of_chunks(plan.chunks_of_stage(number))).typical()
+                                         for number, stage in enumerate(option.stages)))
 
 
 def _expert_precision(group: GroupCosts) -> str:

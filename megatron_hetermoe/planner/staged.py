@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from megatron_hetermoe.config.plan import TOGETHER, Plan
@@ -44,7 +45,7 @@ def divisions(shape: ModelShape) -> tuple[tuple[int, ...], ...]:
 
 
 def parts_of(stage_layers: Sequence[int]) -> list[range]:
-    """The layers, from 1 on, of each stage."""
+    """The layers, from 1 on, of each stage, or of each chunk where stages have several."""
     result, first = [], 1
     for count in stage_layers:
         result.append(range(first, first + count))
@@ -52,10 +53,18 @@ def parts_of(stage_layers: Sequence[int]) -> list[range]:
     return result
 
 
+def layers_of(stage_layers: Sequence[int], virtual_stages: int) -> tuple[tuple[int, ...], ...]:
+    """The layers, from 1 on, of each pipeline stage that layers are divided into as in a plan."""
+    parts = parts_of(stage_layers)
+    stages = len(parts) // virtual_stages
+    return tuple(tuple(chain(*parts[stage::stages])) for stage in range(stages))
+
+
 def quick_seconds(stages: Sequence[GroupCosts], limits: Sequence[Limits], wave: int) -> float | None:
     """A first figure for a pipeline's step: experts on expert ranks, or where there is room; None where there is none."""
     each = []
     for group, limit in _distinct(stages, limits).values():
+        group = replace(group, chunks=())
         experts = counts_of(spread(group, range(group.attention_members, group.members)))[0].astype(int)
         if not feasible(experts, limit):
             experts = by_memory(group, limit)
@@ -69,7 +78,8 @@ def quick_seconds(stages: Sequence[GroupCosts], limits: Sequence[Limits], wave: 
 def balance_stages(
     stages: Sequence[GroupCosts], limits: Sequence[Limits], wave: int, thorough: bool
 ) -> Assignment | None:
-    """The placement of a pipeline: that of each stage by itself, once for stages that are alike.
+    """The placement of a pipeline: that of each stage by itself, once for stages that are alike, and as if its chunks were one
+    after the other.
 
     Args:
         stages: the ZP group's costs in each stage.
@@ -84,12 +94,14 @@ def balance_stages(
 
     found: dict[tuple, Assignment] = {}
     for key, (group, limit) in _distinct(stages, limits).items():
-        assignment = balance(group, limit, wave, thorough)
+        assignment = balance(replace(group, chunks=()), limit, wave, thorough)
         if assignment is None:
             return None
         found[key] = assignment
     chosen = [found[_key(group, limit)] for group, limit in zip(stages, limits)]
-    experts = np.concatenate([one.experts for one in chosen])
+    experts = np.empty((sum(len(one.experts) for one in chosen), stages[0].members), chosen[0].experts.dtype)
+    for layers, one in zip(layers_of(*division_of(stages)), chosen):
+        experts[np.array(layers) - 1] = one.experts
     seconds = _step([(group, one.seconds) for group, one in zip(stages, chosen)], wave)
     if thorough:
         seconds = _by_events(stages, experts, wave) or seconds
@@ -113,27 +125,34 @@ def _waves(group: GroupCosts, wave: int) -> int:
 
 def _step(stages: Sequence[tuple[GroupCosts, float]], wave: int) -> float:
     """Seconds of a pipeline's step, from those of each stage by itself: the slowest stage's, and a wave of each other one,
-    before its first wave comes and after its last one has gone."""
-    each = []
+    before its first wave comes and after its last one has gone; of one chunk of it where a stage has several."""
+    each, chunks = [], max(1, len(stages[0][0].chunks))
     for group, seconds in stages:
         once = max(group.optimizer(members[0], 0) for members in group.alike.values())
-        each.append((seconds, (seconds - once) / _waves(group, wave)))
+        each.append((seconds, (seconds - once) / _waves(group, wave) / chunks))
     slowest = max(range(len(each)), key=lambda stage: each[stage][0])
-    handovers = 2 * (len(each) - 1) * stages[0][0].handover_seconds(0)
+    handovers = 2 * (len(each) * chunks - 1) * stages[0][0].handover_seconds(0)
     return each[slowest][0] + sum(one for stage, (_, one) in enumerate(each) if stage != slowest) + handovers
+
+
+def division_of(stages: Sequence[GroupCosts]) -> tuple[tuple[int, ...], int]:
+    """How many layers each stage, or chunk, has and how many chunks a stage has, as in a plan."""
+    chunks = [group.chunks or (group.shape,) for group in stages]
+    return tuple(shape.layers for of_stages in zip(*chunks) for shape in of_stages), len(chunks[0])
 
 
 def _by_events(stages: Sequence[GroupCosts], experts: np.ndarray, wave: int) -> float | None:
     """Seconds of the step by the event simulator. Once every stage has a wave, each further one takes as long as the one
     before, so no more are simulated than fill the stages twice; None where these are too many."""
     waves, full = _waves(stages[0], wave), 2 * len(stages)
-    if waves <= full + 1:
+    more = len(stages) if stages[0].chunks else 1  # chunks take turns after as many waves as there are stages
+    if waves <= full + more:
         return _simulated(stages, experts, wave, stages[0].step.microbatches)
-    shorter, longer = (_simulated(stages, experts, wave, count * wave) for count in (full, full + 1))
+    shorter, longer = (_simulated(stages, experts, wave, count * wave) for count in (full, full + more))
     if shorter is None or longer is None:
         return None
     # Waves are as equal as can be, so they are a little smaller than R where it does not divide the microbatches.
-    return longer + (longer - shorter) * (stages[0].step.microbatches / wave - full - 1)
+    return longer + (longer - shorter) / more * (stages[0].step.microbatches / wave - full - more)
 
 
 def _simulated(stages: Sequence[GroupCosts], experts: np.ndarray, wave: int, microbatches: int) -> float | None:
@@ -156,12 +175,12 @@ def scheduled(
         microbatches: of the step that is scheduled.
         weight_gradients: of the plan.
     """
-    layers = tuple(group.shape.layers for group in stages)
+    layers, virtual = division_of(stages)
     placement, m = placement_of(experts), stages[0].attention_members
     whole = replace(stages[0].shape, layers=sum(layers), moe_layers=tuple(
         layer for layer, holders in enumerate(placement.holders, start=1) if holders))
     plan = Plan(whole, m * len(stages), (placement.members - m) * len(stages), 1, placement.holders, wave=wave,
-                weight_gradients=weight_gradients, stage_layers=layers)
+                weight_gradients=weight_gradients, stage_layers=layers, virtual_stages=virtual)
     return [
         (schedule_of(plan, placement, m, stage, microbatches),
          TaskCosts(group, placement.of_chunks(plan.chunks_of_stage(stage)), weight_gradients))

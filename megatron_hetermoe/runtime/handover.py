@@ -8,6 +8,7 @@ import torch
 
 from megatron_hetermoe.runtime.channels import Channel, Message
 from megatron_hetermoe.runtime.executor import Table
+from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 
 
@@ -26,6 +27,7 @@ class Handover:
         shape: of hidden states, [sequence, microbatch, hidden], as they are on this rank.
         dtype: of hidden states.
         device: where buffers are.
+        recorder: told what is sent, where the step is recorded.
         leaving, arrived: by task, hidden states or gradients for A tasks to fill and take.
     """
 
@@ -36,6 +38,7 @@ class Handover:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    recorder: Recorder | None = None
     leaving: dict[Task, torch.Tensor] = field(default_factory=dict)
     arrived: dict[Task, torch.Tensor] = field(default_factory=dict)
 
@@ -77,6 +80,8 @@ class Handover:
             )
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream())
+        if self.recorder is not None:
+            self.recorder.sent(task, tensor.nbytes)
         self.channel.exchange([Message(neighbour, 0, tensor.contiguous())])
         # Only its shape is read from here on, by the backward of the task that made it.
         tensor.untyped_storage().resize_(0)

@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from megatron_hetermoe.schedule.numbering import Numbering
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
 _KINDS = {
     Kind.ATTENTION: "attention", Kind.DISPATCH: "dispatch", Kind.EXPERT: "experts", Kind.COMBINE: "combine",
+    Kind.HANDOVER: "handover between stages",
 }
 _PASSES = {Pass.FORWARD: "forward", Pass.BACKWARD: "backward", Pass.WEIGHT: "gradients of weights"}
 
@@ -18,11 +20,15 @@ class Marks:
     """Kept by the threads that work and read by the one that watches.
 
     Each mark is one tuple that is replaced whole, so that no lock is needed.
+
+    Attributes:
+        numbering: of the layers of this rank's stage, once it is known: messages have the model's numbers.
     """
 
     def __init__(self) -> None:
         self._phase = ("start-up", time.time())
         self._tasks: dict[Stream, tuple[Task, float]] = {}
+        self.numbering: Numbering | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -50,6 +56,7 @@ class Marks:
         if not tasks:
             return f"the end of: {phase}, since {_clock(since)}"
         stream, (task, since) = next((item for item in tasks if item[0] is not Stream.COMPUTE), tasks[0])
+        task = self.numbering.in_model(task) if self.numbering else task
         return (f"task {task} ({_KINDS[task.kind]} {_PASSES[task.direction]}, layer {task.layer}, microbatch {task.microbatch + 1}) "
                 f"on stream {stream.value} in {phase}, since {_clock(since)}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_hetermoe.runtime.streams import Queued
+from megatron_hetermoe.schedule.numbering import Numbering
 from megatron_hetermoe.schedule.tasks import Stream, Task
 from megatron_hetermoe.schedule.trace import OPTIMIZER, REDUCE, STEP, Span, write_jsonl
 
@@ -25,13 +26,15 @@ class Recorder:
         folder: where to; made if it is not there.
         rank: this rank.
         device: where it computes.
+        numbering: of the layers of its stage; spans have the model's numbers.
     """
 
-    def __init__(self, folder: Path, rank: int, device: torch.device):
+    def __init__(self, folder: Path, rank: int, device: torch.device, numbering: Numbering):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._rank = rank
         self._device = device
+        self._numbering = numbering
         self._is_gpu = torch.empty(0, device=device).is_cuda
         self._epoch = time.time() - time.perf_counter()
         self._step = 0
@@ -45,15 +48,19 @@ class Recorder:
 
     def observe(self, stream: Stream, task: Task, start: float, end: float, queued: Queued) -> None:
         """Notes one task; called from the thread of its stream, times in seconds of ``time.perf_counter``."""
-        self._spans.append((stream.value, str(task), start, end, queued))
+        self._spans.append((stream.value, self._name(task), start, end, queued))
 
     def sent(self, task: Task, size: int) -> None:
         """Adds to the bytes that a transfer sent from here; called from the thread of its stream."""
-        self._sent[str(task)] = self._sent.get(str(task), 0) + size
+        name = self._name(task)
+        self._sent[name] = self._sent.get(name, 0) + size
 
     def routed(self, task: Task, tokens: Sequence[int]) -> None:
         """Notes the tokens that a dispatch brought for each of this rank's experts."""
-        self._tokens[str(task)] = tuple(tokens)
+        self._tokens[self._name(task)] = tuple(tokens)
+
+    def _name(self, task: Task) -> str:
+        return str(self._numbering.in_model(task))
 
     @contextmanager
     def reduction(self) -> Iterator[None]:

@@ -118,7 +118,8 @@ def replay_table(
         wait(task)
 
     def hand_over(task: Task) -> None:
-        _meet(channels[Stream.STAGES], [stage + 1 if task.layer > schedule.layers else stage - 1])
+        _, is_end = schedule.place(task)
+        _meet(channels[Stream.STAGES], [(stage + (1 if is_end else -1)) % schedule.stages])
         wait(task)
 
     transfers = {Kind.HANDOVER: hand_over, Kind.DISPATCH: transfer, Kind.COMBINE: transfer}

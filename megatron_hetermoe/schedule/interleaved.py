@@ -9,17 +9,13 @@ from functools import cache, cached_property
 from typing import NamedTuple
 
 from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.schedule.numbering import first_numbers
 from megatron_hetermoe.schedule.orders import Order, Schedule, build
 from megatron_hetermoe.schedule.pipeline import StageSchedule, Unit, is_of
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.topology.placement import Placement
 
 _FORWARD, _BACKWARD = 1, 2  # how long a part takes of a wave, for the order of handovers
-
-
-def first_numbers(chunk_layers: Sequence[int]) -> tuple[int, ...]:
-    """The number in tasks of each chunk's first layer, from how many layers each has."""
-    return tuple(1 + sum(chunk_layers[:chunk]) + chunk for chunk in range(len(chunk_layers)))
 
 
 class Move(NamedTuple):

@@ -19,7 +19,13 @@ from enum import Enum
 _WRITTEN = re.compile(r"([ADECH])([FBW])_(\d+),(\d+)")
 
 
-class Kind(str, Enum):
+class _Word(str, Enum):
+    """One of a few words, hashed as such: an Enum's own hash is Python code, and tasks are hashed millions of times."""
+
+    __hash__ = str.__hash__
+
+
+class Kind(_Word):
     """What a task does."""
 
     ATTENTION = "A"
@@ -29,7 +35,7 @@ class Kind(str, Enum):
     HANDOVER = "H"
 
 
-class Pass(str, Enum):
+class Pass(_Word):
     """Which way through the model."""
 
     FORWARD = "F"
@@ -37,7 +43,7 @@ class Pass(str, Enum):
     WEIGHT = "W"
 
 
-class Stream(str, Enum):
+class Stream(_Word):
     """A queue of a rank: its tasks run one after the other. Streams run beside each other.
 
     OUT and BACK are the two channels: out from a token's owner to its experts' holders, back to the owner. STAGES is all

@@ -22,7 +22,8 @@ class Span:
     Attributes:
         rank: global rank.
         stream: one of STREAMS.
-        task: as ``str(Task)`` writes it, such as ``AF_1,2``; or REDUCE, OPTIMIZER.
+        task: as ``str(Task)`` writes it, such as ``AF_1,2``, with the model's number for its layer (``schedule.numbering``);
+            or REDUCE, OPTIMIZER.
         start, end: seconds; in a file that a rank writes since the epoch, else since the start of the step.
         sent: bytes that a transfer sends from this rank to others.
         tokens: of a dispatch that this rank receives, tokens for each of its experts of that layer, ascending.
@@ -89,7 +90,7 @@ def write_chrome(
     Args:
         spans: what ran.
         path: of the JSON file.
-        roles: for each rank, what to call it beside its number.
+        roles: for each rank, what to call it beside its number, in the order in which they are shown.
         facts: of all, by name.
     """
     events = [*_names(roles), *(_event(span) for span in spans)]
@@ -98,9 +99,9 @@ def write_chrome(
 
 
 def _names(roles: dict[int, str]) -> Iterator[dict]:
-    for rank, role in roles.items():
+    for place, (rank, role) in enumerate(roles.items()):
         yield {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank} ({role})"}}
-        yield {"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": rank}}
+        yield {"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": place}}
         for number, stream in enumerate(STREAMS):
             yield {"ph": "M", "pid": rank, "tid": number, "name": "thread_name", "args": {"name": stream}}
 

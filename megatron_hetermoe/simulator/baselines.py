@@ -56,7 +56,7 @@ def expert_parallel_tokens_per_second(
     slowest = 0.0
     for chosen in dict.fromkeys(sets):
         microbatches = 2  # a step's microbatches follow one another; two tell one from what comes once a step
-        every = replace(group, seats=chosen, attention_members=size, groups=len(sets), tensor=1,
+        every = replace(group, seats=chosen, attention_members=size, groups=len(sets), tensor=1, context=1,
                         step=replace(group.step, microbatches=microbatches))
         placement = spread(every, range(size))
         result = simulate(sequential(group.shape.layers, placement, size, microbatches), TaskCosts(every, placement))
@@ -113,40 +113,38 @@ def pipeline(group: GroupCosts) -> Pipeline:
 def pipelines(group: GroupCosts) -> list[Pipeline]:
     """Heterogeneity-aware pipeline parallelism: each pool has stages of its own, with as many layers as suit its speed.
 
-    The ranks of a pool are divided evenly into its stages; those of a stage share a microbatch's sequences and spread
-    the experts over each other. 1F1B takes (microbatches - 1) of the slowest stage and each stage once. Gradient reduction and
-    optimizer are not counted.
+    The ranks of a pool are divided evenly into its stages, in their order, so those of a node stay together; those of a stage
+    share a microbatch's sequences and spread the experts over each other. 1F1B takes (microbatches - 1) of the slowest
+    stage and each stage once; then gradients are reduced and the optimizer steps.
 
-    Assumptions, which favour the pipeline: a microbatch's sequences can be split over any number of ranks, activations
-    between stages cost nothing, and a stage's alltoall is priced as between its own ranks.
+    Assumptions, which favour the pipeline: a microbatch's sequences can be split over any number of ranks, and activations
+    between stages cost nothing. With slow links it can be faster than the ideal sum of pools, which is expert parallelism
+    over more ranks.
 
     Returns:
         one for all numbers of stages that divide the pools, with the best split of layers by dynamic programming.
     """
     shape, step = group.shape, group.step
-    pools: list[list[Seat]] = []
+    pools: dict[str, list[Seat]] = {}
     for seat in group.seats:
-        if pools and pools[-1][0].pool.name == seat.pool.name:
-            pools[-1].append(seat)
-        else:
-            pools.append([seat])
+        pools.setdefault(seat.pool.name, []).append(seat)
     total = group_tokens(group) // shape.sequence  # sequences of the step
     found = []
-    for stages in _stage_choices([len(pool) for pool in pools], shape.layers):
-        ranks = tuple(len(pool) // count for pool, count in zip(pools, stages) for _ in range(count))
-        seats = [pool[0] for pool, count in zip(pools, stages) for _ in range(count)]
-        width = min(max(ranks) * step.micro_batch, total)
+    for stages in _stage_choices([len(pool) for pool in pools.values()], shape.layers):
+        parts = [_from_node_0(pool[first:first + len(pool) // count]) for pool, count in zip(pools.values(), stages)
+                 for first in range(0, len(pool), len(pool) // count)]
+        width = min(max(map(len, parts)) * step.micro_batch, total)
         microbatches = total // width
-        times = [_stage_layer(group, seat, count, width) for seat, count in zip(seats, ranks)]
-        first = _once(seats[0].kind.embedding(width * shape.sequence), ranks[0])
-        last = _once(seats[-1].kind.head(step.vocabulary, width * shape.sequence), ranks[-1])
-        seconds, layers = _best_split(times, first, last, shape.layers, microbatches)
-        found.append(Pipeline(seconds, stages, ranks, layers, microbatches))
+        priced = {part: _Stage.of(group, part, width) for part in dict.fromkeys(parts)}
+        seconds, layers = _best_split([priced[part] for part in parts], shape.layers, microbatches)
+        found.append(Pipeline(seconds, stages, tuple(map(len, parts)), layers, microbatches))
     return found
 
 
-def _once(pair: tuple[float, float], ranks: int) -> float:
-    return sum(pair) / ranks
+def _from_node_0(seats: Sequence[Seat]) -> tuple[Seat, ...]:
+    """The same on the first nodes: what a stage takes does not depend on which nodes it has."""
+    nodes = list(dict.fromkeys(seat.node for seat in seats))
+    return tuple(replace(seat, node=nodes.index(seat.node)) for seat in seats)
 
 
 def _stage_choices(sizes: list[int], layers: int) -> list[tuple[int, ...]]:
@@ -157,35 +155,55 @@ def _stage_choices(sizes: list[int], layers: int) -> list[tuple[int, ...]]:
     return [chosen for chosen in choices if sum(chosen) <= layers] or [tuple(1 for _ in sizes)]
 
 
-def _stage_layer(group: GroupCosts, seat: Seat, ranks: int, width: int) -> float:
-    """Seconds of one layer, forward and backward, of a microbatch of ``width`` sequences on a stage of ``ranks``."""
-    stage = replace(group, seats=(seat,) * ranks, attention_members=ranks, groups=1, tensor=1)
-    placement = spread(stage, range(ranks))
-    costs = TaskCosts(stage, placement)
-    layer = group.shape.moe_layers[0]
-    seconds = 0.0
-    for way in (Pass.FORWARD, Pass.BACKWARD):
-        middle = min(layer + 1, group.shape.layers)
-        seconds += costs.seconds(0, Task(Kind.ATTENTION, way, middle, 0))
-        seconds += costs.seconds(0, Task(Kind.EXPERT, way, layer, 0))
-        for kind in (Kind.DISPATCH, Kind.COMBINE):
-            price = costs.transfer(Task(kind, way, layer, 0))
-            seconds += price.latency + price.seconds if ranks > 1 else 0.0
-    # Priced for micro_batch sequences a rank; the stage has width of them.
-    return seconds * width / (ranks * group.step.micro_batch)
+@dataclass(frozen=True)
+class _Stage:
+    """What a stage's ranks take, in seconds.
+
+    Attributes:
+        layer: one layer, forward and backward, of a microbatch.
+        begin, end: of a microbatch, what the first stage has beside layers, and the last one: the embedding; the head and
+            what predicts further tokens.
+        once: for each layer, what comes once a step.
+    """
+
+    layer: float
+    begin: float
+    end: float
+    once: float
+
+    @classmethod
+    def of(cls, group: GroupCosts, seats: tuple[Seat, ...], width: int) -> _Stage:
+        """Those of some seats, with ``width`` sequences in a microbatch."""
+        ranks, shape = len(seats), group.shape
+        stage = replace(group, seats=seats, attention_members=ranks, groups=1, tensor=1, context=1, expert_tensor=1)
+        costs = TaskCosts(stage, spread(stage, range(ranks)))
+        number = shape.moe_layers[0]
+        # Priced for micro_batch sequences a rank; the stage has width of them.
+        share = width / (ranks * group.step.micro_batch)
+
+        def attention(layer: int) -> float:
+            return share * sum(max(stage.attention[member][way][layer - 1] for member in range(ranks)) for way in (0, 1))
+
+        layer = attention(middle := min(number + 1, shape.layers))
+        for way in (Pass.FORWARD, Pass.BACKWARD):
+            layer += share * max(costs.seconds(member, Task(Kind.EXPERT, way, number, 0)) for member in range(ranks))
+            for kind in (Kind.DISPATCH, Kind.COMBINE):
+                price = costs.transfer(Task(kind, way, number, 0))
+                layer += price.latency + share * price.seconds if ranks > 1 else 0.0
+        further = sum(attention(one) - attention(middle) for one in range(shape.decoder_layers + 1, shape.layers + 1))
+        once = max(costs.reduction(member) + costs.optimizer(member) for member in range(ranks))
+        return cls(layer, max(0.0, attention(1) - attention(middle)), attention(shape.layers + 1) + further, once / shape.layers)
 
 
-def _best_split(
-    times: list[float], first: float, last: float, layers: int, microbatches: int
-) -> tuple[float, tuple[int, ...]]:
+def _best_split(stages: Sequence[_Stage], layers: int, microbatches: int) -> tuple[float, tuple[int, ...]]:
     """The split of layers, at least one a stage, for which 1F1B ends first.
 
     For each possible slowest stage the others may be as long as it is: with that limit on every stage, the sum of all
     is least when layers go where they are cheapest.
     """
-    extra = [0.0] * len(times)
-    extra[0] += first
-    extra[-1] += last
+    times, extra = [stage.layer for stage in stages], [0.0] * len(stages)
+    extra[0] += stages[0].begin
+    extra[-1] += stages[-1].end
     limits = sorted({time * count + more for time, more in zip(times, extra) for count in range(1, layers + 1)})
     best: tuple[float, tuple[int, ...]] | None = None
     for limit in limits:
@@ -196,7 +214,8 @@ def _best_split(
         for stage in sorted(range(len(times)), key=lambda index: times[index]):
             split[stage] += min(most[stage] - 1, layers - sum(split))
         stage_times = [time * count + more for time, count, more in zip(times, split, extra)]
-        seconds = sum(stage_times) + (microbatches - 1) * max(stage_times)
+        once = max(stage.once * count for stage, count in zip(stages, split))
+        seconds = sum(stage_times) + (microbatches - 1) * max(stage_times) + once
         if best is None or seconds < best[0]:
             best = (seconds, tuple(split))
     assert best is not None

@@ -51,7 +51,8 @@ class Result:
     seconds: float
 
     def spans(
-        self, rank_of: Callable[[int], int], costs: TaskCosts, holder_of: Callable[[int], int] = lambda member: member
+        self, rank_of: Callable[[int], int], costs: TaskCosts, holder_of: Callable[[int], int] = lambda member: member,
+        in_model: Callable[[Task], Task] = lambda task: task,
     ) -> list[Span]:
         """The step as a trace.
 
@@ -59,12 +60,13 @@ class Result:
             rank_of: global rank of a member.
             costs: that were simulated.
             holder_of: the member that it is in these.
+            in_model: a task with the model's number for its layer (``schedule.numbering``).
         """
         spans = []
         for member, result in enumerate(self.members):
             rank, holder = rank_of(member), holder_of(member)
             spans += [
-                Span(rank, task.stream.value, str(task), *times, costs.sent(holder, task),
+                Span(rank, task.stream.value, str(in_model(task)), *times, costs.sent(holder, task),
                      costs.received(holder, task))
                 for task, times in result.times.items()
             ]
@@ -142,7 +144,7 @@ class _Active:
 
 
 _Channel = tuple[int, Stream]  # of a stage
-_Handover = tuple[int, int, Pass, int]  # stage that is nearer to the model's begin, member, pass, microbatch
+_Handover = tuple[int, int, Pass, int]  # part of the model before it, member, pass, microbatch
 
 
 class _Run:
@@ -221,7 +223,8 @@ class _Run:
     def _hand_over(self, track: int, task: Task, now: float) -> None:
         """Starts what stages hand over, when the other one has come to it too."""
         stage, member = self._tracks[track]
-        key = (stage if task.layer > self._schedules[stage].layers else stage - 1, member, task.direction, task.microbatch)
+        part, is_end = self._schedules[stage].place(task)
+        key = (part if is_end else part - 1, member, task.direction, task.microbatch)
         if key not in self._met:
             self._met[key] = track, task
             return

@@ -2,7 +2,7 @@
 
 A schedule in which every member holds experts of every layer has the tasks of all placements, in the one order that
 ``Schedule`` gives. It is compiled once to a list of operations on arrays [tracks, candidates]; where a member of
-a candidate holds none, its E task is masked: it takes no time, waits for nothing and nothing waits for it. Zebra's
+a candidate holds none, its E task ends at minus infinity, so it takes no time and nothing waits for it. Zebra's
 order is static, so a step is a longest path and needs no event queue. It is the event simulator's time (tests hold the
 two equal) but for one thing: transfers that share a link with the opposite channel are not slowed down, which
 only happens where attention ranks hold experts.
@@ -24,16 +24,21 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+PRICED = tuple(Task(kind, way, 1, 0) for kind in (Kind.ATTENTION, Kind.EXPERT, Kind.DISPATCH, Kind.COMBINE)
+               for way in (Pass.FORWARD, Pass.BACKWARD))  # one for each kind and pass that has prices of its own
+
+
 @dataclass(frozen=True)
 class Program:
     """A schedule as operations in an order in which each comes after all that it waits for.
 
     Attributes:
-        operations: kind, pass, layer, index of the result, indexes of the transfers and of the E tasks waited for.
+        operations: kind, which of PRICED it is, layer from 0 on, index of the result, indexes of the transfers and of the E
+            tasks waited for.
         results: how many there are.
     """
 
-    operations: tuple[tuple[Kind, Pass, int, int, tuple[int, ...], tuple[int, ...]], ...]
+    operations: tuple[tuple[Kind, int, int, int, tuple[int, ...], tuple[int, ...]], ...]
     results: int
 
 
@@ -47,6 +52,7 @@ def compile_program(
     member = build(schedule, layers, everything, 1, microbatches, wave).member(0)
     order = list(_topological(member))
     index = {task: number for number, task in enumerate(order)}
+    which = {(of.kind, of.direction): number for number, of in enumerate(PRICED)}
     operations = []
     for number, task in enumerate(order):
         waits = member.waits[task]
@@ -54,7 +60,7 @@ def compile_program(
         # An A task's other waits are on its own stream and before it; a transfer's are what it carries.
         computed = tuple(index[wait] for wait in waits if wait.stream is Stream.COMPUTE) \
             if task.stream is not Stream.COMPUTE else ()
-        operations.append((task.kind, task.direction, task.layer, number, transfers, computed))
+        operations.append((task.kind, which[task.kind, task.direction], task.layer - 1, number, transfers, computed))
     return Program(tuple(operations), len(order))
 
 
@@ -92,58 +98,90 @@ def step_seconds(
     """
     import numpy as np
 
-    shape, owners = group.shape, group.attention_members
+    shape = group.shape
     program = compile_program(schedule, shape.layers, shape.moe_layers, microbatches or group.step.microbatches, wave)
     tracks = _tracks(group, experts)
-    attention = [track for track in tracks if track < owners]
-    held = experts[:, :, tracks].transpose(1, 2, 0) > 0  # [K, tracks, candidates]
-    price = {}
-    for way, index in ((Pass.FORWARD, 0), (Pass.BACKWARD, 1)):
-        unit, task = (np.array([of[track][index] for track in tracks]) for of in (group.expert, group.expert_task))
-        counts = experts[:, :, tracks].transpose(1, 2, 0)
-        price[Kind.EXPERT, way] = counts * unit[None, :, None] + (counts > 0) * task[None, :, None]
-        price[Kind.ATTENTION, way] = np.array([group.attention[track][index] for track in attention]).T[:, :, None]
-        for kind in (Kind.DISPATCH, Kind.COMBINE):
-            stream = Task(kind, way, 1, 0).stream
-            links = group.link_seconds(kind, stream, experts)
-            price[kind, way] = (group.latency + links.max(axis=(-1, -2))).T  # [K, candidates]
-    clock = np.zeros((len(tracks), len(experts)))  # of each compute stream
-    channels = {Stream.OUT: np.zeros(len(experts)), Stream.BACK: np.zeros(len(experts))}
-    ends: list[np.ndarray | None] = [None] * program.results
-    sent: dict[int, np.ndarray] = {}  # the end of each layer's last transfer
-    count = len(attention)
-    always = [layer.all() for layer in held]
-    for kind, way, layer, number, transfers, computed in program.operations:
-        if kind is Kind.ATTENTION:
-            start = clock[:count]
-            for transfer in transfers:
-                start = np.maximum(start, ends[transfer])
-            clock[:count] = start + price[kind, way][layer - 1]
-            ends[number] = clock[:count].max(axis=0)
-        elif kind is Kind.EXPERT:
-            end = clock
-            for transfer in transfers:
-                end = np.maximum(end, ends[transfer])
-            end = end + price[kind, way][layer - 1]
-            if always[layer - 1]:
-                clock = end
-                ends[number] = end.max(axis=0)
-            else:
-                mask = held[layer - 1]
-                clock = np.where(mask, end, clock)
-                ends[number] = np.where(mask, end, 0.0).max(axis=0)
-        else:
-            stream = Stream.OUT if (kind is Kind.DISPATCH) == (way is Pass.FORWARD) else Stream.BACK
-            start = channels[stream]
-            for other in (*transfers, *computed):
-                start = np.maximum(start, ends[other])
-            channels[stream] = ends[number] = sent[layer] = start + price[kind, way][layer - 1]
+    owners = sum(track < group.attention_members for track in tracks)
+    counts = experts[:, :, tracks].transpose(1, 2, 0)  # [K, tracks, candidates]
+    prices = [_prices(group, experts, counts, tracks, of) for of in PRICED]
+    clock, sent = _run(program, prices, counts, owners)
     for layer, end in sent.items():  # a member reduces its gradients after all its tasks, transfers among them
-        clock = np.where(held[layer - 1], np.maximum(clock, end), clock)
+        clock = np.where(counts[layer] > 0, np.maximum(clock, end), clock)
     held_by = experts.sum(axis=1)[:, tracks].astype(int).T
     reduction = _each(held_by, lambda row, pairs: group.reduction(tracks[row], pairs))
     optimizer = _each(held_by, lambda row, pairs: group.optimizer(tracks[row], pairs))
     return (clock + reduction).max(axis=0) + optimizer.max(axis=0)
+
+
+def _prices(group: GroupCosts, experts: np.ndarray, counts: np.ndarray, tracks: list[int], of: Task) -> list[np.ndarray]:
+    """What tasks of a kind and pass take, by layer: [tracks or 1, candidates] of compute, [candidates] of a transfer."""
+    import numpy as np
+
+    way = 0 if of.direction is Pass.FORWARD else 1
+    if of.kind is Kind.ATTENTION:
+        owners = (track for track in tracks if track < group.attention_members)
+        return list(np.array([group.attention[track][way] for track in owners]).T[:, :, None])
+    if of.kind is Kind.EXPERT:
+        unit, task = (np.array([each[track][way] for track in tracks])[None, :, None] for each in (group.expert, group.expert_task))
+        return list(np.where(counts > 0, counts * unit + task, -np.inf))
+    links = group.link_seconds(of.kind, of.stream, experts)
+    return list((group.latency + links.max(axis=(-1, -2))).T)
+
+
+def _run(
+    program: Program, prices: list[list[np.ndarray]], counts: np.ndarray, owners: int
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Runs a program.
+
+    Args:
+        program: of all tasks.
+        prices: for each of PRICED, by layer.
+        counts: [K, tracks, candidates], experts that each track holds.
+        owners: tracks of attention members, which come first.
+
+    Returns:
+        When each track's last compute task ends, [tracks, candidates], and for each layer from 0 on when its last transfer
+        does, [candidates].
+    """
+    import numpy as np
+
+    maximum = np.maximum
+    clock = np.zeros(counts.shape[1:])  # of each compute stream
+    channels = {Stream.OUT: np.zeros(counts.shape[2]), Stream.BACK: np.zeros(counts.shape[2])}
+    streams = [of.stream for of in PRICED]
+    ends: list[np.ndarray | None] = [None] * program.results
+    sent: dict[int, np.ndarray] = {}
+    always = [bool(layer.all()) for layer in counts]
+    for kind, which, layer, number, transfers, computed in program.operations:
+        price = prices[which][layer]
+        if kind is Kind.ATTENTION:
+            start = clock[:owners]
+            for transfer in transfers:
+                start = maximum(start, ends[transfer])
+            clock[:owners] = end = start + price
+            ends[number] = _last(end)
+        elif kind is Kind.EXPERT:
+            end = clock
+            for transfer in transfers:
+                end = maximum(end, ends[transfer])
+            end = end + price
+            ends[number] = _last(end)
+            clock = end if always[layer] else maximum(clock, end)
+        else:
+            start = channels[streams[which]]
+            for other in (*transfers, *computed):
+                start = maximum(start, ends[other])
+            channels[streams[which]] = ends[number] = sent[layer] = start + price
+    return clock, sent
+
+
+def _last(ends: np.ndarray) -> np.ndarray:
+    """The greatest of [tracks, candidates], [candidates]: of few tracks, which is usual, without what a reduction costs."""
+    import numpy as np
+
+    if len(ends) == 1:
+        return ends[0].copy()  # the clock is changed in place
+    return np.maximum(ends[0], ends[1]) if len(ends) == 2 else np.maximum.reduce(ends)
 
 
 def _each(held_by: np.ndarray, price: Callable[[int, int], float]) -> np.ndarray:
@@ -151,9 +189,9 @@ def _each(held_by: np.ndarray, price: Callable[[int, int], float]) -> np.ndarray
     import numpy as np
 
     result = np.empty(held_by.shape)
-    for row, pairs in enumerate(held_by):
-        values, back = np.unique(pairs, return_inverse=True)
-        result[row] = np.array([price(row, int(value)) for value in values])[back]
+    for row, of_track in enumerate(held_by.tolist()):
+        known = {pairs: price(row, pairs) for pairs in set(of_track)}
+        result[row] = [known[pairs] for pairs in of_track]
     return result
 
 

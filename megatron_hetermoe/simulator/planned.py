@@ -14,6 +14,7 @@ from megatron_hetermoe.cost.cluster import Cluster, Kind, kinds_of
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.tasks import TaskCosts, costs_of_plan
 from megatron_hetermoe.schedule.interleaved import schedule_of
+from megatron_hetermoe.schedule.numbering import Numbering
 from megatron_hetermoe.schedule.orders import Schedule
 from megatron_hetermoe.schedule.trace import Span
 from megatron_hetermoe.simulator.events import Result, simulate_stages
@@ -32,18 +33,26 @@ class Predicted:
     Attributes:
         results: of each stage's first group; members are ranks, those that are a holder together do the same.
         costs: of each stage, that it was simulated with; members are holders.
-        layout: the plan's.
+        plan: whose step it is.
     """
 
     results: tuple[Result, ...]
     costs: tuple[TaskCosts, ...]
-    layout: Layout
+    plan: Plan
+
+    @cached_property
+    def layout(self) -> Layout:
+        return layout_of(self.plan)
 
     @cached_property
     def spans(self) -> list[Span]:
-        """The first ZP groups' trace."""
-        return [span for group, result, costs in zip(self.groups, self.results, self.costs)
-                for span in result.spans(lambda member, group=group: self.layout.rank_of(group, member), costs, self._holder)]
+        """The first ZP groups' trace, in which layers have the model's numbers."""
+        return [span for stage in range(self.layout.stages) for span in self._spans_of(stage)]
+
+    def _spans_of(self, stage: int) -> list[Span]:
+        group, numbering = self.groups[stage], Numbering(self.plan.chunks_of_stage(stage))
+        return self.results[stage].spans(
+            lambda member: self.layout.rank_of(group, member), self.costs[stage], self._holder, numbering.in_model)
 
     @property
     def groups(self) -> range:
@@ -81,7 +90,7 @@ def predict(
     holders = [layout.holder_of(rank) for rank in layout.zp_group(0)]
     results = tuple(replace(result, members=tuple(result.members[holder] for holder in holders))
                     for result in simulate_stages(stages))
-    return Predicted(results, tuple(costs for _, costs in stages), layout)
+    return Predicted(results, tuple(costs for _, costs in stages), plan)
 
 
 def priced_stages(plan: Plan, cluster: Cluster, kinds: Mapping[str, Kind]) -> list[tuple[Schedule, TaskCosts]]:
@@ -100,14 +109,12 @@ def _check(plan: Plan, cluster: Cluster, origin: str) -> None:
     if plan.step is None or not plan.pools:
         problems.add(f"{origin} says no step and no pools: make it with `hetermoe plan --cluster`, or there is nothing "
                      f"to price")
-    if plan.context_parallel > 1:
-        problems.add(f"{origin} has context parallelism, which nothing prices yet: simulate a plan without that")
     for name in sorted(set(plan.pools) - cluster.pools.keys()):
         problems.add(f"{origin} uses the pool {name}, {cluster.origin} has {', '.join(cluster.pools)}: give the "
                      f"cluster file that it was made for")
     wrong = layout_problems(
-        plan.attention_ranks, plan.expert_ranks, max(1, plan.groups), plan.tensor_parallel, plan.expert_tensor_parallel, 1,
-        plan.stages,
+        plan.attention_ranks, plan.expert_ranks, max(1, plan.groups), plan.tensor_parallel, plan.expert_tensor_parallel,
+        plan.context_parallel, plan.stages,
     )
     for problem in wrong:
         problems.add(f"{origin}: {problem}")
@@ -116,7 +123,7 @@ def _check(plan: Plan, cluster: Cluster, origin: str) -> None:
         problems.add(f"{origin}: {problem}: make it anew")
     if figures or wrong or not plan.pools:
         problems.raise_if_any()  # what follows counts with them
-    layout = layout_of(replace(plan, context_parallel=1))
+    layout = layout_of(plan)
     members = layout.m + layout.n
     if len(plan.pools) != members:
         problems.add(f"{origin} names pools for {len(plan.pools)} members, a ZP group of it has {members}: make it "
@@ -128,9 +135,6 @@ def _check(plan: Plan, cluster: Cluster, origin: str) -> None:
         problems.add(f"{origin}: the placement does not fit the model or the layout: make it anew")
     for problem in stage_problems(plan):
         problems.add(f"{origin}: {problem}")
-    if plan.virtual_stages > 1:
-        problems.add(f"{origin}: virtual stages have no prices yet, and it has {plan.virtual_stages} of each stage: plan without "
-                     "them")
     problems.raise_if_any()
 
 
@@ -148,6 +152,9 @@ def _figures(plan: Plan) -> list[str]:
     choices = [("schedule", plan.schedule, SCHEDULES), ("attention_precision", plan.attention_precision, PRECISIONS)]
     choices += [("recompute", step.recompute, RECOMPUTE)] if step is not None else []
     found += [f"{name} is {value!r}, none of {', '.join(known)}" for name, value, known in choices if value not in known]
+    if plan.virtual_stages < 1 or len(plan.stage_layers) % plan.virtual_stages or plan.virtual_stages > 1 and plan.stages < 2:
+        found.append(f"virtual_stages is {plan.virtual_stages}, and stage_layers has {len(plan.stage_layers)} parts: so many of each "
+                     "of several stages")
     if len(plan.placement) != model.layers or not set(model.moe_layers) <= set(range(1, len(plan.placement) + 1)) \
             or not model.moe_layers or model.decoder_layers < 1:
         found.append(f"it has {model.layers} layers, some of them with experts, and a placement for {len(plan.placement)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
@@ -55,6 +56,7 @@ class Summary:
     Attributes:
         seconds: of the step.
         roles: by role.
+        stages: the same of each pipeline stage; empty where there is one.
         bound: seconds that no schedule could beat with these tasks: the work of the member that has most, with its
             gradient reduction and optimizer step.
         distance: how much longer the step is, as a share of the bound.
@@ -66,6 +68,16 @@ class Summary:
     bound: float
     distance: float
     after: float
+    stages: tuple[dict[str, RoleSummary], ...] = ()
+
+    @property
+    def by_name(self) -> dict[str, RoleSummary]:
+        """By role, and behind each role by pipeline stage."""
+        found = {}
+        for name, role in self.roles.items():
+            found[name] = role
+            found |= {f"{name}, stage {stage}": roles[name] for stage, roles in enumerate(self.stages, start=1)}
+        return found
 
 
 def summarise(*results: Result) -> Summary:
@@ -74,12 +86,14 @@ def summarise(*results: Result) -> Summary:
     of_stages = [summarise_members(result, last) for result in results]
     bound = max(member.work + member.after for members in of_stages for member in members)
     m, seconds = results[0].schedule.attention_members, results[0].seconds
-    by_role = {
-        ATTENTION: [member for members in of_stages for member in members[:m]],
-        EXPERT: [member for members in of_stages for member in members[m:]],
-    }
-    roles = {role: _on_average(members, seconds) for role, members in by_role.items() if members}
-    return Summary(seconds, roles, bound, seconds / bound - 1, seconds - last)
+
+    def by_role(stages: Sequence[list[MemberSummary]]) -> dict[str, RoleSummary]:
+        pools = {ATTENTION: [member for members in stages for member in members[:m]],
+                 EXPERT: [member for members in stages for member in members[m:]]}
+        return {role: _on_average(members, seconds) for role, members in pools.items() if members}
+
+    stages = tuple(by_role([members]) for members in of_stages) if len(of_stages) > 1 else ()
+    return Summary(seconds, by_role(of_stages), bound, seconds / bound - 1, seconds - last, stages)
 
 
 def summarise_members(result: Result, last: float | None = None) -> list[MemberSummary]:

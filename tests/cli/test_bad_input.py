@@ -179,11 +179,11 @@ def test_a_megatron_whose_source_is_another(tmp_path):
 def test_pipelines_that_do_not_fit(tmp_path):
     """What a pipeline cannot have beside it, and layers that do not divide, at once."""
     said = refused(
-        [*OURS, "--hetermoe-trace", str(tmp_path / "trace"), *tiny(
+        [*OURS, "--hetermoe-schedule", "overlapped", *tiny(
             num_layers=5, pipeline_model_parallel_size=2)], tmp_path,
     )
     for problem in (
-        "--hetermoe-trace is not supported with --pipeline-model-parallel-size 2: leave it out",
+        "overlapped waves are not supported with 2 pipeline stages",
         "stages of 2, 2 layers do not make up the model's 5",
     ):
         assert problem in said, problem

@@ -26,7 +26,7 @@ def test_all_tasks_are_measured_beside_the_plan_and_nothing_is_saved(tmp_path):
     plan = Plan(
         shape(), 2, 2, 1, ((0, 2, 2, 2, 3, 3, 3, 3),) * 2,  # an attention rank holds an expert
         step=Step(1, 4, 255), predicted=Prediction(4.0, 256.0, 0.5, 0.5, 2e9, 1e9, True),
-        tasks=TaskSeconds(*(0.001 * number for number in range(1, 11))),
+        tasks=(TaskSeconds(*(0.001 * number for number in range(1, 11))),),
     )
     (tmp_path / "plan.json").write_text(plan.to_json())
     flags = tiny(save=tmp_path / "saved", save_interval=1, load=tmp_path / "none", train_iters=50, eval_iters=1,
@@ -56,7 +56,36 @@ def test_a_transfer_counts_from_when_the_last_rank_came():
         _OfRank("attention", {dispatch: [5.0, 1.0], experts: [8.0, 8.0]}, 0.0, 0.0),
         _OfRank("expert", {dispatch: [3.0, 9.0], experts: [2.0, 4.0]}, 0.0, 0.0),
     ])
-    assert found == {"dispatch_forward": 2.0, "moved_forward": 8.0, "expert_forward": 3.0}
+    assert found == [{"dispatch_forward": 2.0, "moved_forward": 8.0, "expert_forward": 3.0}]
+
+
+def test_a_handover_counts_for_both_stages_at_each_place():
+    """Two places, of which the second one's ranks come later; the later of two ranks waits for none."""
+    over = Task(Kind.HANDOVER, Pass.FORWARD, 3, 0)
+    found = typical([_OfRank("attention", {over: [seconds]}, 0.0, 0.0, stage, member)
+                     for stage, member, seconds in ((0, 0, 1.0), (1, 0, 4.0), (0, 1, 5.0), (1, 1, 3.0))])
+    assert found == [{"handover": 2.0}] * 2
+
+
+def test_a_pipeline_is_measured_stage_by_stage(tmp_path):
+    """A plan whose stages are predicted to take different times."""
+    stages = tuple(TaskSeconds(*(0.001 * number for number in range(first, first + 11))) for first in (1, 101))
+    plan = Plan(shape(layers=3), 2, 2, 1, ((1,) * 8,) * 3, stage_layers=(2, 1), step=Step(1, 2, 255),
+                predicted=Prediction(4.0, 256.0, 0.5, 0.5, 2e9, 1e9, True), tasks=stages)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    flags = tiny(num_layers=3, global_batch_size=2, pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=2)
+    run = run_ranks(
+        ["--hetermoe", "--hetermoe-plan", str(tmp_path / "plan.json"), "--hetermoe-dry-run", *flags], 4, cwd=tmp_path
+    ).check()
+    lines = [line.removeprefix(LINE) for line in run.output[0].splitlines() if line.startswith(LINE)]
+    first, second, end = (next(number for number, line in enumerate(lines) if line.startswith(start))
+                          for start in ("median of a task, stage 1", "median of a task, stage 2", "step"))
+    for offset, rows in ((1, lines[first + 1:second]), (101, lines[second + 1:end])):
+        table = {row[:28].strip(): row[28:].split() for row in rows}
+        assert table.keys() == {*(f"{kind} {way}" for kind in ("attention", "expert", "dispatch", "combine")
+                                  for way in ("forward", "backward")), "handover"}
+        assert table["attention forward"][0] == f"{offset:.2f}" and table["handover"][0] == f"{offset + 10:.2f}"
+        assert all(float(row[2]) > 0 for row in table.values())
 
 
 def test_a_backward_has_its_part_of_what_w_tasks_took():
@@ -65,7 +94,7 @@ def test_a_backward_has_its_part_of_what_w_tasks_took():
     first, second = (Task(Kind.EXPERT, Pass.WEIGHT, 1, number) for number in (0, 1))
     for weights in ({first: [1.0, 1.0], second: [3.0, 3.0]}, {second: [4.0, 4.0]}):
         found = typical([_OfRank("expert", {**backward, **weights}, 0.0, 0.0)])
-        assert found == {"expert_backward": 5.0}
+        assert found == [{"expert_backward": 5.0}]
 
 
 def test_the_command_reads_the_lines_that_rank_0_prints():
@@ -84,4 +113,4 @@ def test_a_backward_is_measured_with_its_weights_part():
     """Prices of a plan are of whole backwards, whether or not its schedule splits them."""
     backward, weights = (Task(Kind.EXPERT, way, 1, 0) for way in (Pass.BACKWARD, Pass.WEIGHT))
     found = typical([_OfRank("expert", {backward: [3.0, 5.0], weights: [2.0, 1.0]}, 9.0, 0.0)])
-    assert found == {"expert_backward": 5.5}
+    assert found == [{"expert_backward": 5.5}]

@@ -91,6 +91,52 @@ def test_a_holder_of_several_ranks_is_shown_by_its_ranks(tmp_path):
     assert sum(sum(layer["tokens"]) for layer in shown["load"]["layers"]) == rows
 
 
+@pytest.fixture(scope="module")
+def pipeline_trace(tmp_path_factory):
+    """Two stages of two chunks each, of one layer; the second layer has no experts."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    flags = tiny(train_iters=2, num_layers=4, global_batch_size=2, moe_layer_freq="([1,0,1,1])", pipeline_model_parallel_size=2,
+                 num_virtual_stages_per_pipeline_rank=2, log_interval=2)
+    ranks = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2", "--hetermoe-wave", "1"]
+    run = run_ranks([*ranks, "--hetermoe-trace", "spans", *flags], 4, cwd=folder).check()
+    assert re.search(r"out [\d.,]+ MB/s, back [\d.,]+ MB/s, stages [\d.,]+ MB/s", run.output[-1])
+    return folder / "spans"
+
+
+def test_a_pipelines_tasks_have_the_models_layers(pipeline_trace):
+    """The first stage has layers 1 and 3, the second one layers 2 and 4; what one ends, the other goes on with."""
+    of_rank = {rank: read_jsonl(pipeline_trace / f"step{FIRST:05d}.rank{rank:05d}.jsonl") for rank in range(4)}
+    layers = {rank: {span.task[:2] + span.task[3:].split(",")[0] for span in spans if "_" in span.task and span.task[1] == "F"}
+              for rank, spans in of_rank.items()}
+    assert layers == {
+        0: {"AF1", "DF1", "CF1", "AF2", "HF2", "HF3", "AF3", "DF3", "CF3", "AF4", "HF4"},
+        1: {"HF2", "AF2", "AF3", "HF3", "HF4", "AF4", "DF4", "CF4", "AF5"},
+        2: {"DF1", "EF1", "CF1", "DF3", "EF3", "CF3"}, 3: {"DF4", "EF4", "CF4"},
+    }
+    hidden = 32 * 32 * 4  # tokens, width, bytes
+    sent = {span.task: span.sent for span in of_rank[0] if span.stream == "stages"}
+    assert sent["HF_2,1"] == sent["HB_3,2"] == hidden and sent["HB_2,1"] == sent["HF_3,2"] == 0
+
+
+def test_a_pipelines_page_has_its_stages_side_by_side(pipeline_trace, tmp_path):
+    page = tmp_path / "report.html"
+    assert main(["trace", str(pipeline_trace), "--out", str(page)]) == 0
+    (shown,) = json.loads(re.search(r'type="application/json">(.*?)</script>', page.read_text())[1])["runs"]
+    assert [(entry["rank"], entry["stage"]) for entry in shown["ranks"]] == [(0, 1), (2, 1), (1, 2), (3, 2)]
+    assert {entry["pool"] for entry in shown["ranks"]} == {
+        f"{role} ranks, stage {stage}" for role in ("attention", "expert") for stage in (1, 2)}
+    for entry in shown["ranks"]:
+        assert sum(entry["parts"].values()) == pytest.approx(shown["seconds"])
+    rows = 2 * 32 * 2  # microbatches, tokens, experts of each
+    assert {layer["layer"]: sum(layer["tokens"]) for layer in shown["load"]["layers"]} == {1: rows, 3: rows, 4: rows}
+    assert [channel["name"] for channel in shown["channels"]] == ["out", "back", "stages"]
+    drawn = tmp_path / "timeline.json"
+    assert main(["trace", str(pipeline_trace), "--out", str(drawn)]) == 0
+    names = [event["args"]["name"] for event in json.loads(drawn.read_text())["traceEvents"] if event["name"] == "process_name"]
+    assert names == ["rank 0 (attention, stage 1)", "rank 2 (expert, stage 1)", "rank 1 (attention, stage 2)",
+                     "rank 3 (expert, stage 2)"]
+
+
 @pytest.mark.parametrize("name", ["timeline.svg", "timeline.json"])
 def test_a_timeline_is_drawn(trace, tmp_path, name):
     assert main(["trace", str(trace), "--out", str(tmp_path / name)]) == 0

@@ -5,11 +5,13 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from megatron_hetermoe.cli import main as command
 from megatron_hetermoe.cli import plan
+from megatron_hetermoe.config.plan import read_plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.cost.profile import Profile, taken_for
 from megatron_hetermoe.planner.options import Question
@@ -60,16 +62,18 @@ def test_the_tables_say_estimated_and_what_was_not_searched(tmp_path, ask, capsy
 
 
 @pytest.mark.parametrize("layers, said", [
-    ([], ""), ([4, 4], " --pipeline-model-parallel-size 2"),
-    ([14, 13], " --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 14"),
-    ([7, 7, 7, 6], " --pipeline-model-parallel-size 4 --decoder-last-pipeline-num-layers 6"),
+    ((), ""), ((2, 2), "--pipeline-model-parallel-size 2"),
+    ((3, 1), "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 3"),
 ])
-def test_the_flags_of_a_plan(layers, said):
-    step = {"micro_batch": 2, "distributed_optimizer": False, "recompute": "none", "activation_again": False}
-    of = {"step": step, "tensor_parallel": 1, "expert_tensor_parallel": 1, "stage_layers": layers}
-    assert plan.flags_of(of) == f" --micro-batch-size 2{said}"
-    of["expert_tensor_parallel"] = 2
-    assert " --expert-tensor-parallel-size 2" in plan.flags_of(of)
+def test_the_flags_of_a_plan_are_said(tmp_path, ask, capsys, layers, said):
+    ask(stage_layers=(layers,))
+    arguments = ["plan", "recipe.yaml", "--cluster", cluster(tmp_path), "--out", str(tmp_path / "plan.json")]
+    assert command.main(arguments) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("to train it")]
+    assert f" --micro-batch-size 1 {said}".rstrip() in line
+    made = read_plan(tmp_path / "plan.json")
+    more = replace(made, expert_tensor_parallel=2, context_parallel=2, step=replace(made.step, recompute="core_attn"))
+    assert {"--expert-tensor-parallel-size", "--context-parallel-size", "core_attn"} <= set(plan.flags_of(more))
 
 
 def test_a_model_that_fits_nowhere_ends_with_what_would(tmp_path, ask, capsys):
@@ -123,7 +127,7 @@ def staged(out, cluster, stage_layers, **changed):
     """Has a plan for a half of the cluster made one of two stages of all of it."""
     assert command.main(["plan", "recipe.yaml", "--cluster", cluster, "--out", str(out)]) == 0
     document = json.loads(out.read_text())
-    stages = len(stage_layers)
+    stages = len(stage_layers) // changed.get("virtual_stages", 1)
     document |= {"stage_layers": stage_layers, "schedule": "zebra", "attention_ranks": stages * document["attention_ranks"],
                  "expert_ranks": stages * document["expert_ranks"], **changed}
     out.write_text(json.dumps(document))
@@ -141,15 +145,16 @@ def test_a_pipeline_is_simulated_and_drawn(tmp_path, ask, capsys):
         assert timeline.stat().st_size
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     ranks = {name: {event["pid"] for event in events if event["name"] == name} for name in ("HF_3,1", "HF_1,1", "HB_3,1")}
-    assert ranks == {"HF_3,1": {0}, "HF_1,1": {1}, "HB_3,1": {0}}  # attention ranks come first
+    assert ranks == {"HF_3,1": {0, 1}, "HF_1,1": set(), "HB_3,1": {0, 1}}  # attention ranks come first
     assert command.main(["simulate", str(out), "--cluster", on]) == 0
     assert "stage" in capsys.readouterr().out
 
 
-def test_a_pipeline_is_replayed(tmp_path, ask, capsys):
+@pytest.mark.parametrize("layers, virtual", [([2, 2], 1), pytest.param([1, 1, 1, 1], 2, marks=pytest.mark.slow)])
+def test_a_pipeline_is_replayed(tmp_path, ask, capsys, layers, virtual):
     out, on = tmp_path / "plan.json", cluster(tmp_path, gpus=1)
     ask(global_batch=2)
-    staged(out, on, [2, 2])
+    staged(out, on, layers, virtual_stages=virtual)
     capsys.readouterr()
     assert command.main(["simulate", str(out), "--cluster", on, "--replay", "3", "--json"]) == 0
     replayed = json.loads(capsys.readouterr().out)["replay"]
@@ -158,8 +163,9 @@ def test_a_pipeline_is_replayed(tmp_path, ask, capsys):
 
 def test_stages_that_do_not_fit_the_model_are_refused(tmp_path, ask, capsys):
     out, on = tmp_path / "plan.json", cluster(tmp_path)
-    for layers, said in (([3, 3], "do not make up the model's 4"), ([4, 0], "at least one each")):
-        staged(out, on, layers)
+    for layers, virtual, said in (([3, 3], 1, "do not make up the model's 4"), ([4, 0], 1, "at least one each"),
+                                  ([2, 2], 2, "virtual_stages is 2, and stage_layers has 2 parts")):
+        staged(out, on, layers, virtual_stages=virtual)
         capsys.readouterr()
         assert command.main(["simulate", str(out), "--cluster", on]) == 2
         assert said in capsys.readouterr().err

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from megatron_hetermoe.runtime.handover import Handover
-from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
+from megatron_hetermoe.runtime.marks import Marks
+from megatron_hetermoe.schedule.numbering import Numbering
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
 SHAPE = (3, 1, 4)
 
@@ -59,3 +61,11 @@ def test_another_shape_is_not_sent():
     before.give(Task(Kind.ATTENTION, Pass.FORWARD, 3, 0), torch.zeros(2, 1, 4))
     with pytest.raises(RuntimeError, match=r"stage 2 has \[2, 1, 4\] of torch.float32 for HF_3,1, its neighbour awaits"):
         call(before, Task(Kind.HANDOVER, Pass.FORWARD, 3, 0))
+
+
+def test_a_rank_that_waits_for_another_stage_says_so():
+    """With the model's number of the layer: the stage has layers 4 and 5."""
+    marks = Marks()
+    marks.numbering = Numbering((range(4, 6),))
+    marks.begin(Stream.STAGES, Task(Kind.HANDOVER, Pass.BACKWARD, 3, 1))
+    assert "task HB_6,2 (handover between stages backward, layer 6, microbatch 2) on stream stages" in marks.awaited()

@@ -71,6 +71,26 @@ def test_the_loss_goes_on(tmp_path, killed, summary, optimizer, attention, exper
     summary.append(("lost", "both", f"{optimizer} {attention}+{expert}", 0.0, "resumed under another plan"))
 
 
+@pytest.mark.parametrize("attention, expert, stages", [
+    pytest.param(2, 3, 2, marks=pytest.mark.slow), (1, 2, 1)])
+def test_a_pipelines_loss_goes_on(tmp_path, attention, expert, stages):
+    """Two stages of one attention and two expert ranks: they stay two where each role has a rank for both, or become one."""
+    model = dict(train_iters=4, num_layers=3, save=tmp_path / "run", save_interval=2, use_distributed_optimizer=True,
+                 dist_ckpt_optim_fully_reshardable=True)
+    argv = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "4",
+            *tiny(**model, pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=2)]
+    whole = next(steps for steps in run_ranks(argv, 6, cwd=tmp_path).check().steps if steps[0].loss)
+    found = fitted([*argv, "--ckpt-step", "2"], attention, expert)
+    assert (found.plan.attention_ranks, found.plan.expert_ranks, found.plan.stages) == (attention, 2, stages)
+    write_plan(found.plan, tmp_path / "plan.json")
+    words = with_plan([*argv, "--load", str(tmp_path / "run"), "--ckpt-step", "2"], str(tmp_path / "plan.json"))
+    run = run_ranks(words, attention + 2, cwd=tmp_path).check()
+    speaking = [steps for steps in run.steps if steps[0].loss]
+    assert len(speaking) == (attention + 2) // stages
+    for steps in speaking:
+        assert_same_steps(steps, whole[2:], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_an_optimizer_that_only_its_layout_reads_is_named(tmp_path):
     """As Megatron saves the distributed optimizer where nothing is said."""

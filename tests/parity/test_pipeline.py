@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,20 +144,25 @@ def test_beside_shared_experts(parity):
     check(parity, 1, 2, expert_tensor_parallel_size=2)
 
 
-def test_a_planned_pipeline_trains(parity, tmp_path):
+@pytest.mark.parametrize("stage_layers, virtual, said", [
+    ((2, 2), 1, []), pytest.param((1, 1, 1, 1), 2, ["--num-virtual-stages-per-pipeline-rank", "2"], marks=pytest.mark.slow)])
+def test_a_planned_pipeline_trains(parity, tmp_path, stage_layers, virtual, said):
     """The planner's plan, with the flags that it names, on the ranks that it asks for."""
     link = {"gb_per_s": 10, "latency_us": 10}
     on = cluster_from_document({"pools": {
         name: {"kind": kind, "nodes": 1, "gpus_per_node": 2, "memory_gb": 32, "intra_node": link, "inter_node": link}
         for name, kind in (("new", "A40"), ("old", "V100-SXM2"))}}, "cluster")
     of = shape(layers=4)
-    asked = Question(of, "fp32", 1, 4, 255, ("none",), (False,), stage_layers=((2, 2),))
+    asked = Question(of, "fp32", 1, 4, 255, ("none",), (False,), stage_layers=(stage_layers,), virtual_stages=virtual)
     plan = search(asked, on, kinds_of(on, of, "fp32", Notes())).best[0].plan()
     assert (plan.attention_ranks, plan.expert_ranks, plan.stages) == (2, 2, 2)
     (tmp_path / "plan.json").write_text(plan.to_json())
-    flags = flags_of(asdict(plan)).split()
-    assert flags == ["--micro-batch-size", "1", "--pipeline-model-parallel-size", "2"]
-    check(parity, 1, 1, hetermoe=["--hetermoe-plan", str(tmp_path / "plan.json")])
+    flags = flags_of(plan)
+    assert flags == ["--micro-batch-size", "1", "--pipeline-model-parallel-size", "2", *said]
+    split = {"num_virtual_stages_per_pipeline_rank": virtual} if virtual > 1 else {}
+    check(parity, 1, 1, hetermoe=["--hetermoe-plan", str(tmp_path / "plan.json")], split=split)
+
+
 def test_virtual_stages(parity):
     """Two chunks a stage, and waves that do not divide by the stages."""
     check(parity, 1, 1, hetermoe=["--hetermoe-wave", "2"], split={"num_virtual_stages_per_pipeline_rank": 2},

@@ -58,16 +58,16 @@ def group(m=2, n=2, of=None, microbatches=4, new=None, old=None, on=None, groups
     return GroupCosts(of, Step(micro_batch, microbatches, 1000), seats, m, groups, PRECISION)
 
 
-def of_stages(priced, stage_layers, wave=None, placement=None):
+def of_stages(priced, stage_layers, wave=None, placement=None, virtual=1):
     """Schedules and costs of the pipeline stages that a group's layers are divided into; experts spread over expert ranks
     unless a placement of all layers says otherwise."""
     m, n = priced.attention_members, priced.members - priced.attention_members
     placement = placement or spread(priced, range(m, priced.members))
-    stages = len(stage_layers)
+    stages = len(stage_layers) // virtual
     plan = Plan(priced.shape, m * stages, n * stages, 1, placement.holders, wave=wave,
-                stage_layers=tuple(stage_layers) if stages > 1 else ())
+                stage_layers=tuple(stage_layers) if stages > 1 else (), virtual_stages=virtual)
     return [
         (schedule_of(plan, placement, m, stage, priced.step.microbatches),
          TaskCosts(costs, placement.of_chunks(plan.chunks_of_stage(stage))))
-        for stage, costs in enumerate(priced.of_stages(stage_layers))
+        for stage, costs in enumerate(priced.of_stages(stage_layers, virtual))
     ]

@@ -14,15 +14,17 @@ from shapes import shape
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.stages import stage_flags
 from megatron_hetermoe.config.step import Step
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.profile import Profiled
 from megatron_hetermoe.planner.elastic import refit, within_memory
-from megatron_hetermoe.planner.resolve import resolve
+from megatron_hetermoe.planner.resolve import Parallelism, resolve
 from megatron_hetermoe.topology.layout import Layout
 from megatron_hetermoe.topology.placement import Placement, even_placement
 
 SHAPE = shape(experts=8)
+THREE = shape(layers=3)
 
 
 def plan(attention, expert, groups=1, placement=None, **fields):
@@ -128,13 +130,70 @@ def test_ranks_that_share_weights_stay_together():
     grown = refit(before, 8, 6, 8).plan
     assert (grown.attention_ranks, grown.expert_ranks) == (8, 6)
     Placement(grown.placement, Layout(8, 6, grown.groups, 2, 2).holders)
-    with pytest.raises(UsageError, match="2 and 2 of them, which share weights, are needed"):
+    with pytest.raises(UsageError, match="2 and 2 of them, which share weights or a sequence, are needed"):
         refit(before, 1, 4, 8)
 
 
-def test_a_pipeline_is_not_refitted():
-    with pytest.raises(UsageError, match="a plan with 2 pipeline stages is not fitted to other ranks yet"):
-        refit(plan(4, 4, stage_layers=(1, 1)), 2, 2, 8)
+def staged(attention, expert, stage_layers, groups=1, **fields):
+    """A pipeline of three layers."""
+    layout = Layout(attention, expert, groups, stages=len(stage_layers) // fields.get("virtual_stages", 1))
+    return Plan(THREE, attention, expert, groups, even_placement(THREE, layout).holders, stage_layers=stage_layers, **fields)
+
+
+def test_a_pipeline_keeps_its_stages():
+    """Two stages of 1 and 3 ranks: with one expert rank of a stage lost, each has 2."""
+    before = staged(2, 6, (2, 1), step=Step(1, 8, 1000))
+    found = refit(before, 2, 5, 8)
+    now = found.plan
+    assert (now.attention_ranks, now.expert_ranks, now.stages, now.stage_layers) == (2, 4, 2, (2, 1))
+    assert all(Counter(layer) == {1: 4, 2: 4} for layer in now.placement) and now.step.microbatches == 8
+    assert "1 expert ranks stay idle: 5 do not divide into 1 ZP groups in 2 pipeline stages" in found.said
+    assert refit(before, 2, 6, 8).plan == before
+    grown = refit(before, 8, 12, 8).plan
+    assert (grown.attention_ranks, grown.expert_ranks, grown.stages, grown.step.microbatches) == (8, 12, 2, 2)
+
+
+@pytest.mark.parametrize("before, there, layers, virtual, flags", [
+    (staged(2, 2, (2, 1)), (1, 2), (), 1, "--pipeline-model-parallel-size 1"),
+    (staged(3, 3, (1, 1, 1)), (2, 2), (), 1, "--pipeline-model-parallel-size 1"),
+])
+def test_stages_next_to_each_other_become_one_where_ranks_are_too_few(before, there, layers, virtual, flags, tmp_path):
+    found = refit(before, *there, 6)
+    assert (found.plan.stage_layers, found.plan.virtual_stages) == (layers, virtual)
+    assert found.said[0].endswith(f"pipeline stages in place of {before.stages}: start with {flags}")
+    path = tmp_path / "plan.json"
+    path.write_text(found.plan.to_json())
+    problems = Problems()
+    ranks = found.plan.attention_ranks + found.plan.expert_ranks
+    parallelism = Parallelism(stage_layers=layers, virtual_stages=virtual)
+    assert resolve(Flags(enabled=True, plan=str(path)), THREE, "fp32", ranks, problems, parallelism) == found.plan
+
+
+@pytest.mark.parametrize("layers, virtual, further, flags", [
+    ((2, 2), 1, 0, []), ((2, 3), 1, 1, []), ((3, 2), 1, 0, ["--decoder-first-pipeline-num-layers", "3"]),
+    ((2, 2, 1), 1, 0, ["--decoder-last-pipeline-num-layers", "1"]),
+    ((1, 2, 2, 4), 1, 1, ["--decoder-first-pipeline-num-layers", "1", "--decoder-last-pipeline-num-layers", "3"]),
+    ((1, 2, 3, 1), 1, 0, ["--pipeline-model-parallel-layout", "Et|tt|ttt|tL"]),
+    ((1, 1, 1, 1), 2, 0, ["--num-virtual-stages-per-pipeline-rank", "2"]),
+    ((1, 2, 1, 2), 2, 1, ["--pipeline-model-parallel-layout", "Et|tt|t|tmL"]),
+])
+def test_the_flags_of_stages(layers, virtual, further, flags):
+    assert stage_flags(layers, virtual, further) == ["--pipeline-model-parallel-size", str(len(layers) // virtual), *flags]
+
+
+def test_merged_stages_keep_their_parts():
+    """Of four stages of two parts, two of two parts, each of two next to each other."""
+    of = replace(SHAPE, layers=16, moe_layers=tuple(range(1, 17)))
+    before = Plan(of, 4, 4, 1, ((1,) * 8,) * 16, stage_layers=(1, 2, 3, 2, 1, 2, 3, 2), virtual_stages=2)
+    found = refit(before, 3, 3, 8).plan
+    assert (found.stages, found.virtual_stages, found.stage_layers) == (2, 2, (3, 5, 3, 5))
+
+
+def test_ranks_that_share_a_sequence_stay_together():
+    before = plan(4, 2, placement=even_placement(SHAPE, Layout(4, 2, 1, context=2)).holders, context_parallel=2,
+                  step=Step(1, 4, 1000))
+    found = refit(before, 3, 2, 8).plan
+    assert (found.attention_ranks, found.expert_ranks, found.step.microbatches) == (2, 2, 8)
 
 
 @pytest.mark.parametrize("field, value, said", [

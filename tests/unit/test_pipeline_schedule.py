@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import pairwise
+from collections import Counter
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from megatron_hetermoe.config.plan import WEIGHT_GRADIENTS
 from megatron_hetermoe.schedule.checks import violations
 from megatron_hetermoe.schedule.interleaved import InterleavedSchedule, chunk_units
+from megatron_hetermoe.schedule.numbering import Numbering
 from megatron_hetermoe.schedule.orders import zebra
 from megatron_hetermoe.schedule.pipeline import StageSchedule, Unit, handover_violations, units
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
@@ -114,6 +116,27 @@ def test_interleaved_waves_of_one_are_megatrons_order(stages, chunks, waves):
         flat = [(direction, chunk, wave) for chunk, unit in chunk_units(stage, stages, chunks, waves, False)
                 for direction, wave in (("F", unit.forward), ("B", unit.backward)) if wave is not None]
         assert flat == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(pipelines() | interleaved_pipelines())
+def test_the_models_numbers_of_a_stages_layers(stages):
+    """Each task of a rank has one name, and both ends of a handover have the same."""
+    count = len(stages)
+    of_stages = [getattr(stage, "chunk_layers", (stage.layers,)) for stage in stages]
+    ends = list(accumulate((layers for of_chunk in zip(*of_stages) for layers in of_chunk), initial=0))
+    chunks = [range(first + 1, last + 1) for first, last in pairwise(ends)]
+    handovers = Counter()
+    for number, stage in enumerate(stages):
+        numbering = Numbering(tuple(chunks[number::count]))
+        named = {task: numbering.in_model(task) for task in stage.tasks_of(0)}
+        assert len(set(named.values())) == len(named)
+        assert all(numbering.in_stage(name) == task for task, name in named.items())
+        layers = {layer for of_chunk in numbering.chunks for layer in of_chunk}
+        assert {name.layer for name in named.values() if name.kind is Kind.DISPATCH} <= layers
+        handovers.update(name for name in named.values() if name.kind is Kind.HANDOVER)
+    assert set(handovers.values()) == {2} and {name.layer - 1 for name in handovers} == set(ends[1:-1])
+    assert Numbering((chunks[0],)).in_stage(Task(Kind.ATTENTION, Pass.FORWARD, ends[-1] + 1, 0)) is None
 
 
 @settings(max_examples=50, deadline=None)

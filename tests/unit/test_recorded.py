@@ -6,10 +6,13 @@ from dataclasses import replace
 from math import comb
 
 import pytest
-from pricing import PRECISION, group, shape
+from pricing import PRECISION, cluster, group, profile, shape
 
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.step import Step
+from megatron_hetermoe.cost.curves import Notes
+from megatron_hetermoe.cost.profile import Profiled
 from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.schedule.orders import zebra
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
@@ -17,6 +20,7 @@ from megatron_hetermoe.schedule.trace import Span
 from megatron_hetermoe.simulator.baselines import spread
 from megatron_hetermoe.simulator.events import simulate
 from megatron_hetermoe.simulator.host import HostCost, host_costs
+from megatron_hetermoe.simulator.planned import predict
 from megatron_hetermoe.simulator.recorded import from_start, results_of
 from megatron_hetermoe.simulator.summary import CHANNEL, OTHER_POOL, summarise, summarise_members
 
@@ -69,6 +73,25 @@ def test_zp_groups_are_described_one_by_one(simulated):
     assert first.seconds == second.seconds == pytest.approx(2 * result.seconds)
     for one, other in zip(summarise_members(first), summarise_members(second)):
         assert other.work == pytest.approx(2 * one.work)
+
+
+def test_a_pipelines_trace_has_its_summary():
+    """Also where the ranks of a stage wait for the other one in a transfer between them: the time until both are there is not
+    the link's."""
+    plan = Plan(shape(layers=4), 4, 4, 1, spread(group(2, 2, shape(layers=4)), [2, 3]).holders, "zebra", 2, PRECISION, PRECISION,
+                stage_layers=(2, 2), pools=("new", "new", "old", "old"), step=Step(1, 4, 1000))
+    kinds = {name: Profiled(profile(plan.model), plan.model, PRECISION, Notes()) for name in ("new", "old")}
+    predicted = predict(plan, cluster(), "plan.json", Notes(), kinds)
+    names = {span.task for span in predicted.spans}
+    assert {"AF_1,1", "AF_5,1", "HF_3,1", "DB_4,4"} <= names and "HF_1,1" not in names
+    waiting = [replace(span, start=0.0) if span.stream == "stages" and span.task[1] == "F" and span.rank in (2, 3) else span
+               for span in predicted.spans]
+    expected, found = summarise(*predicted.results), summarise(*results_of(waiting, plan))
+    assert found.seconds == pytest.approx(expected.seconds)
+    for name, summary in expected.by_name.items():
+        assert found.by_name[name].busy == pytest.approx(summary.busy)
+        assert found.by_name[name].bubbles == pytest.approx(summary.bubbles, abs=1e-9)
+    assert list(found.by_name) == [f"{role}{stage}" for role in ("attention", "expert") for stage in ("", ", stage 1", ", stage 2")]
 
 
 def test_a_trace_of_another_run_is_refused(simulated):

@@ -14,17 +14,18 @@ from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, costs_of_plan, seats_of
 from megatron_hetermoe.planner.advice import alone, baselines, nothing_fits
 from megatron_hetermoe.planner.asym_ea import Limits, counts_of, feasible, long_step_seconds, placement_of
-from megatron_hetermoe.planner.memory import expert_row_bytes, in_flight, member_memory, usable
+from megatron_hetermoe.planner.memory import expert_row_bytes, in_flight, member_memory, usable, waves_ahead
 from megatron_hetermoe.planner.options import Question, options
 from megatron_hetermoe.planner.search import _by_turns, after_losing_a_node, left_out, search, smaller
 from megatron_hetermoe.planner.staged import divisions
+from megatron_hetermoe.schedule.interleaved import chunk_units
 from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.simulator.baselines import expert_parallel_tokens_per_second, spread
 from megatron_hetermoe.simulator.events import simulate
 from megatron_hetermoe.simulator.fast import step_seconds
 from megatron_hetermoe.simulator.planned import predict
-from megatron_hetermoe.topology.layout import layout_of
+from megatron_hetermoe.topology.layout import layout_of, stage_problems
 
 OF = shape(layers=2, experts=4)
 
@@ -386,12 +387,68 @@ def test_pipelines_are_planned_where_memory_calls_for_them():
     assert simulated == pytest.approx(plan.predicted.step_seconds, rel=0.02)
     for stage in range(2):
         costs = costs_of_plan(plan, on, priced, stage)
-        there = in_flight("zebra", plan.wave, plan.step.microbatches, 15, behind=1 - stage)
+        there = in_flight("zebra", plan.wave, plan.step.microbatches, 15, ahead=1 - stage)
         for member in range(costs.group.members):
             memory = member_memory(costs.group, member, costs.placement.experts_held(member), there)
             assert memory.total <= usable(costs.group, member)
     lost = after_losing_a_node(staged_question(), on, priced, best)
     assert lost == {"new": None, "old": None}
+
+
+@pytest.mark.parametrize("batch", [8, 48])  # so long that some waves are simulated and the others reckoned
+def test_a_recipes_virtual_stages_are_planned(batch):
+    of = shape(layers=7, moe_layers=(1, 2, 4, 5, 6, 7))
+    on = cluster(4, 4)
+    priced = kinds(on, of)
+    asked = replace(question(of, batch=batch), stage_layers=((2, 2, 1, 2),), virtual_stages=2)
+    best = search(asked, on, priced).best[0]
+    assert best.option.layers == ((1, 2, 5), (3, 4, 6, 7)) and "2 stages of 2 chunks x" in best.option.describe()
+    assert best.tokens_per_second <= best.option.bound
+    plan = plan_from_json(best.plan().to_json(), "plan.json")
+    assert (plan.stages, plan.virtual_stages, plan.stage_layers, len(plan.tasks)) == (2, 2, (2, 2, 1, 2), 2)
+    assert not stage_problems(plan) and plan.placement[2] == () and all(plan.placement[layer - 1] for layer in of.moe_layers)
+    simulated = predict(plan, on, "plan.json", Notes(), priced)
+    assert simulated.results[0].seconds == pytest.approx(plan.predicted.step_seconds, rel=0.03)
+    single = search(replace(asked, stage_layers=((4, 3),), virtual_stages=1), on, priced).best[0]
+    assert best.tokens_per_second > 0.8 * single.tokens_per_second
+
+
+def test_a_stage_has_more_waves_on_the_way_with_virtual_stages():
+    """As many chunks' forwards as come before its first backward (Megatron's warm-up), and the one at hand."""
+    assert [waves_ahead(stage, 4) for stage in range(4)] == [3, 2, 1, 0]
+    for stage in range(4):
+        ahead = next(place for place, (_, unit) in enumerate(chunk_units(stage, 4, 2, 8, False)) if unit.backward is not None)
+        both = stage == 3  # in the last part a unit is forward and backward of a wave
+        assert waves_ahead(stage, 4, 2) == (ahead + both) / 2 - 1
+
+
+def test_a_recipes_context_parallelism_is_planned():
+    on = cluster(8, 4)
+    asked = replace(SHARED, context=2, tensor=(1, 2))
+    for option in options(asked, on, kinds(on)):
+        assert option.group.replicas * option.group.tensor * 2 == option.m and option.tokens == 16 * OF.sequence
+    best = search(asked, on, kinds(on)).best[0]
+    assert "2 parts of a sequence" in best.option.describe()
+    plan = plan_from_json(best.plan().to_json(), "plan.json")
+    assert plan.context_parallel == 2 and layout_of(plan).microbatches * plan.step.microbatches == 16
+    simulated = predict(plan, on, "plan.json", Notes(), kinds(on)).results[0].seconds
+    assert simulated == pytest.approx(plan.predicted.step_seconds, rel=0.02)
+
+
+def test_parts_of_a_sequence_cost_gathers_of_keys_and_values():
+    """Two ranks do half each, and gather two groups' keys and values, 16 wide, of 128 tokens; weights are on both."""
+    alone, shared = group(2, 2), replace(group(4, 2), context=2)
+    assert (shared.replicas, shared.copies, shared.expert_tokens) == (2, 4, alone.expert_tokens)
+    one, two = alone.attention[0], shared.attention[0]
+    of = shared.shape
+    gather = 128 * of.key_value_width * 2 / 2 / 1e9 + 1e-5
+    for way in (0, 1):
+        assert two[way][1] == pytest.approx(one[way][1] / 2 + gather)
+        assert two[way][-1] == pytest.approx(one[way][-1] / 2), "no attention behind the last layer"
+    few, many = (member_memory(priced, 0, 0, 4) for priced in (shared, alone))
+    assert few.weights == many.weights and few.activations == pytest.approx(
+        many.activations / 2 + 4 * of.layers * 64 * of.key_value_width * 2)
+    assert shared.reduction(0, 0) > alone.reduction(0, 0)
 
 
 def test_no_pipeline_where_one_stage_has_room():

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pricing import cluster, group, profile, shape
+from pricing import cluster, group, pool, profile, shape
 
 from megatron_hetermoe.config.plan import SCHEDULES
+from megatron_hetermoe.cost.cluster import Cluster, Link
 from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.schedule.orders import build, sequential, zebra
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
@@ -174,6 +175,25 @@ def test_expert_parallelism_waits_for_the_slowest():
     of = shape()
     slow = profile(of, attention=(1e-2, 2e-2))
     assert expert_parallel_seconds(group(2, 2, of, old=slow)) > 3 * expert_parallel_seconds(group(2, 2, of))
+
+
+@pytest.mark.parametrize("further", [0, 1])
+def test_a_pipeline_is_no_faster_than_the_ideal_sum_where_links_are_free(further):
+    """Both have the same ranks at the same work: reduction and optimizer, heads and embeddings of further tokens too."""
+    of = replace(shape(layers=6 + further), mtp_layers=further)
+    part = profile(of, head=(4e-3, 8e-3))
+    priced = group(4, 4, of, microbatches=16, new=part, old=part, on=cluster(4, 4, bandwidth=1e15, latency=0.0))
+    assert ideal_seconds(priced) < pipeline(priced).seconds < 1.5 * ideal_seconds(priced)
+
+
+def test_a_stage_on_two_nodes_waits_for_the_link_between_them():
+    of = shape(layers=4)
+    seconds = [
+        pipeline(group(4, 4, of, on=Cluster({
+            name: replace(pool(name, 4 // nodes, nodes), inter=Link(1e7, 1e-5)) for name in ("new", "old")}))).seconds
+        for nodes in (1, 4)
+    ]
+    assert seconds[0] < seconds[1]
 
 
 def test_a_pipeline_gives_the_faster_pool_more_layers():

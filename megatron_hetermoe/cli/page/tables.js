@@ -75,9 +75,10 @@ function traffic(runs) {
     percent(channel.seconds / run.seconds), bytes(channel.bytes / run.seconds) + "/s",
   ]));
   body.sort((one, other) => (one[0] < other[0] ? 1 : one[0] > other[0] ? -1 : 0));
-  const ranks = runs[0].ranks.map((rank) => [`rank ${rank.rank} ${rank.role}`, bytes(rank.sent.out), bytes(rank.sent.back)]);
+  const names = runs[0].channels.map((channel) => channel.name);
+  const ranks = runs[0].ranks.map((rank) => [`rank ${rank.rank} ${rank.role}`, ...names.map((name) => bytes(rank.sent[name]))]);
   return rows(["channel", "", "transfers", "sent by all ranks", "of the step in transfers", "over the step"], body) +
-    `<details><summary>by rank (${runs[0].name})</summary>${rows(["", "sent on out", "sent on back"], ranks)}</details>`;
+    `<details><summary>by rank (${runs[0].name})</summary>${rows(["", ...names.map((name) => `sent on ${name}`)], ranks)}</details>`;
 }
 
 function load(run) {

@@ -110,6 +110,7 @@ class Timeline {
       ctx.fillText(entry.role, offset, lane.top + lane.height / 2);
       if (panel.crowded) return;
       ctx.font = "10px system-ui, sans-serif";
+      if (entry.stage) ctx.fillText(`stage ${entry.stage}`, 0, lanes[panel.heights.length * row + 1].top + 5);
       CHANNELS.slice(0, panel.heights.length - 1).forEach((name, below) => {
         ctx.textAlign = "right";
         ctx.fillText(name, GUTTER - 8, lanes[panel.heights.length * row + 1 + below].top + 5);
@@ -280,7 +281,8 @@ class Timeline {
 
   describe(run, span) {
     const [layer, microbatch] = span[TASK].includes("_") ? span[TASK].slice(3).split(",") : [];
-    const rows = [["rank", `${span[RANK]}, ${run.ranks.find((entry) => entry.rank === span[RANK]).role}`]];
+    const { role, stage } = run.ranks.find((entry) => entry.rank === span[RANK]);
+    const rows = [["rank", `${span[RANK]}, ${role}${stage ? `, stage ${stage}` : ""}`]];
     if (layer) rows.push(["layer", layer], ["microbatch", microbatch]);
     rows.push(["start", duration(span[START])], ["duration", duration(span[END] - span[START])]);
     for (const other of this.runs) {
