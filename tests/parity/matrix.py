@@ -127,10 +127,17 @@ ROUNDING = {
 }
 
 
-def adds_parts(row: Mapping[str, str]) -> bool:
-    """Whether ranks share a sequence or experts, each of which rounds its part of what is then added. Stock Megatron has neither
-    on the CPU (``conftest.py``)."""
-    return row["context"] == "2" or row["expert tensor"] == "2"
+# Options whose sums are of other rounded parts than in any layout of stock Megatron on the CPU: of a sequence, of an expert, of
+# what a holder's experts make of a token, which it adds up in fp32 and in their precision.
+OTHER_SUMS = {
+    "context": ("2",), "expert tensor": ("2",), "topk": ("4",),
+    "precision": ("bf16, experts in fp16", "bf16, experts in fp32"),
+}
+
+
+def sums_otherwise(row: Mapping[str, str]) -> bool:
+    """Whether the row has one of ``OTHER_SUMS``."""
+    return any(row[axis] in options for axis, options in OTHER_SUMS.items())
 
 
 def own_kernels(row: Mapping[str, str]) -> dict[str, str]:

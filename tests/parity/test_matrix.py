@@ -2,8 +2,8 @@
 
 In fp32 losses and gradient norms of every step are within 1e-5. In half precision, where sums in another order are other
 numbers, a run is as near to one of stock Megatron's expert-parallel layouts as these are to each other, measured on the same
-model and data, with the same attention kernel and precision of experts. Where sums are of rounded parts of other ranks that
-no layout of stock Megatron has on the CPU, it is as near as the nearest of these is to stock Megatron in fp32.
+model and data, with the same attention kernel and precision of experts. Where sums are of other rounded parts than in any of
+them (``matrix.OTHER_SUMS``), it is as near as the nearest of these is to stock Megatron in fp32.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_matrix(parity, row, record_property):
     else:
         stock = _stock_layouts(parity, row, model)
         allowed = _largest(largest_differences(one.steps[0], other.steps[0]) for one, other in combinations(stock, 2))
-        if matrix.adds_parts(row):
+        if matrix.sums_otherwise(row):
             in_fp32, _ = _split({**row, "precision": matrix.FP32}, parity)
             whole = parity.stock(m * g, **in_fp32)
             from_fp32 = _smallest(largest_differences(one.steps[0], whole.steps[0]) for one in stock)
