@@ -56,18 +56,19 @@ def test_a_recorded_step_has_every_task(trace):
 
 
 def test_a_recorded_transfer_has_what_it_moved(trace):
-    """32 tokens go to two experts each, 32 wide in fp32 with a probability, behind a header of 5 and 8 numbers."""
-    rows, header = 32 * 2, 8 * (5 + 8)
+    """32 tokens, 32 wide in fp32, go once to the holder of all experts, two of which each is for: each such copy has a
+    probability and the number of its row; before them go a header of 6 numbers and 8 experts' copies."""
+    rows, copies, header = 32 * 32 * 4, 32 * 2, 8 * (6 + 8)
     owner, holder = (
         {span.task: span for span in read_jsonl(trace / f"step{FIRST:05d}.rank{rank:05d}.jsonl")} for rank in (0, 1))
     for layer in (1, 2):
         for microbatch in (1, 2):
             at = f"_{layer},{microbatch}"
-            assert owner[f"DF{at}"].sent == rows * (32 + 1) * 4 + header and holder[f"DF{at}"].sent == 0
-            assert holder[f"CF{at}"].sent == rows * 32 * 4 and owner[f"CF{at}"].sent == 0
-            assert owner[f"CB{at}"].sent == rows * 32 * 4 and holder[f"CB{at}"].sent == 0
-            assert holder[f"DB{at}"].sent == rows * (32 + 1) * 4 and owner[f"DB{at}"].sent == 0
-            assert len(holder[f"DF{at}"].tokens) == 8 and sum(holder[f"DF{at}"].tokens) == rows
+            assert owner[f"DF{at}"].sent == rows + copies * (4 + 4) + header and holder[f"DF{at}"].sent == 0
+            assert holder[f"CF{at}"].sent == rows and owner[f"CF{at}"].sent == 0
+            assert owner[f"CB{at}"].sent == rows and holder[f"CB{at}"].sent == 0
+            assert holder[f"DB{at}"].sent == rows + copies * 4 and owner[f"DB{at}"].sent == 0
+            assert len(holder[f"DF{at}"].tokens) == 8 and sum(holder[f"DF{at}"].tokens) == copies
             assert owner[f"DF{at}"].tokens == ()
     for spans in (owner, holder):
         last = max(span.end for span in spans.values() if span.stream == "compute")

@@ -11,6 +11,7 @@ from ranks import run_ranks
 
 from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.runtime.transfers import Routed, TransferSizes
+from megatron_hetermoe.schedule.numbering import Numbering
 from megatron_hetermoe.topology.placement import Placement
 
 LAYOUT = ["--hetermoe", "--hetermoe-attention-ranks", "1", "--hetermoe-expert-ranks", "2",
@@ -72,7 +73,7 @@ def test_of_several_experts_those_are_named_that_made_nothing_good(spoiled, said
         group_of=lambda rank: 0, members_of=lambda holder: (holder,), rank_of=lambda group, member: member,
         role=lambda rank: "attention" if rank == 0 else "expert")
     session = SimpleNamespace(
-        rank=0, layout=layout, layer_of=lambda layer: layer, stage_placement=Placement(((1, 1, 2, 2),), 3))
+        rank=0, layout=layout, numbering=Numbering((range(1, 2),)), stage_placement=Placement(((1, 1, 2, 2),), 3))
     sizes = TransferSizes([3, 1], [[2, 2], [1, 0]])
     index = torch.tensor([1, 2, 0, 2, 0, 9], dtype=torch.int32)  # the last one is not sent
     numbers = Numbers(session, True)
