@@ -65,7 +65,7 @@ def test_every_key_of_the_section_is_a_flag():
     for key in HETERMOE_KEYS:
         value = {
             "schedule": "zebra", "attention": "flash", "experts": "grouped", "expert-precision": "fp16",
-            "weight-gradients": "delayed", "slow-down": "expert=2",
+            "weight-gradients": "delayed", "slow-down": "expert=2", "expert-impl": "local",
             "on-save-failure": "stop",
         }.get(key, "1")
         flags_of(parse(f"MODEL_ARGS:\nHETERMOE: {{{key}: {value}}}\n").argv)
