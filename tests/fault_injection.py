@@ -31,13 +31,14 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 
-from megatron_hetermoe.mcore import arguments, checkpoints, forward_backward, optimizer, pretrain, sdpa
+from megatron_hetermoe.mcore import checkpoints, forward_backward, meeting, optimizer, pretrain, sdpa
 from megatron_hetermoe.mcore.platform import flags
 from megatron_hetermoe.mcore.session import DTYPES
 from megatron_hetermoe.runtime import executor, peers
 from megatron_hetermoe.runtime.channels import Channel
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.schedule.tasks import Pass, Stream
+from megatron_hetermoe.topology.order import Started
 
 SLOW = 5.0  # seconds; longer than the time-out of the tests
 LATE = 0.3  # seconds
@@ -214,7 +215,7 @@ def give_engine(ranks: Sequence[int], rank: int) -> None:
     """Ranks that pass for GPUs with transformer-engine, which a stand-in is, and the others for GPUs without."""
     flags._REPLACED = {}
     found = {True: (8, 0), False: (7, 0)}
-    arguments.capabilities_here = lambda args: {one: found[one in ranks] for one in range(args.world_size)}
+    meeting.started_here = lambda has_gpu, local_rank, engine: Started(capability=found[rank in ranks][0], engine=engine)
     pretrain.capability_of = lambda device: found[rank in ranks]
 
 

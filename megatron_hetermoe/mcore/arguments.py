@@ -21,7 +21,6 @@ from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import DELAYED, Plan
 from megatron_hetermoe.config.recipe import by_flag, hint
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.mcore.devices import capabilities_here, device_problems
 from megatron_hetermoe.mcore.gpt import check_args
 from megatron_hetermoe.mcore.graphs import FLAG as GRAPHS
 from megatron_hetermoe.mcore.graphs import graph_problems
@@ -136,9 +135,6 @@ def disaggregated_arguments(
     """
     args = parse(rest, problems, asked)
     plan = _resolved(args, flags, args.world_size, problems)
-    if plan is not None:
-        for problem in device_problems(plan, args.add_bias_linear, args.transformer_impl, capabilities_here(args)):
-            problems.add(problem)
     try:
         check_args(args)
     except UsageError as error:
@@ -486,11 +482,10 @@ def _validate(args: argparse.Namespace, plan: Plan, problems: Problems, asked: A
     args.barrier_with_L1_time = False
     # A second set of groups, which only the legacy checkpoint format uses.
     args.use_gloo_process_groups = False
-    _set_precision(args, plan)
 
 
-def _set_precision(args: argparse.Namespace, plan: Plan) -> None:
-    """Megatron's precision of this rank, whose role may have another one than the flags say."""
+def set_precision(args: argparse.Namespace, plan: Plan) -> None:
+    """Megatron's precision of this rank, whose role may have another one than the flags say; when the rank is in pool order."""
     if layout_of(plan).role(args.rank) == EXPERT:
         args.fp16, args.bf16 = plan.expert_precision == "fp16", plan.expert_precision == "bf16"
         args.params_dtype = DTYPES[plan.expert_precision]

@@ -1,9 +1,7 @@
-"""What the GPUs of this machine cannot do of a plan, found before ranks meet."""
+"""What ranks' GPUs cannot do of a plan, found when processes have said where they are and before any process group exists."""
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Mapping
 
 import torch
@@ -11,25 +9,11 @@ import torch
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore.grouped import grouped_obstacle
 from megatron_hetermoe.mcore.implementation import ENGINE, engine_obstacle
-from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.topology.layout import ATTENTION, layout_of
+from megatron_hetermoe.topology.order import Started
 from megatron_hetermoe.topology.placement import Placement
 
 _BF16_CAPABILITY = (8, 0)  # Ampere; torch.cuda.is_bf16_supported() counts emulation too
-
-
-def capabilities_here(args: argparse.Namespace) -> dict[int, tuple[int, int] | None]:
-    """The compute capability of the GPU of each rank on this machine, None on the CPU.
-
-    A launcher that does not say how many there are (LOCAL_WORLD_SIZE) leaves each rank to look at its own.
-    """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    here = range(ranks) if ranks > 1 else [args.local_rank]
-    first = args.rank - args.local_rank
-    if cpu.needed():
-        return {first + local: None for local in here}
-    # Properties only: a tensor on the GPUs of other ranks would take memory there.
-    return {first + local: torch.cuda.get_device_capability(local % torch.cuda.device_count()) for local in here}
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
@@ -38,7 +22,7 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 
 
 def device_problems(
-    plan: Plan, has_biases: bool, dense_impl: str, capabilities: Mapping[int, tuple[int, int] | None]
+    plan: Plan, has_biases: bool, dense_impl: str, started: Mapping[int, Started]
 ) -> list[str]:
     """What a plan asks of ranks' GPUs in vain, one sentence each.
 
@@ -46,14 +30,15 @@ def device_problems(
         plan: the run's.
         has_biases: whether linear layers have biases.
         dense_impl: ``--transformer-impl``.
-        capabilities: by rank.
+        started: the processes, by the rank that each has become.
     """
     layout = layout_of(plan)
     placement = Placement(plan.placement, layout.holders)
     problems = []
-    for rank, found in capabilities.items():
+    for rank, process in sorted(started.items()):
+        found = divmod(round(10 * process.capability), 10) if process.capability else None
         holds = bool(placement.layers_of(layout.holder_of(rank)))
-        without = engine_obstacle(found)
+        without = engine_obstacle(found, process.engine)
         if without and dense_impl == ENGINE and layout.role(rank) == ATTENTION:
             problems.append(f"--transformer-impl transformer_engine cannot be on attention rank {rank}: {without}; use local, or "
                             f"give attention to others")

@@ -33,18 +33,19 @@ def is_installed() -> bool:
     return importlib.util.find_spec(ENGINE) is not None
 
 
-def engine_obstacle(capability: tuple[int, int] | None) -> str | None:
-    """Why a rank of this machine cannot run transformer-engine's layers; None when it can.
+def engine_obstacle(capability: tuple[int, int] | None, installed: bool) -> str | None:
+    """Why a rank cannot run transformer-engine's layers; None when it can.
 
     Args:
         capability: of its GPU; None for the CPU.
+        installed: whether its machine has transformer-engine.
     """
     if capability is None:
         return "it has no GPU"
     if capability < _ENGINE_CAPABILITY:
         return (f"its GPU has compute capability {capability[0]}.{capability[1]}, transformer-engine is for "
                 f"{_ENGINE_CAPABILITY[0]}.{_ENGINE_CAPABILITY[1]} and newer")
-    return None if is_installed() else "transformer-engine is not installed there"
+    return None if installed else "transformer-engine is not installed there"
 
 
 def without_engine(args: Any) -> None:

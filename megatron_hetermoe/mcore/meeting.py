@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.mcore.devices import device_problems
+from megatron_hetermoe.mcore.implementation import is_installed
 from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.runtime.roll_call import all_started, open_store, started_here
 from megatron_hetermoe.runtime.watched import attempt, store_is_launchers
@@ -27,16 +29,19 @@ def meet(args: argparse.Namespace, plan: Plan, layout: Layout) -> tuple[dist.Sto
         The store, and the rank whose process has it; None where it is the launcher's.
 
     Raises:
-        UsageError: on all ranks, when the processes do not fit the layout.
+        UsageError: on all ranks, when the processes do not fit the layout, or their GPUs what they are to do.
     """
     store, is_host = open_store(args.rank, args.world_size, timedelta(minutes=args.distributed_timeout_minutes))
-    here = started_here(not cpu.needed(), args.local_rank)
+    here = started_here(not cpu.needed(), args.local_rank, is_installed())
     started = all_started(dist.PrefixStore(attempt(), store), args.rank, args.world_size, is_host, here)
     # Only now may a rank refuse: nobody waits for the store of one that has left.
     problems = Problems()
     patterns = parse_patterns(os.environ.get(POOLS_VARIABLE, ""), problems)
     problems.raise_if_any()
     ranks = pool_order(started, layout, plan.pools, patterns)
+    for problem in device_problems(plan, args.add_bias_linear, args.transformer_impl, dict(zip(ranks, started))):
+        problems.add(problem)
+    problems.raise_if_any()
     args.rank = ranks[args.rank]
     os.environ["RANK"] = str(args.rank)
     if args.rank == 0 and len(set(map(str, started))) > 1:

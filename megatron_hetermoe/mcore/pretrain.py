@@ -29,6 +29,7 @@ from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
 from megatron_hetermoe.config.plan import DELAYED, Plan
 from megatron_hetermoe.config.slow_down import parse_slow_down
 from megatron_hetermoe.mcore import dry_run, gpt, patches, prediction
+from megatron_hetermoe.mcore.arguments import set_precision
 from megatron_hetermoe.mcore.attention import route_to_holders
 from megatron_hetermoe.mcore.checkpoints import check_load, going_on, sealing
 from megatron_hetermoe.mcore.devices import capability_of
@@ -36,7 +37,7 @@ from megatron_hetermoe.mcore.experts import ExpertModel
 from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.graphs import AttentionGraphs
 from megatron_hetermoe.mcore.grouped import build_held
-from megatron_hetermoe.mcore.implementation import ENGINE, choose_for_experts, engine_obstacle
+from megatron_hetermoe.mcore.implementation import ENGINE, choose_for_experts, engine_obstacle, is_installed
 from megatron_hetermoe.mcore.meeting import join_world, meet
 from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
@@ -105,6 +106,7 @@ def begin(args: argparse.Namespace, plan: Plan, flags: Flags) -> Met:
     if flags.dry_run:
         dry_run.prepare(args)
     store, host = meet(args, plan, layout_of(plan))
+    set_precision(args, plan)
     set_global_variables(args)
     return Met(store, host)
 
@@ -172,7 +174,7 @@ def _train(
 def _session(args: argparse.Namespace, plan: Plan) -> Session:
     """This rank's, with what all ranks have to agree on of their devices."""
     session = join_pools(plan)
-    able = not session.holds or engine_obstacle(capability_of(session.device)) is None
+    able = not session.holds or engine_obstacle(capability_of(session.device), is_installed()) is None
     impl = choose_for_experts(plan, args.transformer_impl, args.activation_again, able, session.control)
     return replace(session, activation_again=args.activation_again, expert_impl=impl)
 

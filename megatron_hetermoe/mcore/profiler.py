@@ -31,7 +31,7 @@ from megatron_hetermoe.mcore import gpt
 from megatron_hetermoe.mcore.arguments import disaggregated_arguments, model_shape
 from megatron_hetermoe.mcore.devices import capability_of
 from megatron_hetermoe.mcore.experts import experts_of
-from megatron_hetermoe.mcore.implementation import choose_for_experts, engine_obstacle
+from megatron_hetermoe.mcore.implementation import choose_for_experts, engine_obstacle, is_installed
 from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.pretrain import model_provider
 from megatron_hetermoe.mcore.session import Session
@@ -235,7 +235,7 @@ class _Part:
     def __init__(self, args: argparse.Namespace, plan: Plan, device: torch.device, activation_again: bool = False):
         self.args, self.device = args, device
         # No member is there to send to, so there are no channels and no control group.
-        able = engine_obstacle(capability_of(device)) is None
+        able = engine_obstacle(capability_of(device), is_installed()) is None
         impl = choose_for_experts(plan, args.transformer_impl, activation_again, able, None)
         self.session = Session(
             plan, self.rank, None, None, None, device, activation_again=activation_again, expert_impl=impl)

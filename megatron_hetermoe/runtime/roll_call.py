@@ -17,8 +17,8 @@ from megatron_hetermoe.topology.order import POOL_VARIABLE, Started
 FEATURES_VARIABLE = "HETERMOE_FEATURES"  # of all nodes, as `a40-0:a40,big v100-0:v100`; batch scripts know it
 
 
-def started_here(has_gpu: bool, local_rank: int) -> Started:
-    """This process. ``has_gpu`` is whether it computes on one."""
+def started_here(has_gpu: bool, local_rank: int, engine: bool) -> Started:
+    """This process. ``has_gpu`` is whether it computes on one, ``engine`` as of ``Started``."""
     gpu, capability = "", 0.0
     if has_gpu:
         device = local_rank % torch.cuda.device_count()
@@ -28,7 +28,7 @@ def started_here(has_gpu: bool, local_rank: int) -> Started:
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     features = dict(entry.partition(":")[::2] for entry in os.environ.get(FEATURES_VARIABLE, "").split())
     return Started(gpu, capability, node, tuple(filter(None, features.get(node, "").split(","))),
-                   os.environ.get(POOL_VARIABLE, ""))
+                   os.environ.get(POOL_VARIABLE, ""), engine)
 
 
 def open_store(rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, bool]:

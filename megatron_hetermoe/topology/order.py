@@ -31,6 +31,7 @@ class Started:
         node: its machine's name.
         features: what else describes the machine, as Slurm's features do.
         pool: what HETERMOE_POOL says; empty when it is not set.
+        engine: transformer-engine is installed there.
     """
 
     gpu: str = ""
@@ -38,6 +39,7 @@ class Started:
     node: str = ""
     features: tuple[str, ...] = ()
     pool: str = ""
+    engine: bool = False
 
     def __str__(self) -> str:
         pool = f" ({self.pool})" if self.pool else ""

@@ -6,18 +6,22 @@ from ranks import run_function
 
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
+from megatron_hetermoe.topology.order import Started
 
 SHAPE = ModelShape(
     layers=1, moe_layers=(1,), experts=4, topk=2, hidden=64, expert_ffn=64, dense_ffn=64, shared_expert_ffn=0, gated=True,
     heads=4, query_groups=4, head_dim=16, tied_embeddings=False, sequence=32,
 )
-VOLTA, AMPERE, HOPPER = (7, 0), (8, 0), (9, 0)
+VOLTA, AMPERE, HOPPER = 7.0, 8.0, 9.0
 
 
 def _problems(rank: int, world: int, cases: list) -> list[list[str]]:
     from megatron_hetermoe.mcore.devices import device_problems
 
-    return [device_problems(plan, biases, "local", capabilities) for plan, biases, capabilities in cases]
+    return [
+        device_problems(plan, biases, "local", {one: Started(capability=number) for one, number in capabilities.items()})
+        for plan, biases, capabilities in cases
+    ]
 
 
 def plan(attention: str, experts: str, kernel: str = "auto", holders=(2, 2, 3, 3)) -> Plan:
@@ -33,11 +37,11 @@ def test_what_is_said():
         (plan("bf16", "bf16", holders=(2, 2, 2, 2)), False, mixed),
         (plan("bf16", "fp16"), False, {0: VOLTA}),
         (plan("fp16", "fp16"), False, {0: VOLTA, 2: VOLTA}),
-        (plan("bf16", "bf16"), False, dict.fromkeys(range(4))),
+        (plan("bf16", "bf16"), False, dict.fromkeys(range(4), 0.0)),
         (plan("bf16", "bf16", "grouped"), False, {0: VOLTA, 2: HOPPER, 3: AMPERE}),
         (plan("bf16", "fp16", "grouped"), False, {2: HOPPER}),
         (plan("bf16", "bf16", "grouped"), True, {2: HOPPER}),
-        (plan("fp32", "fp32", "grouped"), False, dict.fromkeys(range(4))),
+        (plan("fp32", "fp32", "grouped"), False, dict.fromkeys(range(4), 0.0)),
     ]
     [found] = run_function(_problems, 1, cases)
     without, both, one, attention, fp16, cpu, ampere, half, biases, forced_cpu = found

@@ -34,9 +34,11 @@ def test_what_does_not_fit_is_refused_by_all_ranks(tmp_path):
 
 
 def test_torchrun_over_nodes_that_come_the_wrong_way_round(tmp_path):
-    """The first node has the expert rank. It trains all the same, with the losses of one that came the right way."""
+    """The first node has the expert rank. It trains all the same, each role in its precision, with the losses of one that came
+    the right way."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(recipe_of(tiny(train_iters=3), {"attention-ranks": 1, "expert-ranks": 1}))
+    model = tiny(train_iters=3, bf16=True, loss_scale=1024)
+    recipe.write_text(recipe_of(model, {"attention-ranks": 1, "expert-ranks": 1, "expert-precision": "fp16"}))
     port = free_port()
     nodes = [
         subprocess.Popen(
@@ -51,7 +53,7 @@ def test_torchrun_over_nodes_that_come_the_wrong_way_round(tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], expert + attention
     place = re.escape(f"no GPU of {socket.gethostname()}")
     assert re.search(rf"not the launcher's: 0 on {place} \(attention\), 1 on {place} \(expert\)", attention)
-    right = run_ranks([*tiny(train_iters=3), *HETERMOE], 2, cwd=tmp_path).check()
+    right = run_ranks([*model, *HETERMOE, "--hetermoe-expert-precision", "fp16"], 2, cwd=tmp_path).check()
     losses = re.findall(r"lm loss: (\S+)", expert)  # the last rank prints them, and it is the expert rank
     expected = [f"{step.loss['lm loss']:.6E}" for step in right.steps[0]]
     # Megatron's second line has the mean of the first two steps.
