@@ -19,7 +19,7 @@ from megatron_hetermoe.planner.diagnosis import NCCL_SHARING
 from megatron_hetermoe.runtime import seen_gpu
 from megatron_hetermoe.runtime.mps import Service, defaults, share
 from megatron_hetermoe.runtime.mps_keeper import CONTROL
-from megatron_hetermoe.runtime.seen_gpu import SeenGpu
+from megatron_hetermoe.runtime.seen_gpu import LinearLayers, SeenGpu
 
 _SHARES = (7, 0)  # compute capability from which on the service limits multiprocessors: Volta
 _NEARBY = 4  # percent more and less that are tried where cuBLAS is wrong
@@ -34,13 +34,13 @@ class Emulation:
     Attributes:
         shares: what was asked.
         gpu: what a process without a share sees of it.
-        dtype: in which ranks multiply matrices, as torch names it.
+        layers: what ranks multiply matrices for.
         by_cublas: the roles that do it by cuBLAS.
     """
 
     shares: Shares
     gpu: SeenGpu
-    dtype: str
+    layers: LinearLayers
     by_cublas: tuple[str, ...]
 
 
@@ -85,12 +85,27 @@ def emulation(
     gpu = gpu_to_divide({**os.environ, **env}, problems)
     if len(problems) > before:
         return None
-    dtype = "bfloat16" if "--bf16" in argv else "float16" if "--fp16" in argv else "float32"
+    layers = linear_layers(argv)
     if impl in (None, "auto"):
         impl = value_of(argv, "--transformer-impl")
     is_grouped = kernel == "grouped" or (
-        impl == "local" and kernel in (None, "auto") and dtype == "bfloat16" and gpu.capability[0] in _GROUPED_BY_ITSELF)
-    return Emulation(shares, gpu, dtype, ROLES[:1] if is_grouped else ROLES)
+        impl == "local" and kernel in (None, "auto") and layers.dtype == "bfloat16" and gpu.capability[0] in _GROUPED_BY_ITSELF)
+    return Emulation(shares, gpu, layers, ROLES[:1] if is_grouped else ROLES)
+
+
+def linear_layers(argv: Sequence[str]) -> LinearLayers:
+    """What a command line's model multiplies matrices for: attention's projections, the router, the head, an expert. Of what it
+    does not say, or not as a number, some size stands for it."""
+
+    def number(flag: str, otherwise: int) -> int:
+        text = value_of(argv, flag) or ""
+        return int(text) if text.isdecimal() and int(text) else otherwise
+
+    hidden = number("--hidden-size", 1024)
+    inner = number("--moe-ffn-hidden-size", number("--ffn-hidden-size", 4 * hidden))
+    widths = (hidden, 2 * hidden, 3 * hidden, inner, number("--num-experts", 24), number("--vocab-size", 32_000))
+    dtype = "bfloat16" if "--bf16" in argv else "float16" if "--fp16" in argv else "float32"
+    return LinearLayers(dtype, number("--seq-length", 4096) * number("--micro-batch-size", 1), hidden, widths)
 
 
 def gpu_to_divide(environment: Mapping[str, str], problems: Problems) -> SeenGpu:
@@ -126,7 +141,7 @@ def divided(emulated: Emulation, env: Mapping[str, str], logs: Path) -> Iterator
         def with_share(percent: int) -> dict[str, str]:
             return {**os.environ, **common, **share(percent)}
 
-        found = seen_gpu.seen([with_share(shares.percent[role]) for role in ROLES], emulated.dtype)
+        found = seen_gpu.seen([with_share(shares.percent[role]) for role in ROLES], emulated.layers)
         parts = []
         for role, one in zip(ROLES, found, strict=True):
             if one.problem:
@@ -202,15 +217,15 @@ def _product_problems(
     """Roles whose share has products of matrices come out wrong, and shares in which they are right."""
     problems = []
     for role in emulated.by_cublas:
-        percent, seen, dtype = emulated.shares.percent[role], found[role], emulated.dtype
+        percent, seen, layers = emulated.shares.percent[role], found[role], emulated.layers
         if not seen.wrong_products:
             continue
         near = [other for other in range(max(1, percent - _NEARBY), min(100, percent + _NEARBY) + 1) if other != percent]
-        right = [f"{other}%" for other, one in zip(near, seen_gpu.seen(list(map(with_share, near)), dtype))
+        right = [f"{other}%" for other, one in zip(near, seen_gpu.seen(list(map(with_share, near)), layers))
                  if not one.problem and not one.wrong_products]
         advice = f"one of {', '.join(right)}" if right else "quite another share"
         problems.append(
             f"{role} ranks have {percent}%, {seen.multiprocessors} multiprocessors of an {seen.name}, and there cuBLAS computes "
-            f"some products in {dtype} wrongly ({seen.wrong_products[0]}, for one): give them "
+            f"some products in {layers.dtype} wrongly ({seen.wrong_products[0]}, for one): give them "
             f"{advice}{'; or --hetermoe-experts grouped (bf16 on Hopper and Blackwell), which does without cuBLAS' * (role == 'expert')}")
     return problems

@@ -36,14 +36,31 @@ class SeenGpu:
     problem: str = ""
 
 
-def seen(environments: Sequence[Mapping[str, str]], products_of: str = "") -> list[SeenGpu]:
+@dataclass(frozen=True)
+class LinearLayers:
+    """Layers whose products are looked at.
+
+    Attributes:
+        dtype: as torch names it.
+        rows: that go through them at once.
+        hidden: width of what goes in.
+        widths: of what comes out, one a layer.
+    """
+
+    dtype: str
+    rows: int
+    hidden: int
+    widths: tuple[int, ...]
+
+
+def seen(environments: Sequence[Mapping[str, str]], layers: LinearLayers | None = None) -> list[SeenGpu]:
     """What processes with these environments see, all at once.
 
     Args:
         environments: of the processes.
-        products_of: a dtype's name in torch, in which products of matrices are to be checked.
+        layers: whose products are to be checked.
     """
-    words = [products_of] if products_of else []
+    words = [json.dumps(asdict(layers))] if layers else []
     processes = [
         subprocess.Popen([sys.executable, "-m", __name__, *words], env=dict(environment), stdin=subprocess.DEVNULL,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -68,7 +85,7 @@ def _answer(process: subprocess.Popen[str]) -> SeenGpu:
     return SeenGpu(**{name: tuple(value) if isinstance(value, list) else value for name, value in document.items()})
 
 
-def _look(products_of: str = "") -> SeenGpu:
+def _look(layers: LinearLayers | None = None) -> SeenGpu:
     import torch
 
     from megatron_hetermoe.runtime.nccl import loaded_nccl
@@ -78,7 +95,7 @@ def _look(products_of: str = "") -> SeenGpu:
     try:
         torch.zeros(1, device="cuda").item()  # a GPU that is taken, or a service that does not answer, says so here
         properties = torch.cuda.get_device_properties(0)
-        wrong = wrong_products(getattr(torch, products_of), torch.device("cuda")) if products_of else ()
+        wrong = wrong_products(layers, torch.device("cuda")) if layers else ()
     except (RuntimeError, AssertionError) as error:
         return SeenGpu(problem=" ".join(str(error).split()), **nccl)
     return SeenGpu(properties.name, f"GPU-{properties.uuid}", (properties.major, properties.minor),
@@ -86,4 +103,4 @@ def _look(products_of: str = "") -> SeenGpu:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_look(*sys.argv[1:]))))
+    print(json.dumps(asdict(_look(*(LinearLayers(**json.loads(word)) for word in sys.argv[1:])))))

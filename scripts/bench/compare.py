@@ -41,6 +41,8 @@ from models import MODELS, STEPS, VOCABULARY, model_flags, model_shape, words
 from prices import Prices, measured_in, price, take_profiles
 from systems import FAST, KERNELS, NAMES, PIPELINE, PLANNED, SLOW, System, pipelined, planned, systems
 
+from megatron_hetermoe.cli.emulate import linear_layers
+
 BUDGET = 530  # seconds
 _WHY_NOT = {
     PIPELINE: "stock Megatron has as many ranks in each stage, and a whole number of microbatches",
@@ -97,6 +99,11 @@ def main() -> int:
     done = cells.read(args.out)
     if other := next((cell["on"] for cell in done if cell.get("on", _where(args)) != _where(args)), None):
         print(f"compare: {args.out} has cells of {other}, and this would be on {_where(args)}: name another file", file=sys.stderr)
+        return 2
+    if not done and (problems := _machine(args).problems([
+            linear_layers(words(model_flags(model, length, args.batch, args.precision)))
+            for model in args.models for length in args.lengths])):
+        print("compare: give other --shares:", *problems, sep="\n  ", file=sys.stderr)
         return 2
     left: list[str] = []
     for model in args.models:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from lab import Ended
 
+from megatron_hetermoe.runtime.seen_gpu import LinearLayers
+
 _ROOT, _RANK = Path(__file__).parents[2], str(Path(__file__).with_name("host_rank.py"))
 _PASSED_ON = ("NCCL_", "CUDA_", "TORCH_", "HETERMOE_", "LD_")  # beginnings of variables that are the same on all hosts
 _PORTS = range(20000, 30000)
@@ -64,6 +66,10 @@ class Hosts:
                 for rank, host in enumerate(hosts)
             ]
             return Ended(_wait(started, limit), [log.read_text() for log in logs])
+
+    def problems(self, layers: Sequence[LinearLayers]) -> list[str]:
+        """None: ranks have all of a GPU."""
+        return []
 
     def _hosts(self, pools: Sequence[str]) -> list[str]:
         free = {pool: iter(hosts) for pool, hosts in self.of_pool.items()}

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 from megatron_hetermoe.cli.emulate import gpu_to_divide
 from megatron_hetermoe.config.errors import Problems
+from megatron_hetermoe.runtime import seen_gpu
 from megatron_hetermoe.runtime.mps import Service, defaults, share
+from megatron_hetermoe.runtime.seen_gpu import LinearLayers
 
 _PATH = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{os.environ.get('PYTHONPATH', '')}"}
 
@@ -93,6 +95,22 @@ def run(
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         return Ended(codes, [log.read_text() for log in logs])
+
+
+def wrong_shares(ranks: Sequence[Rank], layers: Sequence[LinearLayers]) -> list[str]:
+    """The shares with which cuBLAS computes products of some layers wrongly, one sentence each."""
+    gpus = _gpus(max(rank.gpu for rank in ranks) + 1)
+    wrong = []
+    with tempfile.TemporaryDirectory() as name, Service(",".join(gpus), Path(name)) as service:
+        distinct = list({(rank.share, rank.gpu): rank for rank in ranks}.values())
+        environments = [{**defaults(os.environ), **os.environ, **service.variables, **_PATH, **share(rank.share),
+                         "CUDA_VISIBLE_DEVICES": gpus[rank.gpu]} for rank in distinct]
+        for of_length in layers:
+            for rank, found in zip(distinct, seen_gpu.seen(environments, of_length)):
+                if said := found.problem or ", ".join(found.wrong_products):
+                    wrong.append(f"with {rank.share}% ({found.multiprocessors} multiprocessors) products are wrong at "
+                                 f"{of_length.rows} rows: {said}")
+    return wrong
 
 
 @functools.cache

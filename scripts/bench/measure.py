@@ -15,6 +15,8 @@ from lab import Ended, Rank
 from models import STEPS
 from systems import FAST, KERNELS, SLOW, System
 
+from megatron_hetermoe.runtime.seen_gpu import LinearLayers
+
 WARM_UP = 4  # steps left out: routing is uneven at first, and graphs are captured
 _HANGS = 0.9  # of the limit, after which a rank shows its stacks and ends
 
@@ -26,6 +28,10 @@ class Machine(Protocol):
         self, pools: Sequence[str], argv_of: Callable[[int], Sequence[object]], limit: float, blocks: int | None = None
     ) -> Ended:
         """Runs one Python process for each of these ranks, as ``lab.run``."""
+        ...
+
+    def problems(self, layers: Sequence[LinearLayers]) -> list[str]:
+        """What keeps ranks there from computing these layers right."""
         ...
 
 
@@ -50,6 +56,10 @@ class Shares:
     ) -> Ended:
         """As ``lab.run``."""
         return lab.run(self.ranks(pools), argv_of, limit, blocks)
+
+    def problems(self, layers: Sequence[LinearLayers]) -> list[str]:
+        """Shares in which products are wrong."""
+        return lab.wrong_shares(self.ranks((FAST, SLOW)), layers)
 
 
 def measure(

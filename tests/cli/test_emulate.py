@@ -23,7 +23,7 @@ from recipes import recipe_of
 
 from megatron_hetermoe.cli.main import main
 from megatron_hetermoe.runtime import mps, mps_keeper, seen_gpu
-from megatron_hetermoe.runtime.seen_gpu import SeenGpu
+from megatron_hetermoe.runtime.seen_gpu import LinearLayers, SeenGpu
 
 ROOT = Path(__file__).parents[2]
 SHARES = "attention=2x25%,expert=1x20%"
@@ -38,13 +38,13 @@ from megatron_hetermoe.cli import launch, train
 from megatron_hetermoe.cli.main import main
 from megatron_hetermoe.runtime import seen_gpu
 
-def seen(environments, products_of=""):
+def seen(environments, layers=None):
     found = []
     for environment in environments:
         share = environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
         served = Path(environment.get("CUDA_MPS_PIPE_DIRECTORY", "/none"), "control").exists()
         assert served or share is None
-        wrong = ("4096 x 1024 by 1024 x 24",) if products_of and share in ("20", "26", "27", "29") else ()
+        wrong = ("4096 x 1024 by 1024 x 24",) if layers and share in ("20", "26", "27", "29") else ()
         found.append(replace(GPU, multiprocessors=GPU.multiprocessors * int(share or 100) // 100, wrong_products=wrong))
     return found
 
@@ -238,13 +238,29 @@ def test_the_lab_of_the_benchmarks_divides_by_the_same_code(tmp_path, monkeypatc
 
     calls = fake_mps.install(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setattr(seen_gpu, "seen", lambda environments, products_of="": [GPU for _ in environments])
+    monkeypatch.setattr(seen_gpu, "seen", lambda environments, layers=None: [GPU for _ in environments])
     names = ("RANK", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "NCCL_MAX_CTAS", "NCCL_MULTI_RANK_GPU_ENABLE", "CUDA_VISIBLE_DEVICES")
     code = f"import os, sys; print(*map(os.environ.get, {names})); sys.exit(int(os.environ['RANK']) == 1)"
     ended = lab.run([lab.Rank(25, "flash", "fast"), lab.Rank(20, "efficient", "slow")], lambda rank: ["-c", code], 30, blocks=1)
     assert ended.codes == [0, 1] and ended.failure
     assert ended.logs == ["0 25 1 1 GPU-0123\n", "1 20 1 1 GPU-0123\n"]
     assert [line.split()[0] for line in calls.read_text().splitlines()] == ["start", "quit"]
+
+
+def test_the_lab_names_shares_in_which_products_are_wrong(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
+    import lab
+
+    def seen(environments, layers=None):
+        shares = [environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE") for environment in environments]
+        return [replace(GPU, wrong_products=("a by b",) if share == "31" and layers.rows == 64 else ()) for share in shares]
+
+    fake_mps.install(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(seen_gpu, "seen", seen)
+    layers = [LinearLayers("bfloat16", rows, 8, (8,)) for rows in (32, 64)]
+    ranks = [lab.Rank(31, "flash", "fast"), lab.Rank(31, "flash", "fast"), lab.Rank(25, "efficient", "slow")]
+    assert lab.wrong_shares(ranks, layers) == ["with 31% (132 multiprocessors) products are wrong at 64 rows: a by b"]
 
 
 # --------------------------------------------------------------------------------------------- refusals
@@ -324,7 +340,7 @@ def assert_refused(argv, gpu, said, folder, monkeypatch, capsys, **modes):
     """The command ends with one message, with each of these texts, and starts no service."""
     calls = fake_mps.install(folder / "bin", **modes) if folder else None
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}" if folder else "/nowhere")
-    monkeypatch.setattr(seen_gpu, "seen", lambda environments, products_of="": [gpu for _ in environments])
+    monkeypatch.setattr(seen_gpu, "seen", lambda environments, layers=None: [gpu for _ in environments])
     assert main(argv) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("hetermoe: ") and all(text in errors for text in said), errors
@@ -335,7 +351,7 @@ def test_shares_that_do_not_hold(tmp_path, monkeypatch, capsys):
     """Where the service cannot be reached CUDA goes on without it, and all ranks would have all of the GPU."""
     calls = fake_mps.install(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setattr(seen_gpu, "seen", lambda environments, products_of="": [GPU for _ in environments])
+    monkeypatch.setattr(seen_gpu, "seen", lambda environments, layers=None: [GPU for _ in environments])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(LOCAL)
     assert main(["train", "r.yaml", "--emulate", BOTH]) == 2

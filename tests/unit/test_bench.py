@@ -263,6 +263,7 @@ def lab(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench.compare, "take_profiles", take_profiles)
     monkeypatch.setattr(bench.measure.lab, "run", run)
+    monkeypatch.setattr(bench.measure.lab, "wrong_shares", lambda ranks, layers: [])
     return runs
 
 
@@ -302,6 +303,21 @@ def test_a_file_is_of_one_machine(lab, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--shares", "31", "25"])
     assert bench.compare.main() == 2
     assert "name another file" in capsys.readouterr().err and len(lab) == 1
+
+
+def test_shares_that_compute_wrongly_are_refused_before_anything_is_measured(lab, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def wrong_shares(ranks, layers):
+        asked.extend((rank.share, of.rows, of.hidden, of.dtype) for rank in ranks for of in layers)
+        return ["with 31% (40 multiprocessors) products are wrong at 4096 rows"]
+
+    monkeypatch.setattr(bench.measure.lab, "wrong_shares", wrong_shares)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "cells.jsonl"), "--shares", "31", "25",
+                                      "--lengths", "4096", "8192"])
+    assert bench.compare.main() == 2
+    assert "give other --shares:\n  with 31% (40 multiprocessors)" in capsys.readouterr().err and not lab
+    assert asked == [(share, rows, 512, "bfloat16") for share in (31, 25) for rows in (4096, 8192)]
 
 
 def test_a_cell_is_likely_as_long_as_those_before():
