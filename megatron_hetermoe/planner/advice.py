@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.step import RECOMPUTE, Step
 from megatron_hetermoe.cost.cluster import Cluster, Kind
-from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
+from megatron_hetermoe.cost.group import GroupCosts, seats_of
 from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds
 from megatron_hetermoe.planner.memory import MARGIN, member_memory, usable
 from megatron_hetermoe.planner.options import MOST_MEMBERS, Question, options

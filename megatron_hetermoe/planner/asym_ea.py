@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER
-from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
+from megatron_hetermoe.cost.group import GroupCosts
+from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.planner.memory import most_experts
 from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.simulator.events import simulate

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER
-from megatron_hetermoe.cost.tasks import BYTES, GRADIENT_BYTES, GroupCosts
+from megatron_hetermoe.cost.group import BYTES, GRADIENT_BYTES, GroupCosts
 
 MARGIN = 0.10  # share of a GPU's memory that a plan leaves free, for fragmentation and what nobody counted
 IMBALANCE = 1.25  # rows that an expert may get, over balanced routing

@@ -11,7 +11,7 @@ from megatron_hetermoe.config.plan import TOGETHER
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import RECOMPUTE, Step
 from megatron_hetermoe.cost.cluster import Cluster, Kind
-from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
+from megatron_hetermoe.cost.group import GroupCosts, seats_of
 from megatron_hetermoe.planner.asym_ea import Limits, limits_of
 from megatron_hetermoe.planner.memory import in_flight, member_memory, usable, waves_ahead
 from megatron_hetermoe.planner.staged import layers_of

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from megatron_hetermoe.config.plan import DELAYED, MERGED, TOGETHER, Plan
 from megatron_hetermoe.config.step import Prediction
 from megatron_hetermoe.cost.cluster import Cluster, Kind
-from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
+from megatron_hetermoe.cost.group import GroupCosts
+from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.planner.asym_ea import LONG, Assignment, balance, placement_of
 from megatron_hetermoe.planner.memory import imbalance_that_fits, in_flight, member_memory, most_imbalance
 from megatron_hetermoe.planner.options import Option, Question, options, variants

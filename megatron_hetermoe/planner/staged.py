@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from megatron_hetermoe.config.plan import TOGETHER, Plan
 from megatron_hetermoe.config.shape import ModelShape
-from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
+from megatron_hetermoe.cost.group import GroupCosts
+from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.planner.asym_ea import (
     LONG, Assignment, Limits, balance, by_memory, counts_of, feasible, long_step_seconds, placement_of,
 )

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_hetermoe.config.plan import TOGETHER
-from megatron_hetermoe.cost.tasks import GroupCosts, Seat, TaskCosts
+from megatron_hetermoe.cost.group import GroupCosts, Seat
+from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.schedule.orders import build, sequential
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.simulator.events import simulate

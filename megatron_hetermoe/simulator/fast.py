@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from megatron_hetermoe.cost.tasks import GroupCosts
+from megatron_hetermoe.cost.group import GroupCosts
 from megatron_hetermoe.schedule.orders import MemberSchedule, build
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 from megatron_hetermoe.topology.placement import Placement

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_hetermoe.cost.tasks import GroupCosts
+from megatron_hetermoe.cost.group import GroupCosts
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 _PASSES = (0, 1)  # forward, backward

@@ -25,7 +25,7 @@ from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Link
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.devices import device_table
 from megatron_hetermoe.cost.estimate import Efficiency, Estimate
-from megatron_hetermoe.cost.tasks import GroupCosts, seats_of
+from megatron_hetermoe.cost.group import GroupCosts, seats_of
 from megatron_hetermoe.planner.asym_ea import Limits, balance, counts_of, gather_and_squeeze, long_step_seconds
 from megatron_hetermoe.simulator.baselines import expert_parallel_seconds, ideal_seconds, pipeline, spread
 

@@ -18,7 +18,8 @@ from megatron_hetermoe.config.plan import MERGED, TOGETHER, Plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.cost.cluster import Cluster, Kind, kinds_of, read_cluster
 from megatron_hetermoe.cost.curves import Curve, Notes
-from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts
+from megatron_hetermoe.cost.group import GroupCosts
+from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.planner.asym_ea import balance, counts_of
 from megatron_hetermoe.planner.options import Option, Question, options
 from megatron_hetermoe.planner.search import Priced, search

@@ -8,7 +8,8 @@ from megatron_hetermoe.config.step import Step
 from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Link
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.cost.profile import Profile, Profiled, taken_for
-from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, seats_of
+from megatron_hetermoe.cost.group import GroupCosts, seats_of
+from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.schedule.interleaved import schedule_of
 from megatron_hetermoe.simulator.baselines import spread
 

@@ -11,7 +11,8 @@ from megatron_hetermoe.config.plan import plan_from_json
 from megatron_hetermoe.config.step import Step
 from megatron_hetermoe.cost.cluster import Cluster, kinds_of
 from megatron_hetermoe.cost.curves import Notes
-from megatron_hetermoe.cost.tasks import GroupCosts, TaskCosts, costs_of_plan, seats_of
+from megatron_hetermoe.cost.group import GroupCosts, seats_of
+from megatron_hetermoe.cost.tasks import TaskCosts, costs_of_plan
 from megatron_hetermoe.planner.advice import alone, baselines, nothing_fits
 from megatron_hetermoe.planner.asym_ea import Limits, counts_of, feasible, long_step_seconds, placement_of
 from megatron_hetermoe.planner.memory import expert_row_bytes, in_flight, member_memory, usable, waves_ahead
