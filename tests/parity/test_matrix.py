@@ -61,7 +61,8 @@ def test_matrix(parity, row, record_property):
     if row["precision"] == matrix.FP32:
         stock, allowed = [parity.stock(m * g, **model)], (REL, REL)
     else:
-        stock = _stock_layouts(parity, row, model)
+        stock = [one for one in _stock_layouts(parity, row, model) if _skips(one) == _skips(run)]
+        assert len(stock) > 1, "stock Megatron's layouts skip other steps"
         allowed = _largest(largest_differences(one.steps[0], other.steps[0]) for one, other in combinations(stock, 2))
         if matrix.sums_otherwise(row):
             in_fp32, _ = _split({**row, "precision": matrix.FP32}, parity)
@@ -72,6 +73,11 @@ def test_matrix(parity, row, record_property):
     record_property(matrix.DEVIATION, (row["precision"], *found, *allowed))
     assert found[0] <= allowed[0] and found[1] <= allowed[1], f"{found} against {allowed}: {row}"
     _evaluations_agree(run, stock[0], rel=max(REL, 2 * allowed[0]))
+
+
+def _skips(run: Run) -> list[int]:
+    """The steps that a loss scale has a run skip. An overflow depends on what a rank sums up, so on the layout."""
+    return [index for index, step in enumerate(run.steps[0]) if step.skipped]
 
 
 def _largest(differences: Iterable[tuple[float, float]]) -> tuple[float, float]:
