@@ -29,14 +29,16 @@ from megatron_hetermoe.cost.profile import Points, Profile, taken_for
 from megatron_hetermoe.cost.work import crossing_share
 from megatron_hetermoe.mcore import gpt
 from megatron_hetermoe.mcore.arguments import disaggregated_arguments, model_shape
-from megatron_hetermoe.mcore.devices import capability_of
+from megatron_hetermoe.mcore.devices import capability_of, device_problems
 from megatron_hetermoe.mcore.experts import experts_of
 from megatron_hetermoe.mcore.implementation import choose_for_experts, engine_obstacle, is_installed
 from megatron_hetermoe.mcore.numbers import Numbers
+from megatron_hetermoe.mcore.platform import cpu
 from megatron_hetermoe.mcore.pretrain import model_provider
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
 from megatron_hetermoe.runtime.copies import Copies
+from megatron_hetermoe.runtime.roll_call import started_here
 from megatron_hetermoe.runtime.streams import Queued, streams_for
 from megatron_hetermoe.runtime.transfers import Routed, SizesLater, Transfers, TransferSizes
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
@@ -84,6 +86,10 @@ def arguments(rest: Sequence[str], flags: Flags, problems: Problems) -> tuple[ar
     alone = Flags(enabled=True, attention_ranks=1, expert_ranks=2, attention=flags.attention, experts=flags.experts)
     args, plan = disaggregated_arguments(
         alone, [*rest, "--num-layers", str(LAYERS), "--moe-layer-freq", "1", *_PLAIN], problems)
+    here = started_here(not cpu.needed(), args.local_rank, is_installed())
+    for problem in device_problems(plan, args.add_bias_linear, args.transformer_impl, {_ATTENTION: here}):
+        problems.add(problem)
+    problems.raise_if_any()
     return args, _with_held(plan, HELD)
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+from models import tiny
 from ranks import run_function
 
+from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.topology.order import Started
@@ -55,3 +60,22 @@ def test_what_is_said():
         "rank 0 has a GPU without bf16 (compute capability 7.0) for attention in bf16",
         "--hetermoe-experts grouped cannot be on rank 3"]
     assert "experts are in fp16" in half[0] and "--disable-bias-linear" in biases[0]
+
+
+def _profiled(rank: int, world: int, rest: list[str]) -> list[str]:
+    """What ``hetermoe profile`` says on a V100."""
+    from megatron_hetermoe.mcore import profiler
+
+    os.environ["WORLD_SIZE"] = "3"
+    profiler.started_here = lambda has_gpu, local_rank, engine: Started(capability=VOLTA, engine=engine)
+    try:
+        profiler.arguments(rest, Flags(enabled=True), Problems())
+    except UsageError as error:
+        return list(error.problems)
+    return []
+
+
+def test_a_gpu_is_not_profiled_in_a_precision_that_it_lacks():
+    [found] = run_function(_profiled, 1, tiny(bf16=True))
+    assert len(found) == 1 and "without bf16 (compute capability 7.0) for attention in bf16: train with --fp16" in found[0]
+    assert run_function(_profiled, 1, tiny(fp16=True)) == [[]]
