@@ -60,10 +60,8 @@ class AsymmetricDispatcher(MoETokenDispatcher):
         self._order = torch.tensor(placement.expert_order(layer), device=device)
         self._experts_of_holder = [len(placement.held(layer, holder)) for holder in placement.holders_of(layer)]
         holders = torch.arange(len(self._experts_of_holder), device=device)
-        # Of each expert in that order, and of each expert of the layer as one of [experts, holders].
+        # Of each expert in that order.
         self._holder = holders.repeat_interleave(torch.tensor(self._experts_of_holder, device=device))
-        self._is_held = torch.empty(len(self._order), len(holders), device=device)
-        self._is_held[self._order] = (self._holder[:, None] == holders).float()
         self._state: DispatchState | None = None
 
     @contextmanager
@@ -93,14 +91,15 @@ class AsymmetricDispatcher(MoETokenDispatcher):
         """
         state = self._state
         state.hidden_shape = tokens.shape
-        crossing = routing_map.float() @ self._is_held > 0  # [tokens, holders]
+        routed = routing_map.t().index_select(0, self._order)  # [experts, tokens], by holder
+        copies = routed.new_zeros(len(self._experts_of_holder), len(routing_map), dtype=torch.int32)
+        crossing = copies.index_add(0, self._holder, routed.int()) > 0  # [holders, tokens]
         most = self._most_copies(len(routing_map))
         rows, _, state.mapping, *_ = permute(
-            tokens.reshape(-1, tokens.shape[-1]), crossing, num_out_tokens=min(most, crossing.numel()),
+            tokens.reshape(-1, tokens.shape[-1]), crossing.t(), num_out_tokens=min(most, crossing.numel()),
             fused=self.config.moe_permute_fusion,
         )
-        row = crossing.t().cumsum(dim=1, dtype=torch.int32)  # [holders, tokens], each holder's from 1 on
-        routed = routing_map.t().index_select(0, self._order)  # [experts, tokens], by holder
+        row = crossing.cumsum(dim=1, dtype=torch.int32)  # [holders, tokens], each holder's from 1 on
         state.count(torch.cat([routed.sum(dim=1), row[:, -1]]), self._experts_of_holder)
         chosen = routed.view(-1).argsort(descending=True, stable=True)[:most]
         state.index = (row - 1).index_select(0, self._holder).view(-1).index_select(0, chosen)
