@@ -37,7 +37,7 @@ from typing import NamedTuple
 import cells
 from hosts import Hosts
 from measure import Machine, Shares, measure
-from models import MODELS, STEPS, VOCABULARY, model_flags, model_shape, words
+from paper_models import MODELS, STEPS, VOCABULARY, model_flags, model_shape, words
 from prices import Prices, measured_in, price, take_profiles
 from systems import FAST, KERNELS, NAMES, PIPELINE, PLANNED, SLOW, System, pipelined, planned, systems
 

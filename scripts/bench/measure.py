@@ -12,7 +12,7 @@ from typing import Protocol
 
 import lab
 from lab import Ended, Rank
-from models import STEPS
+from paper_models import STEPS
 from systems import FAST, KERNELS, SLOW, System
 
 from megatron_hetermoe.runtime.seen_gpu import LinearLayers

@@ -20,16 +20,12 @@ BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 
 
 def modules(*names: str) -> SimpleNamespace:
-    """Modules of the benchmarks. One that they import is called ``models``, as one of the tests is, which is put aside."""
-    aside = sys.modules.pop("models", None)
+    """Modules of the benchmarks."""
     sys.path.insert(0, str(BENCH))
     try:
         return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     finally:
         sys.path.remove(str(BENCH))
-        sys.modules.pop("models", None)
-        if aside:
-            sys.modules["models"] = aside
 
 
 bench = modules("bound", "busy", "cells", "compare", "hosts", "measure", "prices", "systems", "throttle")
