@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from systems import FAST, SLOW
 
@@ -37,9 +38,33 @@ def key(cell: dict) -> tuple:
     return *setting(cell), cell["system"], cell["repeat"]
 
 
-def setting(cell: dict) -> tuple:
-    """What cells have in common that are compared: model, length, ranks of each pool, sequences, speed of traffic or None."""
-    return cell["model"], cell["length"], tuple(cell["ranks"]), cell["batch"], cell.get("gbps")
+class Setting(NamedTuple):
+    """What cells have in common that are compared.
+
+    Attributes:
+        model, length: as ``paper_models.model_flags``.
+        ranks: of each pool.
+        batch, micro_batch: sequences of a step and of a microbatch.
+        gbps: speed of traffic; None where it is not throttled.
+    """
+
+    model: str
+    length: int
+    ranks: tuple[int, int]
+    batch: int
+    micro_batch: int
+    gbps: float | None
+
+    @property
+    def pools(self) -> str:
+        """How the pools are used, in words."""
+        beside = f", microbatches of {self.micro_batch}" if self.micro_batch > 1 else ""
+        return "{} fast, {} slow".format(*self.ranks) + beside + (f", {self.gbps:g} Gbit/s" if self.gbps else "")
+
+
+def setting(cell: dict) -> Setting:
+    """The one of a cell."""
+    return Setting(cell["model"], cell["length"], tuple(cell["ranks"]), cell["batch"], cell["micro_batch"], cell.get("gbps"))
 
 
 def compared(cells: Iterable[dict]) -> list[dict]:
@@ -50,7 +75,7 @@ def compared(cells: Iterable[dict]) -> list[dict]:
     """
     by_training: dict[tuple, list[dict]] = {}
     for cell in cells:
-        by_training.setdefault((cell["model"], cell["length"], cell["batch"]), []).append(cell)
+        by_training.setdefault((cell["model"], cell["length"], cell["batch"], cell["micro_batch"]), []).append(cell)
     return [_checked(cell, _reference(alike)) for alike in by_training.values() for cell in alike]
 
 
@@ -73,16 +98,16 @@ def _checked(cell: dict, right: list[float]) -> dict:
                               f"and more than {SPREAD:.1%} is no rounding"}
 
 
-def by_setting(cells: Iterable[dict]) -> dict[tuple, dict[str, list[dict]]]:
+def by_setting(cells: Iterable[dict]) -> dict[Setting, dict[str, list[dict]]]:
     """For each setting the cells that count, by system, in the order of the file."""
-    groups: dict[tuple, dict[str, list[dict]]] = {}
+    groups: dict[Setting, dict[str, list[dict]]] = {}
     for cell in compared(cells):
         if "seconds" in cell:
             groups.setdefault(setting(cell), {}).setdefault(cell["system"], []).append(cell)
     return groups
 
 
-_COLUMNS = ("model", "tokens", "ranks", "Gbit/s", "system", "sequences/s", "spread", "predicted", "over EP", "over the sum of pools",
+_COLUMNS = ("model", "tokens", "ranks", "system", "sequences/s", "spread", "predicted", "over EP", "over the sum of pools",
             "of the bound", "over EP's compute alone", "busy, profiled", "busy, kernels")
 
 
@@ -90,9 +115,8 @@ def table(cells: Iterable[dict]) -> str:
     """The figures as Markdown, and what failed."""
     cells = list(cells)
     lines = [_row(_COLUMNS), _row("---" for _ in _COLUMNS)]
-    for (model, length, ranks, _, gbps), by_system in by_setting(cells).items():
-        where = (model, str(length), "{}:{}".format(*ranks), f"{gbps:g}" if gbps else "")
-        lines += [_row((*where, *row)) for row in _rows(by_system)]
+    for where, by_system in by_setting(cells).items():
+        lines += [_row((where.model, str(where.length), where.pools, *row)) for row in _rows(by_system)]
     failed = [cell for cell in compared(cells) if "seconds" not in cell]
     return "\n".join([*lines, *(f"failed: {key(cell)}: {cell['failed']}" for cell in failed)])
 

@@ -68,6 +68,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help=f"of {', '.join(map(repr, NAMES))}")
     parser.add_argument("--ranks", nargs=2, type=int, default=(2, 2), metavar=("FAST", "SLOW"), help="of each pool")
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--micro-batch", type=int, default=1, help="sequences of a microbatch")
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16", help="fp16 for GPUs older than Ampere")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--shares", nargs=2, type=int, default=(25, 25), metavar=("FAST", "SLOW"),
@@ -101,7 +102,7 @@ def main() -> int:
         print(f"compare: {args.out} has cells of {other}, and this would be on {_where(args)}: name another file", file=sys.stderr)
         return 2
     if not done and (problems := _machine(args).problems([
-            linear_layers(words(model_flags(model, length, args.batch, args.precision)))
+            linear_layers(words(model_flags(model, length, args.batch, args.precision, args.micro_batch)))
             for model in args.models for length in args.lengths])):
         print("compare: give other --shares:", *problems, sep="\n  ", file=sys.stderr)
         return 2
@@ -128,7 +129,7 @@ def _measure_model(args: argparse.Namespace, model: str, done: list[dict], end: 
     left = []
     for point in _points(args, model, prices):
         cell = {"model": model, "length": point.length, "ranks": list(args.ranks), "system": point.system, "repeat": point.repeat,
-                "batch": args.batch, "gbps": args.throttle_gbps, "on": _where(args)}
+                "batch": args.batch, "micro_batch": args.micro_batch, "gbps": args.throttle_gbps, "on": _where(args)}
         if cells.key(cell) in keys:
             continue
         if time.monotonic() + likely_seconds(done, point, args.limit) > end:
@@ -168,7 +169,7 @@ def _cell(args: argparse.Namespace, priced: Prices, point: Point, limit: float) 
     with tempfile.TemporaryDirectory(dir=args.out.absolute().parent) as name:
         folder = Path(name)
         system = _system(args, priced, point.system, folder)
-        flags = model_flags(point.model, point.length, args.batch, args.precision)
+        flags = model_flags(point.model, point.length, args.batch, args.precision, args.micro_batch)
         flags["--train-iters"] = STEPS + args.busy
         if args.trace and point.system in priced.compute:
             cell = f"{point.model}-{point.length}-{'-'.join(map(str, args.ranks))}-{point.system.replace(', ', '-')}"
@@ -223,11 +224,12 @@ def _prices(args: argparse.Namespace, model: str, length: int) -> Prices:
     """Profiles the model, once for all its lengths."""
     lengths = sorted(args.profile_lengths or args.lengths)
     fast, slow = args.ranks
-    flags = model_flags(model, lengths[-1], args.batch, args.precision)
+    flags = model_flags(model, lengths[-1], args.batch, args.precision, args.micro_batch)
     memory = {pool: size * 1e9 for pool, size in zip((FAST, SLOW), args.memory_gb)}
     cluster = take_profiles(_profiles(args, model), flags, _machine(args), (FAST,) * fast + (SLOW,) * slow, lengths, memory,
                             args.limit, _ours(args))
-    return price(cluster, model_shape(model, length), args.batch, VOCABULARY, args.precision, args.throttle_gbps)
+    return price(cluster, model_shape(model, length), args.batch, VOCABULARY, args.precision, args.throttle_gbps,
+                 args.micro_batch)
 
 
 if __name__ == "__main__":

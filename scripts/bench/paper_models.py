@@ -11,7 +11,9 @@ STEPS = 9  # that a cell trains
 MODELS = {"D1": (8, 1024, 24), "W1": (4, 2048, 12)}
 
 
-def model_flags(model: str, length: int, batch: int, precision: str = "bf16") -> dict[str, object]:
+def model_flags(
+    model: str, length: int, batch: int, precision: str = "bf16", micro_batch: int = 1
+) -> dict[str, object]:
     """Megatron's flags as a recipe has them.
 
     Args:
@@ -19,12 +21,13 @@ def model_flags(model: str, length: int, batch: int, precision: str = "bf16") ->
         length: tokens of a sequence.
         batch: sequences of a step.
         precision: "bf16", or "fp16" for GPUs older than Ampere.
+        micro_batch: sequences of a microbatch.
     """
     layers, hidden, experts = MODELS[model]
     flags = {
         "num-layers": layers, "hidden-size": hidden, "num-experts": experts, "seq-length": length,
         "max-position-embeddings": length, "global-batch-size": batch, "num-attention-heads": hidden // 64,
-        "num-query-groups": 8, "ffn-hidden-size": hidden * 7 // 2, "moe-router-topk": 2, "micro-batch-size": 1,
+        "num-query-groups": 8, "ffn-hidden-size": hidden * 7 // 2, "moe-router-topk": 2, "micro-batch-size": micro_batch,
         "moe-token-dispatcher-type": "alltoall", "moe-router-load-balancing-type": "aux_loss",
         "moe-aux-loss-coeff": 0.01, "position-embedding-type": "rope", "normalization": "RMSNorm",
         "transformer-impl": "local", "tokenizer-type": "NullTokenizer", "vocab-size": VOCABULARY, "split": "99,1,0",

@@ -53,11 +53,10 @@ def busy(measured: Iterable[dict], model: str) -> Panels:
 
 def _systems(measured: Iterable[dict], model: str) -> Iterator[tuple[str, int, str, list[dict]]]:
     """A model's cells that count: the setting in words but for the length, the length, the system, its repetitions."""
-    for (of, length, ranks, _, gbps), by_system in cells.by_setting(measured).items():
-        if of == model:
-            title = "{} fast, {} slow".format(*ranks) + (f", {gbps:g} Gbit/s" if gbps else "")
+    for where, by_system in cells.by_setting(measured).items():
+        if where.model == model:
             for system, repetitions in by_system.items():
-                yield title, length, system, repetitions
+                yield where.pools, where.length, system, repetitions
 
 
 def draw(found: Panels, title: str, unit: str, path: Path) -> None:

@@ -100,7 +100,8 @@ def _succeed(ended: Ended) -> None:
 
 
 def price(
-    path: Path, shape: ModelShape, batch: int, vocabulary: int, precision: str = "bf16", gbps: float | None = None
+    path: Path, shape: ModelShape, batch: int, vocabulary: int, precision: str = "bf16", gbps: float | None = None,
+    micro_batch: int = 1,
 ) -> Prices:
     """Plans and predictions for a cluster that was measured.
 
@@ -111,11 +112,12 @@ def price(
         vocabulary: rows of the output layer.
         precision: of parameters and activations.
         gbps: of a slower network that a rank's traffic is to be as on, in 10^9 bits a second; None for the measured one.
+        micro_batch: sequences of a microbatch.
     """
     notes = Notes()
     cluster, more = throttled(read_cluster(path, notes), gbps, notes) if gbps else (read_cluster(path, notes), 0.0)
     kinds = kinds_of(cluster, shape, precision, notes)
-    question = Question(shape, precision, 1, batch, vocabulary, ("none",), (False,), weight_gradients=(TOGETHER, MERGED))
+    question = Question(shape, precision, micro_batch, batch, vocabulary, ("none",), (False,), weight_gradients=(TOGETHER, MERGED))
     by_kind = _by_kind(question, cluster, kinds)
     found = {"zebra, Asym-EA": _priced(by_kind), "zebra, planned": next(iter(search(question, cluster, kinds).best), None)}
     chosen = {name: priced for name, priced in found.items() if priced is not None}
@@ -123,7 +125,7 @@ def price(
     merged = group.amortised(group.step.microbatches)
     even = spread(group, range(group.attention_members, group.members))
     pools = [[seat for seat in group.seats if seat.pool.name == name] for name in (FAST, SLOW)]
-    split = equal_stages(pipelines(group), batch)
+    split = equal_stages(pipelines(group), batch // micro_batch)
     predicted = {
         "EP, all ranks": tokens / expert_parallel_tokens_per_second(group, group.seats),
         "EP, fast pool alone": tokens / expert_parallel_tokens_per_second(group, pools[0]),

@@ -60,10 +60,10 @@ def pipelined(split: Pipeline, fast: int, slow: int) -> System:
     return System((FAST,) * fast + (SLOW,) * slow, lambda kernel: flags, blocks=4, layout=layout)
 
 
-def equal_stages(splits: Iterable[Pipeline], batch: int) -> Pipeline | None:
-    """The fastest of these pipelines that stock Megatron can run: all stages have as many ranks, each with a microbatch of one
-    sequence, and the batch is whole microbatches of a stage. None if there is no such one."""
-    possible = [split for split in splits if len(set(split.ranks)) == 1 and batch == split.microbatches * split.ranks[0]]
+def equal_stages(splits: Iterable[Pipeline], microbatches: int) -> Pipeline | None:
+    """The fastest of these pipelines that stock Megatron can run: all stages have as many ranks, each with a microbatch at a
+    time, and the step's microbatches are a whole number for each. None if there is no such one."""
+    possible = [split for split in splits if len(set(split.ranks)) == 1 and microbatches == split.microbatches * split.ranks[0]]
     return min(possible, key=lambda split: split.seconds, default=None)
 
 

@@ -32,7 +32,7 @@ bench = modules("bound", "busy", "cells", "compare", "hosts", "measure", "prices
 
 
 def cell(system="EP, all ranks", loss=(10.0, 9.0), seconds=1.0, **others) -> dict:
-    return {"model": "D1", "length": 4096, "ranks": [2, 2], "batch": 8, "system": system, "repeat": 0, "predicted": 1.0,
+    return {"model": "D1", "length": 4096, "ranks": [2, 2], "batch": 8, "micro_batch": 1, "system": system, "repeat": 0, "predicted": 1.0,
             "seconds": seconds, "loss": list(loss), **others}
 
 
@@ -161,17 +161,17 @@ def test_steps_are_longer_than_what_they_compute():
 def test_a_pipeline_is_one_that_stock_megatron_can_run():
     of = shape(layers=8)
     slow = profile(of, attention=(3e-3, 6e-3), expert=(3e-4, 6e-4))
-    split = bench.systems.equal_stages(pipelines(group(2, 2, of, old=slow)), batch=8)
+    split = bench.systems.equal_stages(pipelines(group(2, 2, of, old=slow)), microbatches=8)
     system = bench.systems.pipelined(split, 2, 2)
     flags = system.flags("flash")
     assert len(set(split.ranks)) == 1 and sum(split.layers) == 8 and system.pools == ("fast", "fast", "slow", "slow")
     assert flags[:2] == ("--pipeline-model-parallel-size", str(len(split.layers)))
     assert flags[3] == "E" + "|".join(f"t*{count}" for count in split.layers) + "L"
-    assert bench.systems.equal_stages(pipelines(group(3, 1, of, microbatches=2, old=slow)), batch=6).ranks == (1, 1, 1, 1)
+    assert bench.systems.equal_stages(pipelines(group(3, 1, of, microbatches=2, old=slow)), microbatches=6).ranks == (1, 1, 1, 1)
     # Seven sequences are no whole number of a stage's microbatches, which have one for each of its ranks; with three and
     # two ranks stages of one are as many as ranks, and the model has fewer layers.
-    assert bench.systems.equal_stages((one for one in pipelines(group(2, 2, of)) if one.ranks == (2, 2)), batch=7) is None
-    assert bench.systems.equal_stages(pipelines(group(3, 2, shape(layers=4))), batch=12) is None
+    assert bench.systems.equal_stages((one for one in pipelines(group(2, 2, of)) if one.ranks == (2, 2)), microbatches=7) is None
+    assert bench.systems.equal_stages(pipelines(group(3, 2, shape(layers=4))), microbatches=12) is None
 
 
 # ---- throttled traffic
