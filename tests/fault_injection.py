@@ -83,10 +83,10 @@ KINDS: dict[str, Callable[[], object]] = {
 
 
 def delay_tasks(seed: int, rank: int) -> None:
-    """Lets every task of this rank, a transfer too, begin some milliseconds late: other ones in each step."""
+    """Lets every task of this rank, a transfer or its preparation too, begin some milliseconds late: other ones in each step."""
     original, steps = executor.run, [0]
 
-    def run(schedule: Any, table: Any, *args: Any) -> None:
+    def run(schedule: Any, table: Any, streams: Any, marks: Any, preparations: Any) -> None:
         steps[0] += 1
         draw = random.Random(f"{seed} {rank} {steps[0]}")
 
@@ -94,7 +94,10 @@ def delay_tasks(seed: int, rank: int) -> None:
             time.sleep(draw.choice((0, 0, 0.001, 0.004)) * draw.random())
             call(task)
 
-        original(schedule, {key: (lambda task, call=call: late(task, call)) for key, call in table.items()}, *args)
+        def all_late(calls: Any) -> dict[Any, Any]:
+            return {key: lambda task, call=call: late(task, call) for key, call in calls.items()}
+
+        original(schedule, all_late(table), streams, marks, all_late(preparations))
 
     executor.run = run
 
@@ -126,7 +129,7 @@ def corrupt(what: str, rank: int, folder: Path) -> None:
         return
     original_run, original_exchange, steps, now = executor.run, Channel.exchange, [0], threading.local()
 
-    def run(schedule: Any, table: Any, *args: Any) -> None:
+    def run(schedule: Any, table: Any, streams: Any, marks: Any, preparations: Any) -> None:
         steps[0] += 1
 
         def noted(task: Any, call: Callable[[Any], None]) -> None:
@@ -275,7 +278,7 @@ def in_tasks(stream: Stream, choose: Callable[[tuple], Any], training: bool = Tr
     def arm(fire: Callable[[], None]) -> None:
         original, steps = executor.run, [0]
 
-        def run(schedule: Any, table: Any, *args: Any) -> None:
+        def run(schedule: Any, table: Any, streams: Any, marks: Any, preparations: Any) -> None:
             order = schedule.streams[stream] or schedule.streams[Stream.COMPUTE]
             is_training = any(task.direction is Pass.BACKWARD for task in order)
             steps[0] += is_training

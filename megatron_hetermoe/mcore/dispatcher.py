@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_utils import get_capacity, permute, unper
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hetermoe.runtime.copies import labels_of
 from megatron_hetermoe.runtime.transfers import TransferSizes
 from megatron_hetermoe.topology.placement import Placement
 
@@ -22,13 +23,13 @@ class DispatchState:
 
     Attributes:
         sizes: tells what goes to each holder of the layer, ascending.
-        index: [copies], int32, the row with the holder that each copy is of, as ``runtime.transfers.Routed`` has it.
+        labels: [copies, words], of each copy the row with the holder and the probability, as ``runtime.transfers.Routed`` has it.
         mapping: for each row, the token that it is.
         hidden_shape: of the layer's input, [sequence, batch, hidden].
     """
 
     sizes: Callable[[], TransferSizes] | None = None
-    index: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
     mapping: torch.Tensor | None = None
     hidden_shape: torch.Size | None = None
 
@@ -102,8 +103,10 @@ class AsymmetricDispatcher(MoETokenDispatcher):
         row = crossing.cumsum(dim=1, dtype=torch.int32)  # [holders, tokens], each holder's from 1 on
         state.count(torch.cat([routed.sum(dim=1), row[:, -1]]), self._experts_of_holder)
         chosen = routed.view(-1).argsort(descending=True, stable=True)[:most]
-        state.index = (row - 1).index_select(0, self._holder).view(-1).index_select(0, chosen)
-        return rows, probs.t().index_select(0, self._order).view(-1).index_select(0, chosen)
+        index = (row - 1).index_select(0, self._holder).view(-1).index_select(0, chosen)
+        probs = probs.t().index_select(0, self._order).view(-1).index_select(0, chosen)
+        state.labels = labels_of(index, probs.detach())
+        return rows, probs
 
     def _most_copies(self, tokens: int) -> int:
         """The most copies that there may be of so many tokens."""

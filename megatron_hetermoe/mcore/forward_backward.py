@@ -170,13 +170,13 @@ class ForwardBackward:
                    for of, first in zip(inputs, numbering.firsts, strict=True)]
         table = {**transfers.table(), **self._by_chunk([tasks.table() for tasks in experts])}
         if not session.is_attention:
-            executor.run(member, stretched(table, self._slow_down), streams, self._marks)
+            executor.run(member, stretched(table, self._slow_down), streams, self._marks, transfers.preparations())
             return [], torch.zeros([], dtype=torch.int, device=session.device)
         handover = self._handover(config, batch, recorder) if session.stages else None
         attention = [AttentionTasks(of, first, len(layers), transfers, checks.numbers, handover, checks.load)
                      for of, first, layers in zip(inputs, numbering.firsts, session.chunks, strict=True)]
         table |= self._by_chunk([tasks.table() for tasks in attention]) | (handover.table() if handover else {})
-        executor.run(member, stretched(table, self._slow_down), streams, self._marks)
+        executor.run(member, stretched(table, self._slow_down), streams, self._marks, transfers.preparations())
         return attention[-1].losses, attention[-1].tokens
 
     def _by_chunk(self, tables: Sequence[executor.Table]) -> executor.Table:

@@ -203,7 +203,7 @@ class _Part:
         for name, value in self._constant.items():
             setattr(node.layer_state, name, value)
         state.mapping, state.hidden_shape = self._state.mapping, self._state.hidden_shape
-        state.index = self._state.index.clone()  # as what else is sent
+        state.labels = self._state.labels.clone()  # as what else is sent
         state.count(self._state.totals, self._state.experts_of_holder)
         return tokens, probs
 

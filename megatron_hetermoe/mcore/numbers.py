@@ -19,6 +19,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_hetermoe.mcore.experts import HeldExperts
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.runtime.copies import from_labels
 from megatron_hetermoe.runtime.transfers import Routed, TransferSizes
 
 UNEXPECTED = "Unexpected result"  # in Megatron's error, where --rerun-mode disabled has it raise one
@@ -37,7 +38,7 @@ class Numbers:
         self._session = session
         self._enabled = enabled
         self._sent: dict[tuple[int, int], torch.Tensor] = {}  # (layer, microbatch): which rows are finite
-        self._came: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, TransferSizes]] = {}  # the same, Routed.index and sizes
+        self._came: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, TransferSizes]] = {}  # the same, the copies' rows, sizes
 
     def sent(self, layer: int, microbatch: int, tokens: torch.Tensor) -> None:
         """Tokens, [at least rows, hidden], on their way to the experts of a layer."""
@@ -47,7 +48,8 @@ class Numbers:
     def came(self, layer: int, microbatch: int, routed: Routed) -> None:
         """What the experts made of them, before it is summed."""
         if self._enabled:
-            self._came[layer, microbatch] = routed.outputs.isfinite().all(dim=1), routed.index, routed.sizes
+            index, _ = from_labels(routed.labels, routed.probs_dtype)
+            self._came[layer, microbatch] = routed.outputs.isfinite().all(dim=1), index, routed.sizes
 
     def first(self) -> str | None:
         """The first place in the model whose results are not finite, or None where all were."""

@@ -182,7 +182,7 @@ class _Answered(Transfers):
     """Transfers of an attention rank whose holders are not there: the experts' outputs are its own tokens."""
 
     def route(
-        self, task: Task, sizes: SizesLater, tokens: torch.Tensor, probs: torch.Tensor, index: torch.Tensor
+        self, task: Task, sizes: SizesLater, tokens: torch.Tensor, probs: torch.Tensor, labels: torch.Tensor
     ) -> None:
         self.owned[task.layer, task.microbatch] = Routed(sizes(), tokens, probs)
 

@@ -161,7 +161,7 @@ class AttentionTasks:
         self.numbers.sent(task.layer, task.microbatch, tokens)
         tokens = _sent_as(tokens, self.transfers.dtype)
         state = layer.dispatch_state
-        self.transfers.route(task, state.sizes, tokens, probs.detach(), state.index)
+        self.transfers.route(task, state.sizes, tokens, probs.detach(), state.labels)
 
     def _begin(self, task: Task) -> tuple[_Microbatch, torch.Tensor]:
         """Reads the microbatch, makes its nodes and runs the embedding, or takes what the stage before has made of it."""
@@ -183,7 +183,7 @@ class AttentionTasks:
             self.numbers.came(layer, number, routed)
             if self.load is not None:
                 self.load.note(layer, routed.sizes.counts)
-            outputs, routed.outputs, routed.index = routed.outputs.to(self.inputs.config.params_dtype), None, None
+            outputs, routed.outputs, routed.labels = routed.outputs.to(self.inputs.config.params_dtype), None, None
             if self.inputs.forward_only:
                 del self.transfers.owned[layer, number]
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,9 +25,8 @@ class Message(NamedTuple):
     tensor: torch.Tensor
 
 
-# NCCL's blocks on a GPU for one channel. A transfer that waits for its peers holds them, and compute lacks them. On a
-# quarter of an H200, tasks took 17% longer beside channels of four blocks, 8% beside channels of one, whose transfers took
-# two to three times as long.
+# NCCL's blocks on a GPU for one channel, each of which has a multiprocessor to itself. A transfer that waits for its peers
+# holds them, and compute lacks them (``runtime.streams``).
 BLOCKS = 2
 
 
@@ -35,6 +35,12 @@ def nccl_options() -> dist.ProcessGroupNCCL.Options:
     options = dist.ProcessGroupNCCL.Options()
     options.config.min_ctas = options.config.max_ctas = BLOCKS
     return options
+
+
+def blocks() -> int:
+    """What a channel holds of a GPU, in multiprocessors."""
+    most = os.environ.get("NCCL_MAX_CTAS", "")
+    return int(most) if most.isdecimal() and int(most) else BLOCKS
 
 
 class Channel:

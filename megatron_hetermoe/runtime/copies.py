@@ -75,6 +75,39 @@ class _Summed(torch.autograd.Function):
         return ctx.copies._expand(grad), None
 
 
+def labels_of(rows: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """What is sent of copies beside their rows, as one tensor: a message takes the host longer than its few bytes the network.
+
+    Args:
+        rows: [copies], int32, the row that each is of.
+        probs: [copies], in any precision.
+
+    Returns:
+        [copies, words], integers with the bits of both (``from_labels``).
+    """
+    word = _word(probs.dtype)
+    return torch.cat([part.view(word).view(len(part), part.itemsize // word.itemsize) for part in (rows, probs)], dim=1)
+
+
+def empty_labels(copies: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A buffer for the labels of so many copies whose probabilities are of this type."""
+    word = _word(dtype)
+    return torch.empty(copies, (torch.int32.itemsize + dtype.itemsize) // word.itemsize, dtype=word, device=device)
+
+
+def from_labels(labels: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows, [copies], int32, and the probabilities, [copies], of a type."""
+    rows = torch.int32.itemsize // labels.element_size()
+    # A copy of each: what is in one place may be viewed as wider elements.
+    return tuple(part.clone(memory_format=torch.contiguous_format).view(of).view(-1) for part, of in (
+        (labels[:, :rows], torch.int32), (labels[:, rows:], dtype)))
+
+
+def _word(dtype: torch.dtype) -> torch.dtype:
+    """What both int32 and a type are whole numbers of, and NCCL sends."""
+    return torch.uint8 if dtype.itemsize == 2 else torch.int32
+
+
 def by_expert(copies: torch.Tensor, counts: Sequence[Sequence[int]], order: Sequence[int]) -> torch.Tensor:
     """Copies that are sorted by owner, then by expert, sorted by expert, then by owner.
 

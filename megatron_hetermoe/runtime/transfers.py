@@ -16,15 +16,15 @@ from typing import NamedTuple
 import torch
 
 from megatron_hetermoe.runtime.channels import Channel, Message
-from megatron_hetermoe.runtime.copies import Copies, by_expert
+from megatron_hetermoe.runtime.copies import Copies, by_expert, empty_labels, from_labels
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.topology.placement import Placement
 
 # Parts of a transfer.
-_HEADER, _TOKENS, _PROBS, _INDEX = range(4)
-PARTS = ("header", "tokens", "probabilities", "index")
+_HEADER, _TOKENS, _LABELS, _PROBS = range(4)
+PARTS = ("header", "tokens", "labels of copies", "gradients of probabilities")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HEADER_FIELDS = 5  # layer, microbatch, hidden, dtype of tokens, dtype of probabilities; then the number of rows, then counts
 
@@ -63,7 +63,8 @@ class Routed:
         sizes: with each peer.
         tokens: [rows, hidden].
         probs: [copies], in the router's precision.
-        index: at the owner, [copies], int32, the row with the holder that each is a copy of.
+        labels: at the owner, [copies, words], the row with the holder that each is a copy of, and its probability
+            (``runtime.copies.labels_of``).
         outputs: [rows, hidden], for each token the sum of what the holder's experts made of it.
         output_grads, token_grads: [rows, hidden].
         prob_grads: [copies].
@@ -76,7 +77,7 @@ class Routed:
     sizes: TransferSizes
     tokens: torch.Tensor | None
     probs: torch.Tensor | None
-    index: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
     output_grads: torch.Tensor | None = None
     token_grads: torch.Tensor | None = None
@@ -137,6 +138,7 @@ class Transfers:
         owners = [range(place, self.attention_members, sharers) for place in range(sharers)]  # whose rows each one gets
         self._owners = owners[self._sharers.index(self.member)]
         self._all_owners = [owner for of_sharer in owners for owner in of_sharer]
+        self._announced: dict[tuple[int, int], tuple[tuple[TransferSizes, ...], torch.dtype]] = {}
         self._leaving: dict[tuple[int, int], tuple[SizesLater, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         # Buffers are made on a channel's stream and freed by compute, which the allocator must know.
         self._compute = torch.cuda.current_stream() if self._empty(0).is_cuda else None
@@ -150,20 +152,24 @@ class Transfers:
             (Kind.DISPATCH, Pass.BACKWARD): self._dispatch_backward,
         }
 
+    def preparations(self) -> dict[tuple[Kind, Pass], Callable[[Task], None]]:
+        """What the executor calls ahead of them: sizes cross while tokens of earlier tasks do."""
+        return {(Kind.DISPATCH, Pass.FORWARD): self._announce}
+
     def route(
-        self, task: Task, sizes: SizesLater, tokens: torch.Tensor, probs: torch.Tensor, index: torch.Tensor
+        self, task: Task, sizes: SizesLater, tokens: torch.Tensor, probs: torch.Tensor, labels: torch.Tensor
     ) -> None:
         """Hands over what an A task routed, for the D task that follows.
 
         Args:
             task: the A task.
-            sizes: gives ``Routed.sizes``; asked by the D task, on its thread, so that compute need not wait for the
-                device to know them.
+            sizes: gives ``Routed.sizes``; asked by the D task's preparation, on its thread, so that compute need not
+                wait for the device to know them.
             tokens: [at least rows, hidden], freed when they are sent.
-            probs: [at least copies].
-            index: [at least copies], as ``Routed.index``.
+            probs: [at least copies]; in the labels too, and not read.
+            labels: [at least copies, words], as ``Routed.labels``.
         """
-        self._leaving[task.layer, task.microbatch] = sizes, tokens, probs, index
+        self._leaving[task.layer, task.microbatch] = sizes, tokens, probs, labels
 
     @property
     def _owns(self) -> bool:
@@ -172,21 +178,31 @@ class Transfers:
     def _holds(self, layer: int) -> bool:
         return bool(self.placement.held(layer, self._holder))
 
-    @torch.no_grad()
-    def _dispatch(self, task: Task) -> None:
-        """D forward, on channel out: header, tokens, probabilities and index to the holders."""
+    def _announce(self, task: Task) -> None:
+        """Headers of a D forward: to the holders, and at a holder those for it."""
         headers: list[Message] = []
-        payload: list[Message] = []
-        state = None
         if self._owns:
             sizes, *made = self._leaving.pop((task.layer, task.microbatch))
             state = self.owned[task.layer, task.microbatch] = Routed(sizes(), *made)
-            headers, payload = self._leaves(task, state)
-        if not self._holds(task.layer):
-            self._exchange(task, self.out, headers + payload)
+            headers = [
+                Message(member, _HEADER, header)
+                for holder, *of_holder in zip(self.placement.holders_of(task.layer), *state.sizes)
+                for header in (self._header(task, state, *of_holder),) for member in self.holders[holder]
+            ]
+        if self._holds(task.layer):
+            self._announced[task.layer, task.microbatch] = self._receive_headers(task, headers)
         else:
-            received = self._receive_headers(task, headers)
-            self._receive(task, payload, received)
+            self._exchange(task, self.out, headers)
+
+    @torch.no_grad()
+    def _dispatch(self, task: Task) -> None:
+        """D forward, on channel out: tokens and labels of copies to the holders, which know how many."""
+        state = self._owner(task) if self._owns else None
+        payload = self._leaves(task, state) if state else []
+        if not self._holds(task.layer):
+            self._exchange(task, self.out, payload)
+        else:
+            received = self._receive(task, payload, *self._announced.pop((task.layer, task.microbatch)))
             if self.recorder is not None:
                 experts = range(len(self.placement.held(task.layer, self._holder)))
                 self.recorder.routed(task, [sum(counts[expert] for counts in received.sizes.counts) for expert in experts])
@@ -196,38 +212,39 @@ class Transfers:
             state.tokens.untyped_storage().resize_(0)
             state.tokens = state.probs = None
 
-    def _leaves(self, task: Task, state: Routed) -> tuple[list[Message], list[Message]]:
-        """What an owner sends in D forward: headers, and what they announce."""
-        sizes = state.sizes
-        tokens, probs, index = state.tokens[:state.rows], *(made[:sum(sizes.copies)] for made in (state.probs, state.index))
+    def _leaves(self, task: Task, state: Routed) -> list[Message]:
+        """What an owner sends in D forward."""
+        copies = state.sizes.copies
+        tokens, labels = state.tokens[:state.rows], state.labels[:sum(copies)]
         self._check(task, "tokens", tokens, state.rows)
-        payload = self._parts(task, state, _TOKENS, tokens) + self._parts(task, state, _PROBS, probs)
-        _used_here(index)
-        headers = []
-        for holder, rows, counts, of_holder in zip(
-                self.placement.holders_of(task.layer), sizes.rows, sizes.counts, index.split(sizes.copies)):
-            header = self._header(task, state, rows, counts)
-            headers += [Message(member, _HEADER, header) for member in self.holders[holder]]
-            payload += [Message(member, _INDEX, of_holder) for member in self.holders[holder]]
-        return headers, payload
+        _used_here(labels)
+        return self._parts(task, state, _TOKENS, tokens) + [
+            Message(member, _LABELS, of_holder)
+            for holder, of_holder in zip(self.placement.holders_of(task.layer), labels.split(copies))
+            for member in self.holders[holder]
+        ]
 
-    def _receive(self, task: Task, payload: list[Message], received: Routed) -> None:
+    def _receive(
+        self, task: Task, payload: list[Message], sharers: tuple[TransferSizes, ...], probs_dtype: torch.dtype
+    ) -> Routed:
         """Sends this member's payload, receives those for it, and learns which row each copy is of."""
-        sharers = received.sharers
         rows, counts = ([one for of_sharer in sharers for one in of_sharer[field]] for field in range(2))
-        index = torch.empty(sum(map(sum, counts)), dtype=torch.int32, device=self.device)
-        indexes = index.split([sum(of_owner) for of_owner in counts])
-        sizes = received.sizes
-        buffers = [Message(owner, _TOKENS, part) for owner, part in zip(self._owners, received.tokens.split(sizes.rows))]
-        buffers += [Message(owner, _PROBS, part) for owner, part in zip(self._owners, received.probs.split(sizes.copies))]
-        buffers += [Message(owner, _INDEX, part) for owner, part in zip(self._all_owners, indexes)]
+        place = self._sharers.index(self.member)
+        sizes, copies = sharers[place], [sum(of_sharer.copies) for of_sharer in sharers]
+        tokens = self._empty(sum(sizes.rows))
+        labels = empty_labels(sum(copies), probs_dtype, self.device)
+        buffers = [Message(owner, _TOKENS, part) for owner, part in zip(self._owners, tokens.split(sizes.rows))]
+        of_owners = labels.split([sum(of_owner) for of_owner in counts])
+        buffers += [Message(owner, _LABELS, part) for owner, part in zip(self._all_owners, of_owners)]
         self._exchange(task, self.out, payload, buffers)
+        index, probs = from_labels(labels, probs_dtype)
         # Each owner counts its rows from 0 on.
-        torch._foreach_add_(indexes, list(accumulate(rows, initial=0))[:-1])
+        torch._foreach_add_(index.split(list(map(len, of_owners))), list(accumulate(rows, initial=0))[:-1])
         order = self.row_order(task.layer) if self.row_order else range(len(counts[0]))
-        received.copies = Copies.of(by_expert(index, counts, order), sum(rows))
-        for tensor in vars(received.copies).values():
+        made = Copies.of(by_expert(index, counts, order), sum(rows))
+        for tensor in (probs, *vars(made).values()):
             self._for_compute(tensor)
+        return Routed(sizes, tokens, probs.split(copies)[place], sharers=sharers, copies=made)
 
     @torch.no_grad()
     def _combine(self, task: Task) -> None:
@@ -336,8 +353,12 @@ class Transfers:
              _DTYPES.index(state.probs.dtype), rows, *counts]
         )
 
-    def _receive_headers(self, task: Task, own_headers: list[Message]) -> Routed:
-        """Sends this member's headers, receives those for it, checks them, and makes buffers of their sizes."""
+    def _receive_headers(self, task: Task, own_headers: list[Message]) -> tuple[tuple[TransferSizes, ...], torch.dtype]:
+        """Sends this member's headers, receives those for it and checks them.
+
+        Returns:
+            the sizes of what each of the members that are this holder gets, and the type of probabilities.
+        """
         local = len(self.placement.held(task.layer, self._holder))
         headers = [torch.empty(_HEADER_FIELDS + 1 + local, dtype=torch.int64) for _ in range(self.attention_members)]
         buffers = [Message(owner, _HEADER, header) for owner, header in enumerate(headers)]
@@ -356,9 +377,7 @@ class Transfers:
         rows, counts = zip(*((number, of) for number, *of in (header[_HEADER_FIELDS:].tolist() for header in headers)))
         places = range(len(self._sharers))
         sharers = tuple(TransferSizes(*(list(each[place::len(places)]) for each in (rows, counts))) for place in places)
-        own = sharers[self._sharers.index(self.member)]
-        tokens, probs = self._empty(sum(own.rows)), self._empty(sum(own.copies), _DTYPES[probs_dtype])
-        return Routed(own, tokens, probs, sharers=sharers)
+        return sharers, _DTYPES[probs_dtype]
 
     def _check(
         self, task: Task, what: str, tensor: torch.Tensor, rows: int, dtype: torch.dtype | None = None

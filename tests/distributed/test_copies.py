@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_hetermoe.runtime.copies import Copies, by_expert
+from megatron_hetermoe.runtime.copies import Copies, by_expert, empty_labels, from_labels, labels_of
 
 SOURCE = torch.tensor([0, 3, 1, 3, 2, 0, 3], dtype=torch.int32)
 ROWS = 4
@@ -46,6 +46,19 @@ def test_no_rows():
     rows = torch.empty(0, 2, requires_grad=True)
     copies.summed(copies.expanded(rows)).sum().backward()
     assert rows.grad.shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("copies", [0, 1, 5])
+def test_labels_carry_rows_and_probabilities(dtype, copies):
+    rows, probs = torch.arange(100, 100 + copies, dtype=torch.int32), torch.rand(copies).to(dtype)
+    labels = labels_of(rows, probs)
+    buffer = empty_labels(copies, dtype, labels.device).copy_(labels)
+    assert (buffer.shape, buffer.dtype) == (labels.shape, labels.dtype)
+    for found, given in zip(from_labels(buffer, dtype), (rows, probs)):
+        assert found.dtype == given.dtype and torch.equal(found, given)
+    if copies == 5:
+        assert [torch.equal(a, b) for a, b in zip(from_labels(buffer[2:3], dtype), (rows[2:3], probs[2:3]))] == [True, True]
 
 
 def test_owners_are_sorted_into_experts():

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from ranks import RanksFailed, run_function
 
 from megatron_hetermoe.runtime import executor
-from megatron_hetermoe.runtime.channels import Channel
-from megatron_hetermoe.runtime.copies import by_expert
+from megatron_hetermoe.runtime.channels import Channel, blocks
+from megatron_hetermoe.runtime.copies import by_expert, from_labels, labels_of
 from megatron_hetermoe.runtime.streams import HostStreams
 from megatron_hetermoe.runtime.transfers import Routed, Transfers, TransferSizes
 from megatron_hetermoe.schedule.orders import zebra
@@ -35,7 +35,8 @@ ORDER = {1: (0,), 2: (1, 0), 4: (2, 0, 3, 1)}
 def rows_of_copies(made: Routed) -> torch.Tensor:
     """For each copy of an owner, the row of all that it sends."""
     starts = torch.tensor([0, *made.sizes.rows]).cumsum(0)[:-1].repeat_interleave(torch.tensor(made.sizes.copies))
-    return made.index[:-1] + starts
+    index, _ = from_labels(made.labels, made.probs.dtype)
+    return index[:-1] + starts
 
 
 def transfers_of(rank: int, world: int, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN) -> Transfers:
@@ -69,7 +70,7 @@ class FakeModel:
         tokens = (start + torch.arange(rows * HIDDEN, dtype=torch.float32)).view(rows, HIDDEN)
         tokens[-2:] = torch.nan
         probs = torch.arange(len(index) + 1, dtype=torch.float64)
-        return Routed(sizes, tokens, probs, torch.tensor([*index, 77], dtype=torch.int32))
+        return Routed(sizes, tokens, probs, labels_of(torch.tensor([*index, 77], dtype=torch.int32), probs))
 
     def attention(self, task) -> None:
         if self.delay:
@@ -84,7 +85,7 @@ class FakeModel:
                 self.checked += 1
             if task.layer <= LAYERS:
                 made = self.routed(task)
-                self.transfers.route(task, lambda: made.sizes, made.tokens, made.probs, made.index)
+                self.transfers.route(task, lambda: made.sizes, made.tokens, made.probs, made.labels)
             return
         if task.layer <= LAYERS:
             routed = owned.pop((task.layer, task.microbatch))
@@ -140,7 +141,8 @@ def run_schedule(rank: int, world: int, wave: int | None, seed: int | None):
     member = schedule.member(min(rank, 3))
     model = FakeModel(transfers_of(rank, world), None if seed is None else random.Random(seed * world + rank))
     seen: dict[Stream, list] = {stream: [] for stream in member.streams}
-    executor.run(member, model.table(), HostStreams(lambda stream, task, start, end, queued: seen[stream].append(task)))
+    streams = HostStreams(lambda stream, task, start, end, queued: seen[stream].append(task))
+    executor.run(member, model.table(), streams, preparations=model.transfers.preparations())
     assert {stream: tuple(tasks) for stream, tasks in seen.items()} == member.streams
     assert not model.transfers.held
     return model.checked
@@ -167,8 +169,11 @@ def disagree(rank: int, world: int, what: str):
         rows = 3 if what == "rows" and rank == 0 else 4
         tokens = torch.ones(rows, transfers.hidden, dtype=transfers.dtype)
         sizes = TransferSizes([1, 1, 2], [[1], [1], [1, 1]])
-        transfers.route(task, lambda: sizes, tokens, torch.ones(4), torch.tensor([0, 0, 0, 1], dtype=torch.int32))
-    transfers.table()[task.kind, task.direction](task)
+        probs = torch.ones(4)
+        labels = labels_of(torch.tensor([0, 0, 0, 1], dtype=torch.int32), probs)
+        transfers.route(task, lambda: sizes, tokens, probs, labels)
+    for table in (transfers.preparations(), transfers.table()):
+        table[task.kind, task.direction](task)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +217,52 @@ def test_a_failing_transfer_stops_compute():
     with pytest.raises(ConnectionError) as caught:
         executor.run(schedule, table, HostStreams())
     assert caught.value.__notes__ == ["in task DF_1,1 on stream out"]
+
+
+def test_torch_has_what_leaves_room_for_transfers():
+    """Private to torch, so a version may lack it: then grouped products take twice as long beside a transfer."""
+    assert torch._C._get_sm_carveout_experimental() is None
+    assert callable(torch._C._set_sm_carveout_experimental)
+
+
+@pytest.mark.parametrize("said, found", [("1", 1), ("4", 4), ("", 2), ("0", 2), ("many", 2)])
+def test_blocks_of_a_channel(monkeypatch, said, found):
+    monkeypatch.setenv("NCCL_MAX_CTAS", said)
+    assert blocks() == found
+
+
+def test_a_failing_preparation_stops_the_run():
+    schedule = zebra(1, Placement(((1,),), 2), 1, 3, None).member(0)
+    ran = []
+
+    def refuse(task):
+        if task.microbatch == 1:
+            raise ConnectionError("no sizes")
+
+    table = dict.fromkeys([(kind, direction) for kind in Kind for direction in Pass], ran.append)
+    with pytest.raises(ConnectionError) as caught:
+        executor.run(schedule, table, HostStreams(), preparations={(Kind.DISPATCH, Pass.FORWARD): refuse})
+    assert caught.value.__notes__ == ["in task DF_1,2 on stream out"]
+    assert not any(task.microbatch for task in ran if (task.kind, task.direction) == (Kind.DISPATCH, Pass.FORWARD))
+
+
+def test_what_is_prepared_is_ahead_of_its_turn():
+    """Sizes of later microbatches cross while tokens of an earlier one do, in order."""
+    schedule = zebra(1, Placement(((1,),), 2), 1, 3, None, forward_only=True).member(0)
+    prepared, last = [], threading.Event()
+
+    def prepare(task):
+        prepared.append(task.microbatch)
+        if task.microbatch == 2:
+            last.set()
+
+    def dispatch(task):
+        assert last.wait(10), "the first dispatch kept the others from being prepared"
+
+    table = dict.fromkeys([(kind, direction) for kind in Kind for direction in Pass], lambda task: None)
+    key = Kind.DISPATCH, Pass.FORWARD
+    executor.run(schedule, {**table, key: dispatch}, HostStreams(), preparations={key: prepare})
+    assert prepared == [0, 1, 2]
 
 
 def test_streams_run_beside_each_other():

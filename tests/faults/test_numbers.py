@@ -10,6 +10,7 @@ from models import tiny
 from ranks import run_ranks
 
 from megatron_hetermoe.mcore.numbers import Numbers
+from megatron_hetermoe.runtime.copies import labels_of
 from megatron_hetermoe.runtime.transfers import Routed, TransferSizes
 from megatron_hetermoe.schedule.numbering import Numbering
 from megatron_hetermoe.topology.placement import Placement
@@ -77,7 +78,7 @@ def test_of_several_experts_those_are_named_that_made_nothing_good(spoiled, said
     sizes = TransferSizes([3, 1], [[2, 2], [1, 0]])
     index = torch.tensor([1, 2, 0, 2, 0, 9], dtype=torch.int32)  # the last one is not sent
     numbers = Numbers(session, True)
-    routed = Routed(sizes, torch.ones(5, 2), torch.ones(6), index, outputs=torch.ones(4, 2))
+    routed = Routed(sizes, torch.ones(5, 2), torch.ones(6), labels_of(index, torch.ones(6)), outputs=torch.ones(4, 2))
     routed.outputs[spoiled] = torch.nan
     sent = torch.ones(5, 2)
     sent[4] = torch.nan  # nor is this

@@ -15,6 +15,16 @@ from megatron_hetermoe.schedule.trace import Span
 pytestmark = pytest.mark.skipif(not has_gpu(), reason="needs a GPU")
 
 
+def test_compute_leaves_room_for_transfers():
+    streams, found = CudaStreams(torch.device("cuda")), {}
+    for stream, kind in ((Stream.COMPUTE, Kind.EXPERT), (Stream.OUT, Kind.DISPATCH)):
+        with streams.task(stream, Task(kind, Pass.FORWARD, 1, 0), ()):
+            found[stream] = torch._C._get_sm_carveout_experimental()
+    streams.finish()
+    assert 0 < found[Stream.COMPUTE] <= torch.cuda.get_device_properties(0).multi_processor_count // 4
+    assert found[Stream.OUT] is None and torch._C._get_sm_carveout_experimental() is None
+
+
 def test_the_host_is_ahead_of_a_gpu_that_is_busy():
     spans: dict[Task, Span] = {}
 
