@@ -1,5 +1,5 @@
-"""Whether matrix products are right on a part of a GPU: cuBLAS takes the number of multiprocessors into account, and with some
-numbers of an H200 (26, 36, 38, 40, 46, 50, 52, 58; not with 30, 32, 42, 48, 62, 66 at 4096 rows) it left tiles of a product out."""
+"""Whether matrix products are right on a part of a GPU: cuBLAS takes the number of multiprocessors into account, and with many
+numbers of an H200 it left tiles of a product out, which ones depending on its sizes (docs/one-gpu.md)."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 
 Fast ranks (attention) have flash attention, slow ranks (experts) the memory-efficient kernel, and each has its pool's share of
 a GPU. On one GPU that is 25% for all: 20% would differ from it about as V100 from A40, but cuBLAS computes some products wrongly
-with 26 multiprocessors of an H200 (and with 36, 38, 40, 46, 50, 52 and 58; right with 30, 32, 42, 48, 62 and 66). On two GPUs, one
-a pool, --shares 33 25 has about that difference. A cell whose loss is no number is not counted.
+with 26 multiprocessors of an H200, as with most other numbers (docs/one-gpu.md). So all shares are checked at the models' sizes
+before the first cell, and a cell whose loss is no number, or not that of the others, is not counted.
 
 First every rank is profiled while all run, and the channel between the pools; the planner's placements and all
 predictions come from that. Cells are interleaved, a repetition of all before the next; each is a line of the output file,
