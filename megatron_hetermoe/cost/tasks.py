@@ -77,6 +77,17 @@ class TaskCosts:
             self._expert_weights[key] = self.group.expert_weights(*key)
         return self._counts[task.layer - 1][member] * self._expert_weights[key]
 
+    def host_seconds(self, member: int, task: Task) -> float:
+        """In which a member's host queues a task. That of a W task is in its B task's, since nothing measures the two apart."""
+        if task.direction is Pass.WEIGHT:
+            return 0.0
+        way = 0 if task.direction is Pass.FORWARD else 1
+        if task.kind is TaskKind.ATTENTION:
+            return self.group.host_attention[member][way][task.layer - 1]
+        if task.kind is TaskKind.EXPERT:
+            return self.group.host_expert(member, way, self._counts[task.layer - 1][member])
+        return self.group.host_transfer(member, task.kind, way)
+
     def transfer(self, task: Task) -> Transfer:
         """Of a D or C task."""
         import numpy as np
