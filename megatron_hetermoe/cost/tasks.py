@@ -88,6 +88,15 @@ class TaskCosts:
             return self.group.host_expert(member, way, self._counts[task.layer - 1][member])
         return self.group.host_transfer(member, task.kind, way)
 
+    def host_floor(self, member: int) -> float:
+        """Seconds in which a member's host at least queues a microbatch, transfers not counted: all its A and E tasks."""
+        layers = range(1, len(self.placement.holders) + 1)
+        tasks = [(TaskKind.EXPERT, layer) for layer in layers]
+        if member < self.group.attention_members:
+            tasks += [(TaskKind.ATTENTION, layer) for layer in range(1, len(self.group.host_attention[member][0]) + 1)]
+        return sum(self.host_seconds(member, Task(kind, way, layer, 0))
+                   for kind, layer in tasks for way in (Pass.FORWARD, Pass.BACKWARD))
+
     def transfer(self, task: Task) -> Transfer:
         """Of a D or C task."""
         import numpy as np
