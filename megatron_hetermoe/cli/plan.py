@@ -20,6 +20,7 @@ from megatron_hetermoe.config.plan import TOGETHER, WEIGHT_GRADIENTS, Plan
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 from megatron_hetermoe.config.stages import stage_flags
 from megatron_hetermoe.config.step import RECOMPUTE
+from megatron_hetermoe.simulator.host import BUSY, WAY_OUT
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
@@ -183,6 +184,7 @@ def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, A
             cluster.pools[name].memory for name, _ in pools)} for role, pools in
             ((ATTENTION, best.option.attention), (EXPERT, best.option.expert))},
         "margin": MARGIN,
+        "queueing": {role: best.queueing(role) for role in (ATTENTION, EXPERT)},
         "imbalance": dict(zip(("fits", "most"), best.imbalance)),
         "notes": [*notes, NOT_SEARCHED],
     }
@@ -205,6 +207,9 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
                                   f"{'on' if plan['step']['distributed_optimizer'] else 'off'}")
     table.add_row("computing", f"attention ranks {predicted['attention_busy']:.0%} of the step, expert ranks "
                                f"{predicted['expert_busy']:.0%}")
+    if any(answer["queueing"].values()):
+        table.add_row("hosts queue tasks", "attention ranks' {attention:.0%} of the step, expert ranks' {expert:.0%}".format(
+            **answer["queueing"]))
     for role, memory in answer["memory"].items():
         table.add_row(f"memory, {role}", f"{memory['bytes'] / 1e9:.1f} of {memory['of'] / 1e9:.0f} GB "
                                          f"({answer['margin']:.0%} is kept free)")
@@ -232,6 +237,8 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     search = answer["search"]
     console.print(f"{search['considered']} layouts considered, {search['fitting']} fit, "
                   f"{search['simulated']} simulated")
+    if max(answer["queueing"].values()) >= BUSY:
+        console.print(f"hosts may be what a step takes: {WAY_OUT}", highlight=False)
     for note in answer["notes"]:
         console.print(f"note: {note}", highlight=False)
     if out:

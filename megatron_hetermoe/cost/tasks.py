@@ -88,14 +88,18 @@ class TaskCosts:
             return self.group.host_expert(member, way, self._counts[task.layer - 1][member])
         return self.group.host_transfer(member, task.kind, way)
 
-    def host_floor(self, member: int) -> float:
-        """Seconds in which a member's host at least queues a microbatch, transfers not counted: all its A and E tasks."""
-        layers = range(1, len(self.placement.holders) + 1)
-        tasks = [(TaskKind.EXPERT, layer) for layer in layers]
-        if member < self.group.attention_members:
-            tasks += [(TaskKind.ATTENTION, layer) for layer in range(1, len(self.group.host_attention[member][0]) + 1)]
-        return sum(self.host_seconds(member, Task(kind, way, layer, 0))
-                   for kind, layer in tasks for way in (Pass.FORWARD, Pass.BACKWARD))
+    def host_computes(self, member: int) -> float:
+        """Seconds in which a member's host queues its A and E tasks of a microbatch."""
+        of_attention = self.group.host_attention[member] if member < self.group.attention_members else ()
+        experts = (self.host_seconds(member, Task(TaskKind.EXPERT, way, layer, 0))
+                   for layer in range(1, len(self.placement.holders) + 1) for way in (Pass.FORWARD, Pass.BACKWARD))
+        return sum(map(sum, of_attention)) + sum(experts)
+
+    def host_transfers(self, member: int) -> float:
+        """Seconds in which a member's host queues its D and C tasks of a microbatch."""
+        layers = sum(1 for counts in self._counts if any(counts) and (member < self.group.attention_members or counts[member]))
+        return layers * sum(self.group.host_transfer(member, kind, way)
+                            for kind in (TaskKind.DISPATCH, TaskKind.COMBINE) for way in (0, 1))
 
     def transfer(self, task: Task) -> Transfer:
         """Of a D or C task."""
