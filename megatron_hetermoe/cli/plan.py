@@ -155,7 +155,7 @@ def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
 
 def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, Any]:
     """Everything that is said, as data."""
-    from megatron_hetermoe.planner.advice import baselines
+    from megatron_hetermoe.planner.advice import baselines, larger_microbatches
     from megatron_hetermoe.planner.memory import MARGIN
     from megatron_hetermoe.planner.search import after_losing_a_node, left_out
 
@@ -174,6 +174,9 @@ def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, A
         "left_out": [asdict(one) for one in left_out(found, cluster)],
         "runners_up": [{"layout": one.option.describe(), "wave": one.wave, "tokens_per_second": one.tokens_per_second}
                        for one in found.best[1:1 + _RUNNERS_UP]],
+        "larger_microbatches": {
+            size: {"layout": one.option.describe(), "wave": one.wave, "tokens_per_second": one.tokens_per_second}
+            for size, one in larger_microbatches(question, cluster, kinds, best).items()},
         "other_ways": baselines(best),
         "alone": [asdict(one) for one in alones],
         "after_losing_a_node": {
@@ -224,6 +227,8 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     table = Table("what else", "tokens/s", f"of the plan ({word})", title_justify="left")
     rows = [(f"runner-up: {one['layout']}, wave {one['wave']}", one["tokens_per_second"])
             for one in answer["runners_up"]]
+    rows += [(f"--micro-batch-size {size}: {one['layout']}, wave {one['wave']}", one["tokens_per_second"])
+             for size, one in answer["larger_microbatches"].items()]
     rows += [(f"{name}, if it fits", value) for name, value in answer["other_ways"].items()]
     rows += [(f"{one['pool']} alone, expert parallel", one["tokens_per_second"]) for one in answer["alone"]]
     rows += [(f"a node of {name} lost: {one['layout'] if one else 'nothing fits'}", one and one["tokens_per_second"])

@@ -64,7 +64,7 @@ def expert_parallel_tokens_per_second(
         result = simulate(sequential(group.shape.layers, placement, size, microbatches), TaskCosts(every, placement))
         last = max(max(end for _, end in member.times.values()) for member in result.members)
         once = result.seconds - last
-        queueing = TaskCosts(replace(every, hosts_count=True), placement)
+        queueing = TaskCosts(replace(every, hosts_count=group.hosts_count), placement)
         each = max(last / microbatches, *map(queueing.host_computes, range(size)))
         slowest = max(slowest, each * group.step.microbatches + once)
     return len(seats) * group.step.microbatches * group.step.micro_batch * group.shape.sequence / slowest
