@@ -283,8 +283,8 @@ def kinds_of(
 
 def _note_hosts(cluster: Cluster, kinds: Mapping[str, Kind], notes: Notes) -> None:
     """Says whose hosts are not counted."""
-    free = list(dict.fromkeys(kind.name for kind in kinds.values() if not kind.has_host))
-    if any(any(kind.host("attention", "none")) for kind in kinds.values()) and not all(
+    free = list(dict.fromkeys(kind.name for kind in kinds.values() if not kind.host_is_known))
+    if any(kind.has_host for kind in kinds.values()) and not all(
             pool.channel_host for pool in cluster.pools.values()):
         free.append("transfers")
     if free:

@@ -107,7 +107,7 @@ class Estimate:
         return True
 
     has_activation_again = True
-    has_host = False
+    host_is_known = has_host = False
 
     def host(self, part: str, recompute: str) -> Seconds:
         """Seconds in which the host queues a part: a data sheet does not tell."""

@@ -291,8 +291,8 @@ class GroupCosts:
     @cached_property
     def has_host(self) -> bool:
         """Whether queueing tasks costs any member's host something that is counted."""
-        return any(map(any, self._host_transfers)) or any(
-            any(map(any, passes)) for passes in (*self.host_attention, *self._host_experts))
+        seats = (self.seats[members[0]] for members in self.alike.values())
+        return self.hosts_count and any(seat.kind.has_host or any(seat.pool.channel_host) for seat in seats)
 
     @cached_property
     def host_attention(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +212,14 @@ class Profiled:
         return forward, backward + (forward if recompute == "full" else 0)
 
     @property
-    def has_host(self) -> bool:
-        """Whether it is known what queueing costs the host."""
+    def host_is_known(self) -> bool:
+        """Whether it is known what queueing takes the host."""
         return self._profile.host is not None
+
+    @cached_property
+    def has_host(self) -> bool:
+        """Whether queueing is known to take the host something."""
+        return any(map(any, (self._profile.host or {}).values()))
 
     def host(self, part: str, recompute: str) -> Seconds:
         """Seconds in which the host queues a part, as ``Profile.host`` names it; what is recomputed is queued again."""
