@@ -300,8 +300,8 @@ class GroupCosts:
         A task of several sequences is queued as fast as one of one, and a part of one by ranks that share it as fast as the
         whole."""
         known = {
-            seat.pool.name: tuple(zip(*self._of_layers(lambda parts, kind=seat.kind: self._host_attention_task(kind, parts))))
-            for seat in self.seats[:self.attention_members]
+            name: tuple(zip(*self._of_layers(lambda parts, kind=kind: self._host_attention_task(kind, parts))))
+            for name, kind in {seat.pool.name: seat.kind for seat in self.seats[:self.attention_members]}.items()
         }
         return tuple(known[seat.pool.name] for seat in self.seats[:self.attention_members])
 
@@ -317,16 +317,16 @@ class GroupCosts:
         return sum(part[0] for part in parts), sum(part[1] for part in parts)
 
     @cached_property
-    def _host_experts(self) -> tuple[tuple[tuple[float, float], tuple[float, float]], ...]:
-        """For each member, seconds in which its host queues an E task, for each expert and beside them, forward and backward."""
+    def host_experts(self) -> tuple[tuple[tuple[float, float], tuple[float, float]], ...]:
+        """For each member, seconds in which its host queues an E task, for each expert and beside them, both forward and backward."""
         if not self.hosts_count:
             return (((0.0, 0.0), (0.0, 0.0)),) * self.members
         return tuple(tuple(seat.kind.host(part, self.step.recompute) for part in ("expert", "expert_task")) for seat in self.seats)
 
-    def host_expert(self, member: int, way: int, held: Numbers) -> Numbers:
+    def host_expert(self, member: int, way: int, held: int) -> float:
         """Seconds in which a member's host queues an E task, forward (0) or backward (1), of so many experts."""
-        each, task = self._host_experts[member]
-        return (held > 0) * (task[way] + held * each[way])
+        each, task = self.host_experts[member]
+        return held and task[way] + held * each[way]
 
     @cached_property
     def _host_transfers(self) -> tuple[tuple[float, ...], ...]:

@@ -54,8 +54,10 @@ def step_seconds(
     counts = experts[:, :, tracks].transpose(1, 2, 0)  # [K, tracks, candidates]
     prices = [_prices(group, experts, counts, tracks, of) for of in PRICED]
     if group.has_host:
-        hosts = [_host_prices(group, counts, tracks, owners, of) for of in PRICED]
-        clock, sent = _run_queued(compile_queueing(*order, bool(on_attention.any())), prices, hosts, counts, owners)
+        takes = counts > 0
+        takes[:, :owners] = True
+        hosts = [_host_prices(group, counts, takes, tracks[:owners], tracks, of) for of in PRICED]
+        clock, sent = _run_queued(compile_queueing(*order, bool(on_attention.any())), prices, hosts, takes, owners)
     else:
         clock, sent = _run(compile_program(*order), prices, counts, owners)
     for layer, end in sent.items():  # a member reduces its gradients after all its tasks, transfers among them
@@ -82,26 +84,19 @@ def _prices(group: GroupCosts, experts: np.ndarray, counts: np.ndarray, tracks: 
 
 
 def _host_prices(
-    group: GroupCosts, counts: np.ndarray, tracks: list[int], owners: int, of: Task
+    group: GroupCosts, counts: np.ndarray, takes: np.ndarray, owners: list[int], tracks: list[int], of: Task
 ) -> list[np.ndarray]:
     """In what time the tracks' hosts queue tasks of a kind and pass, by layer: [owners, 1] of attention, else [tracks, candidates],
-    with 0 for those that take no part."""
+    with 0 for those that have none. Which take part in a layer's transfers, ``takes`` says, [K, tracks, candidates]."""
     import numpy as np
 
     way = 0 if of.direction is Pass.FORWARD else 1
     if of.kind is Kind.ATTENTION:
-        return list(np.array([group.host_attention[track][way] for track in tracks[:owners]]).T[:, :, None])
+        return list(np.array([group.host_attention[track][way] for track in owners]).T[:, :, None])
     if of.kind is Kind.EXPERT:
-        return [np.array([group.host_expert(track, way, held) for track, held in zip(tracks, layer)]) for layer in counts]
-    each = np.array([group.host_transfer(track, of.kind, way) for track in tracks])[:, None]
-    return [np.where(_takes(layer, owners), each, 0.0) for layer in counts]
-
-
-def _takes(held: np.ndarray, owners: int) -> np.ndarray:
-    """Which tracks take part in the transfers of a layer, [tracks, candidates], by the experts that they hold of it."""
-    takes = held > 0
-    takes[:owners] = True
-    return takes
+        unit, task = (np.array([group.host_experts[track][part][way] for track in tracks])[None, :, None] for part in (0, 1))
+        return list(np.where(counts > 0, counts * unit + task, 0.0))
+    return list(takes * np.array([group.host_transfer(track, of.kind, way) for track in tracks])[None, :, None])
 
 
 def _run(
@@ -152,24 +147,26 @@ def _run(
 
 
 def _run_queued(
-    program: Program, prices: list[list[np.ndarray]], hosts: list[list[np.ndarray]], counts: np.ndarray, owners: int
+    program: Program, prices: list[list[np.ndarray]], hosts: list[list[np.ndarray]], takes: np.ndarray, owners: int
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """As ``_run``, where a task starts no earlier than each host that takes part has queued it, of which each queues its own one
     after the other in the program's order; a dispatch when its sizes are known.
 
     Args:
         hosts: for each of PRICED, by layer, as of ``_host_prices``.
+        takes: as there.
     """
     import numpy as np
 
     maximum = np.maximum
-    clock, host = np.zeros(counts.shape[1:]), np.zeros(counts.shape[1:])
-    channels = {Stream.OUT: np.zeros(counts.shape[2]), Stream.BACK: np.zeros(counts.shape[2])}
+    clock, host = np.zeros(takes.shape[1:]), np.zeros(takes.shape[1:])
+    channels = {Stream.OUT: np.zeros(takes.shape[2]), Stream.BACK: np.zeros(takes.shape[2])}
+    streams, sized = [of.stream for of in PRICED], [waits_for_sizes(of) for of in PRICED]
     ends: list[np.ndarray | None] = [None] * program.results
     sent: dict[int, np.ndarray] = {}
-    never = [np.where(_takes(layer, owners), 0.0, -np.inf) for layer in counts]
+    never = [None if layer.all() else np.where(layer, 0.0, -np.inf) for layer in takes]
     for kind, which, layer, number, transfers, computed in program.operations:
-        price, of = prices[which][layer], PRICED[which]
+        price = prices[which][layer]
         if kind is Kind.ATTENTION:
             host[:owners] += hosts[which][layer]
             start = maximum(clock[:owners], host[:owners])
@@ -186,14 +183,15 @@ def _run_queued(
             ends[number] = _last(end)
             clock = maximum(clock, end)
         else:
-            if waits_for_sizes(of):
-                for other in computed:
-                    host = maximum(host, ends[other] + never[layer])
+            absent = never[layer]
+            if sized[which]:
+                known = ends[computed[0]]  # of its A task
+                maximum(host, known if absent is None else known + absent, out=host)
             host += hosts[which][layer]
-            start = maximum(channels[of.stream], _last(host + never[layer]))
+            start = maximum(channels[streams[which]], _last(host if absent is None else host + absent))
             for other in (*transfers, *computed):
                 start = maximum(start, ends[other])
-            channels[of.stream] = ends[number] = sent[layer] = start + price
+            channels[streams[which]] = ends[number] = sent[layer] = start + price
     return clock, sent
 
 
