@@ -28,8 +28,8 @@ def run(args: argparse.Namespace, problems: Problems) -> int:
     rank = _number("RANK", problems)
     if cluster is not None:
         first = next(iter(cluster.pools.values()))
-        if first.channel:
-            problems.add(f"{args.cluster} has a measured channel already: take that key out to measure anew")
+        if first.channel or first.channel_host:
+            problems.add(f"{args.cluster} has a measured channel already: take channel and channel_host out to measure anew")
         senders = args.attention_ranks or first.gpus
         if world and not 0 < senders < world:
             problems.add(f"{senders} attention ranks of {world} ranks leave no expert rank: say --attention-ranks")
@@ -39,16 +39,18 @@ def run(args: argparse.Namespace, problems: Problems) -> int:
         if os.environ.get("RANK", "0") != "0":
             raise SystemExit(2) from None  # the first rank says it
         raise
-    found = _measure(rank, world, senders)
+    found, queueing = _measure(rank, world, senders)
     if rank == 0:
         lines = [f"  {size}: {seconds:.9f}" for size, seconds in sorted(found.items())]
         text = Path(args.cluster).read_text(encoding="utf-8").rstrip("\n")
         heading = f"# Seconds of a transfer by the bytes of its busiest rank, {senders} attention and " \
                   f"{world - senders} expert ranks.\nchannel:"
+        lines += ["# Seconds in which a host queues a transfer of one, two and three tensors.",
+                  f"channel_host: [{', '.join(f'{seconds:.9f}' for seconds in queueing)}]"]
         Path(args.out).write_text("\n".join([text, heading, *lines]) + "\n", encoding="utf-8")
         largest = max(found)
         print(f"{largest / found[largest] / 1e9:.2f} GB/s at {largest:,} bytes, {1e6 * found[min(found)]:.0f} us at "
-              f"{min(found):,}; written to {args.out}")
+              f"{min(found):,}; the host queues one in {1e6 * queueing[0]:.0f} to {1e6 * queueing[-1]:.0f} us; written to {args.out}")
     return 0
 
 
@@ -61,12 +63,13 @@ def _number(name: str, problems: Problems) -> int:
     return int(value)
 
 
-def _measure(rank: int, world: int, senders: int) -> dict[int, float]:
+def _measure(rank: int, world: int, senders: int) -> tuple[dict[int, float], list[float]]:
+    """Seconds of a transfer by its bytes, and those in which a host queues one, by its tensors."""
     import torch
     import torch.distributed as dist
 
     from megatron_hetermoe.runtime.channels import Channel, nccl_options
-    from megatron_hetermoe.runtime.network import measure_channel
+    from megatron_hetermoe.runtime.network import measure_channel, measure_queueing
 
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -78,6 +81,7 @@ def _measure(rank: int, world: int, senders: int) -> dict[int, float]:
     channel = Channel(payload, headers, range(world), rank)
     dist.all_reduce(torch.zeros(1, device=device), group=payload)  # makes the communicator before anything is timed
     found = measure_channel(channel, senders, rank, world, _SIZES, _REPEATS, device)
+    queueing = measure_queueing(channel, senders, rank, world, _REPEATS, device)
     dist.barrier(group=headers)
     dist.destroy_process_group()
-    return found
+    return found, queueing

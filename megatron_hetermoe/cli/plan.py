@@ -20,6 +20,7 @@ from megatron_hetermoe.config.plan import TOGETHER, WEIGHT_GRADIENTS, Plan
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 from megatron_hetermoe.config.stages import stage_flags
 from megatron_hetermoe.config.step import RECOMPUTE
+from megatron_hetermoe.simulator.host import BUSY, WAY_OUT
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 DEFAULT_VOCABULARY = 32_000
@@ -154,7 +155,7 @@ def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
 
 def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, Any]:
     """Everything that is said, as data."""
-    from megatron_hetermoe.planner.advice import baselines
+    from megatron_hetermoe.planner.advice import baselines, larger_microbatches
     from megatron_hetermoe.planner.memory import MARGIN
     from megatron_hetermoe.planner.search import after_losing_a_node, left_out
 
@@ -173,6 +174,9 @@ def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, A
         "left_out": [asdict(one) for one in left_out(found, cluster)],
         "runners_up": [{"layout": one.option.describe(), "wave": one.wave, "tokens_per_second": one.tokens_per_second}
                        for one in found.best[1:1 + _RUNNERS_UP]],
+        "larger_microbatches": {
+            size: {"layout": one.option.describe(), "wave": one.wave, "tokens_per_second": one.tokens_per_second}
+            for size, one in larger_microbatches(question, cluster, kinds, best).items()},
         "other_ways": baselines(best),
         "alone": [asdict(one) for one in alones],
         "after_losing_a_node": {
@@ -183,6 +187,7 @@ def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, A
             cluster.pools[name].memory for name, _ in pools)} for role, pools in
             ((ATTENTION, best.option.attention), (EXPERT, best.option.expert))},
         "margin": MARGIN,
+        "queueing": {role: best.queueing(role) for role in (ATTENTION, EXPERT)},
         "imbalance": dict(zip(("fits", "most"), best.imbalance)),
         "notes": [*notes, NOT_SEARCHED],
     }
@@ -205,6 +210,9 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
                                   f"{'on' if plan['step']['distributed_optimizer'] else 'off'}")
     table.add_row("computing", f"attention ranks {predicted['attention_busy']:.0%} of the step, expert ranks "
                                f"{predicted['expert_busy']:.0%}")
+    if any(answer["queueing"].values()):
+        table.add_row("hosts queue tasks", "attention ranks' {attention:.0%} of the step, expert ranks' {expert:.0%}".format(
+            **answer["queueing"]))
     for role, memory in answer["memory"].items():
         table.add_row(f"memory, {role}", f"{memory['bytes'] / 1e9:.1f} of {memory['of'] / 1e9:.0f} GB "
                                          f"({answer['margin']:.0%} is kept free)")
@@ -219,6 +227,8 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     table = Table("what else", "tokens/s", f"of the plan ({word})", title_justify="left")
     rows = [(f"runner-up: {one['layout']}, wave {one['wave']}", one["tokens_per_second"])
             for one in answer["runners_up"]]
+    rows += [(f"--micro-batch-size {size}: {one['layout']}, wave {one['wave']}", one["tokens_per_second"])
+             for size, one in answer["larger_microbatches"].items()]
     rows += [(f"{name}, if it fits", value) for name, value in answer["other_ways"].items()]
     rows += [(f"{one['pool']} alone, expert parallel", one["tokens_per_second"]) for one in answer["alone"]]
     rows += [(f"a node of {name} lost: {one['layout'] if one else 'nothing fits'}", one and one["tokens_per_second"])
@@ -232,6 +242,8 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
     search = answer["search"]
     console.print(f"{search['considered']} layouts considered, {search['fitting']} fit, "
                   f"{search['simulated']} simulated")
+    if max(answer["queueing"].values()) >= BUSY:
+        console.print(f"hosts may be what a step takes: {WAY_OUT}", highlight=False)
     for note in answer["notes"]:
         console.print(f"note: {note}", highlight=False)
     if out:

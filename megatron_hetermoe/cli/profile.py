@@ -77,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
     for name, points in profile.parts.items():
         forward, backward = points[max(points)]
         print(f"{name}: {1e3 * forward:.3f} ms forward, {1e3 * backward:.3f} ms backward at {max(points):,.0f} tokens")
+    for name, (forward, backward) in (profile.host or {}).items():
+        if forward or backward:
+            print(f"{name}: the host queues it in {1e3 * forward:.3f} ms forward, {1e3 * backward:.3f} ms backward")
     print(f"written to {out}; name it as a pool's kind in a cluster file")
     return 0
 

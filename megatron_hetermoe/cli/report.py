@@ -19,8 +19,8 @@ from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 from megatron_hetermoe.schedule.trace import STREAMS, Span
 from megatron_hetermoe.simulator.events import Result
-from megatron_hetermoe.simulator.host import host_costs
-from megatron_hetermoe.simulator.summary import summarise_members
+from megatron_hetermoe.simulator.host import advice, host_costs
+from megatron_hetermoe.simulator.summary import HOST, summarise, summarise_members
 from megatron_hetermoe.topology.layout import Layout, layout_of
 from megatron_hetermoe.topology.placement import Placement
 
@@ -77,7 +77,11 @@ def _facts(plan: Plan, run: Run) -> list[str]:
     ]
     layout = layout_of(plan)
     roles = {rank: layout.role(rank) for rank in range(layout.world_size)}
-    facts += [f"{role} ranks: {cost}" for role, cost in host_costs(run.spans, roles).items()]
+    costs = host_costs(run.spans, roles)
+    facts += [f"{role} ranks: {cost}" for role, cost in costs.items()]
+    summary = summarise(*run.results.values())
+    if hint := advice(costs.values(), max(one.bubbles[HOST] for one in summary.roles.values()) / summary.seconds):
+        facts.append(hint)
     if plan.predicted:
         facts.append(f"planned: {plan.predicted.step_seconds:.4g} s a step")
     return facts

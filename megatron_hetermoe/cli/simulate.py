@@ -92,11 +92,12 @@ def _print(summary, notes, timeline: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from megatron_hetermoe.simulator.summary import CAUSES, STAGE
+    from megatron_hetermoe.simulator.host import advice
+    from megatron_hetermoe.simulator.summary import CAUSES, HOST, STAGE
 
     console = Console()
     causes = [cause for cause in CAUSES
-              if cause != STAGE or any(role.bubbles[cause] for role in summary.roles.values())]
+              if cause not in (STAGE, HOST) or any(role.bubbles[cause] for role in summary.roles.values())]
     table = Table("role", "computing", *(f"idle: {cause}" for cause in causes), title_justify="left",
                   title=f"step {summary.seconds:.4f} s; bound {summary.bound:.4f} s (the busiest rank's work), "
                         f"{summary.distance:.1%} above; after the last task {summary.after:.4f} s")
@@ -105,6 +106,8 @@ def _print(summary, notes, timeline: str | None) -> None:
         table.add_row(f"  {stage}" if of_stage else name, f"{role.busy:.1%}",
                       *(f"{role.bubbles[cause] / summary.seconds:.1%}" for cause in causes))
     console.print(table)
+    if hint := advice((), max(role.bubbles[HOST] for role in summary.roles.values()) / summary.seconds):
+        console.print(hint, highlight=False)
     for note in notes:
         console.print(f"note: {note}", highlight=False)
     if timeline:

@@ -11,7 +11,7 @@ from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan, plan_from_json
 from megatron_hetermoe.schedule.trace import STEP, Span, read_jsonl
-from megatron_hetermoe.simulator.host import host_costs
+from megatron_hetermoe.simulator.host import advice, host_costs
 from megatron_hetermoe.simulator.recorded import from_start
 from megatron_hetermoe.topology.layout import layout_of
 
@@ -53,8 +53,11 @@ def run(args: argparse.Namespace) -> int:
         else:
             write_timeline(spans, layout, roles, out)
     print(f"step {step}, {sum(span.stream != STEP for span in spans)} tasks of {len(roles)} ranks: {out}")
-    for role, cost in host_costs(spans, roles).items():
+    costs = host_costs(spans, roles)
+    for role, cost in costs.items():
         print(f"{role} ranks: {cost}")
+    if hint := advice(costs.values(), 0.0):
+        print(hint)
     return 0
 
 

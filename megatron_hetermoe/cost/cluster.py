@@ -19,6 +19,7 @@ from megatron_hetermoe.topology.layout import MOST_RANKS
 
 Kind = Estimate | Profiled
 
+MOST_TENSORS = 3  # of a transfer with each peer: rows, probabilities, and which row each copy is of
 _MOST = 1e12  # in whatever unit; a float holds it, and so does all that is reckoned with it
 
 EXAMPLE = "pools: {new: {kind: A40, nodes: 3, gpus_per_node: 2, memory_gb: 48, " \
@@ -52,6 +53,8 @@ class ClusterPool:
         slurm: options of sbatch that get nodes of this pool, without their dashes.
         channel: of the cluster, measured: seconds of a transfer by the bytes of its busiest rank. It replaces what
             links say of transfers between roles.
+        channel_host: of the cluster, measured: seconds in which a host queues a transfer of one, two and three tensors with
+            each peer; empty where that was not measured.
     """
 
     name: str
@@ -63,6 +66,7 @@ class ClusterPool:
     inter: Link
     slurm: Mapping[str, str] = field(default_factory=dict, hash=False)
     channel: Curve | None = None
+    channel_host: tuple[float, ...] = ()
 
     @property
     def gpus(self) -> int:
@@ -135,16 +139,17 @@ def cluster_from_document(document: Any, origin: str, notes: Notes | None = None
     pools = document.get("pools") if isinstance(document, dict) else None
     if not isinstance(pools, dict) or not pools:
         raise UsageError([f"{origin} names no pools; write it as {EXAMPLE}"])
-    for key in sorted(document.keys() - {"pools", "channel", "slurm"}, key=str):
-        problems.add(f"{origin}: unknown key {key!r}; a cluster has 'pools' and, where it was measured, 'channel', and "
-                     "'slurm' where there is one")
+    for key in sorted(document.keys() - {"pools", "channel", "channel_host", "slurm"}, key=str):
+        problems.add(f"{origin}: unknown key {key!r}; a cluster has 'pools' and, where it was measured, 'channel' and "
+                     "'channel_host', and 'slurm' where there is one")
     channel = _channel(document.get("channel"), origin, notes or Notes(), problems)
+    channel_host = _channel_host(document.get("channel_host"), origin, problems)
     slurm = slurm_options(document.get("slurm"), origin, problems)
     result = {}
     for name, entry in pools.items():
         pool = _pool(str(name), entry, f"{origin}, pool {name}", Path(origin).parent, problems)
         if pool:
-            result[pool.name] = replace(pool, channel=channel)
+            result[pool.name] = replace(pool, channel=channel, channel_host=channel_host)
     problems.raise_if_any()
     return Cluster(result, origin, slurm)
 
@@ -159,6 +164,18 @@ def _channel(points: Any, origin: str, notes: Notes, problems: Problems) -> Curv
                      f"measures it")
         return None
     return Curve("channel", "bytes", points, notes)
+
+
+def _channel_host(seconds: Any, origin: str, problems: Problems) -> tuple[float, ...]:
+    """What ``hetermoe profile --network`` measured of the host."""
+    if seconds is None:
+        return ()
+    if not isinstance(seconds, list) or len(seconds) != MOST_TENSORS or not all(
+            isinstance(one, (int, float)) and not isinstance(one, bool) and 0 <= one < float("inf") for one in seconds):
+        problems.add(f"{origin}: channel_host must list the seconds in which a host queues a transfer of one, two and three "
+                     f"tensors, from 0 on; `hetermoe profile --network` measures them")
+        return ()
+    return tuple(map(float, seconds))
 
 
 _KEYS = ("kind", "nodes", "gpus_per_node", "memory_gb", "intra_node", "inter_node", "slurm")
@@ -260,4 +277,16 @@ def kinds_of(
         except UsageError as error:
             problems.extend(error)
     problems.raise_if_any()
+    _note_hosts(cluster, kinds, notes)
     return kinds
+
+
+def _note_hosts(cluster: Cluster, kinds: Mapping[str, Kind], notes: Notes) -> None:
+    """Says whose hosts are not counted."""
+    free = list(dict.fromkeys(kind.name for kind in kinds.values() if not kind.host_is_known))
+    if any(kind.has_host for kind in kinds.values()) and not all(
+            pool.channel_host for pool in cluster.pools.values()):
+        free.append("transfers")
+    if free:
+        notes.add(f"what the host takes to queue tasks was not measured and counts as nothing ({', '.join(free)}): where "
+                  f"sequences are short it may be what a step takes")

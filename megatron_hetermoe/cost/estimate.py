@@ -107,6 +107,11 @@ class Estimate:
         return True
 
     has_activation_again = True
+    host_is_known = has_host = False
+
+    def host(self, part: str, recompute: str) -> Seconds:
+        """Seconds in which the host queues a part: a data sheet does not tell."""
+        return 0.0, 0.0
 
     def _pair(self, work: Work) -> Seconds:
         return self._seconds(work), self._seconds(work.backward())

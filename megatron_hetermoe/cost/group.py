@@ -29,6 +29,8 @@ GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # Megatron accumulates bf16'
 _PROBABILITY = 4  # bytes; the router's precision
 _INDEX = 4  # bytes; which row a copy is of
 
+_TENSORS = {(TaskKind.DISPATCH, 0): 3, (TaskKind.DISPATCH, 1): 2}  # of a transfer with each peer; of others one
+
 # A member's links: to its own node and to others, in both directions.
 LINKS = 4
 INTRA_OUT, INTRA_IN, INTER_OUT, INTER_IN = range(LINKS)
@@ -133,6 +135,7 @@ class GroupCosts:
         stage, stages: which pipeline stage's group it is, of how many; the shape is that of its layers.
         context: attention ranks, or tensor-parallel groups of them, that have parts of one sequence.
         chunks: the shapes of a stage's chunks, where it has several; tasks number their layers as ``schedule.numbering`` says.
+        hosts_count: whether what queueing tasks takes a host is counted, where it is known.
     """
 
     shape: ModelShape
@@ -148,6 +151,7 @@ class GroupCosts:
     merged: int = 0
     context: int = 1
     chunks: tuple[ModelShape, ...] = ()
+    hosts_count: bool = True
 
     @property
     def members(self) -> int:
@@ -283,6 +287,56 @@ class GroupCosts:
     def expert_seconds(self, member: int, way: int, held: int) -> float:
         """Of an E task of a member that holds so many experts of the layer, forward (0) or backward (1)."""
         return held and self.expert_task[member][way] + held * self.expert[member][way]
+
+    @cached_property
+    def has_host(self) -> bool:
+        """Whether queueing tasks costs any member's host something that is counted."""
+        seats = (self.seats[members[0]] for members in self.alike.values())
+        return self.hosts_count and any(seat.kind.has_host or any(seat.pool.channel_host) for seat in seats)
+
+    @cached_property
+    def host_attention(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
+        """For each attention member, seconds in which its host queues its A tasks of layers 1 to K+1, forward and backward.
+        A task of several sequences is queued as fast as one of one, and a part of one by ranks that share it as fast as the
+        whole."""
+        known = {
+            name: tuple(zip(*self._of_layers(lambda parts, kind=kind: self._host_attention_task(kind, parts))))
+            for name, kind in {seat.pool.name: seat.kind for seat in self.seats[:self.attention_members]}.items()
+        }
+        return tuple(known[seat.pool.name] for seat in self.seats[:self.attention_members])
+
+    def _host_attention_task(self, kind: Kind, of: _Parts) -> tuple[float, float]:
+        if not self.hosts_count:
+            return 0.0, 0.0
+        recompute, none = self.step.recompute, "none"
+        parts = [kind.host("embedding", none)] * of.embedding + [kind.host("head", none)] * of.heads
+        parts += [kind.host("attention", recompute)] * of.attention
+        # Dense parts are not measured: as an E task of one expert.
+        dense = of.dense + of.projection + of.shared
+        parts += [kind.host(name, recompute) for name in ("expert", "expert_task")] * dense
+        return sum(part[0] for part in parts), sum(part[1] for part in parts)
+
+    @cached_property
+    def host_experts(self) -> tuple[tuple[tuple[float, float], tuple[float, float]], ...]:
+        """For each member, seconds in which its host queues an E task, for each expert and beside them, both forward and backward."""
+        if not self.hosts_count:
+            return (((0.0, 0.0), (0.0, 0.0)),) * self.members
+        return tuple(tuple(seat.kind.host(part, self.step.recompute) for part in ("expert", "expert_task")) for seat in self.seats)
+
+    def host_expert(self, member: int, way: int, held: int) -> float:
+        """Seconds in which a member's host queues an E task, forward (0) or backward (1), of so many experts."""
+        each, task = self.host_experts[member]
+        return held and task[way] + held * each[way]
+
+    @cached_property
+    def _host_transfers(self) -> tuple[tuple[float, ...], ...]:
+        """For each member, seconds in which its host queues a transfer, by the number of tensors; empty if unknown."""
+        return tuple(seat.pool.channel_host if self.hosts_count else () for seat in self.seats)
+
+    def host_transfer(self, member: int, kind: TaskKind, way: int) -> float:
+        """Seconds in which a member's host queues a D, C or H task, forward (0) or backward (1)."""
+        known = self._host_transfers[member]
+        return known[_TENSORS.get((kind, way), 1) - 1] if known else 0.0
 
     def amortised(self, wave: int) -> GroupCosts:
         """These costs where weights' gradients are merged (``config.plan.MERGED``), with an equal part of a W task in each

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ _LATENT = ("kv_lora_rank", "q_lora_rank", "qk_head_dim", "qk_position_dim", "v_h
 _TIMED = ("hidden", "expert_ffn", "gated", "heads", "query_groups", "head_dim", "topk", *_LATENT)
 _PARTS = ("attention", "attention_core_recomputed", "expert", "expert_activation_again", "head", "embedding")
 _REQUIRED = ("attention", "expert")
+_HOST = ("attention", "attention_core_recomputed", "expert", "expert_task", "head", "embedding")
 # Bytes; each is optional and replaces the planner's own arithmetic.
 _MEMORY = ("overhead", "attention_activation_per_token", "expert_activation_per_row", "expert_activation_again_per_row")
 
@@ -40,6 +42,10 @@ class Profile:
         memory: bytes, see _MEMORY.
         expert_task: seconds, forward and backward, of an E task beside those of its experts, or None where that was not
             measured: what a rank with few experts takes longer for each of them.
+        host: seconds, forward and backward, in which the host queues what a GPU computes: for "attention" (an A task),
+            "attention_core_recomputed", "head" and "embedding" of a microbatch, for "expert" (each expert of an E task) and
+            "expert_task" (the task beside these); it does not depend on the number of tokens. 0 where the host computes itself,
+            None where it was not measured.
     """
 
     kind: str
@@ -48,6 +54,7 @@ class Profile:
     optimizer: float | None = None
     memory: dict[str, float] | None = None
     expert_task: Seconds | None = None
+    host: dict[str, Seconds] | None = None
 
     def to_json(self) -> str:
         """The text of a profile file."""
@@ -76,7 +83,7 @@ def read_profile(path: str | Path) -> Profile:
         raise UsageError([f"{path} is not a profile of format {FORMAT} (megatron_hetermoe/cost/profile.py says what one "
                           f"holds)"])
     problems = Problems()
-    known = {"format", "kind", "taken_for", "parts", "optimizer", "memory", "expert_task"}
+    known = {"format", "kind", "taken_for", "parts", "optimizer", "memory", "expert_task", "host"}
     for key in sorted(document.keys() - known):
         problems.add(f"{path}: unknown key {key!r}; a profile has {', '.join(sorted(known))}")
     for key, type_ in (("kind", str), ("taken_for", dict), ("parts", dict)):
@@ -106,8 +113,27 @@ def read_profile(path: str | Path) -> Profile:
     for name, value in memory.items():
         if name not in _MEMORY or not _positive(value):
             problems.add(f"{path}: memory {name} is {value!r}; known are {', '.join(_MEMORY)}, in positive bytes")
+    host = _host(document.get("host"), f"{path}: host", problems)
     problems.raise_if_any()
-    return Profile(document["kind"], document["taken_for"], parts, optimizer, memory, expert_task and tuple(expert_task))
+    return Profile(document["kind"], document["taken_for"], parts, optimizer, memory, expert_task and tuple(expert_task), host)
+
+
+def _host(entry: Any, where: str, problems: Problems) -> dict[str, Seconds] | None:
+    """Seconds in which the host queues each part; None where nobody measured them."""
+    if entry is None:
+        return None
+    wanted = f"{', '.join(_HOST)} to seconds of forward and backward, from 0 on"
+    if not isinstance(entry, dict):
+        problems.add(f"{where} is no mapping of {wanted}")
+        return None
+    found = {}
+    for name, pair in entry.items():
+        if name not in _HOST or not isinstance(pair, list) or len(pair) != 2 or not all(
+                value == 0 and not isinstance(value, bool) or _positive(value) for value in pair):
+            problems.add(f"{where} has {name}: {pair!r}; it maps {wanted}")
+        else:
+            found[name] = tuple(map(float, pair))
+    return found
 
 
 def _points(points: Any, where: str, problems: Problems) -> Points:
@@ -183,6 +209,24 @@ class Profiled:
     def expert_task(self, recompute: str) -> Seconds:
         """An E task beside its experts."""
         forward, backward = self._profile.expert_task or (0.0, 0.0)
+        return forward, backward + (forward if recompute == "full" else 0)
+
+    @property
+    def host_is_known(self) -> bool:
+        """Whether it is known what queueing takes the host."""
+        return self._profile.host is not None
+
+    @cached_property
+    def has_host(self) -> bool:
+        """Whether queueing is known to take the host something."""
+        return any(map(any, (self._profile.host or {}).values()))
+
+    def host(self, part: str, recompute: str) -> Seconds:
+        """Seconds in which the host queues a part, as ``Profile.host`` names it; what is recomputed is queued again."""
+        known = self._profile.host or {}
+        if part == "attention" and recompute == "core_attn":
+            part = "attention_core_recomputed" if "attention_core_recomputed" in known else part
+        forward, backward = known.get(part, (0.0, 0.0))
         return forward, backward + (forward if recompute == "full" else 0)
 
     def activation_again(self, tokens: float) -> float:

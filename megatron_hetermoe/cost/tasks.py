@@ -77,6 +77,30 @@ class TaskCosts:
             self._expert_weights[key] = self.group.expert_weights(*key)
         return self._counts[task.layer - 1][member] * self._expert_weights[key]
 
+    def host_seconds(self, member: int, task: Task) -> float:
+        """In which a member's host queues a task. That of a W task is in its B task's, since nothing measures the two apart."""
+        if task.direction is Pass.WEIGHT:
+            return 0.0
+        way = 0 if task.direction is Pass.FORWARD else 1
+        if task.kind is TaskKind.ATTENTION:
+            return self.group.host_attention[member][way][task.layer - 1]
+        if task.kind is TaskKind.EXPERT:
+            return self.group.host_expert(member, way, self._counts[task.layer - 1][member])
+        return self.group.host_transfer(member, task.kind, way)
+
+    def host_computes(self, member: int) -> float:
+        """Seconds in which a member's host queues its A and E tasks of a microbatch."""
+        of_attention = self.group.host_attention[member] if member < self.group.attention_members else ()
+        experts = (self.host_seconds(member, Task(TaskKind.EXPERT, way, layer, 0))
+                   for layer in range(1, len(self.placement.holders) + 1) for way in (Pass.FORWARD, Pass.BACKWARD))
+        return sum(map(sum, of_attention)) + sum(experts)
+
+    def host_transfers(self, member: int) -> float:
+        """Seconds in which a member's host queues its D and C tasks of a microbatch."""
+        layers = sum(1 for counts in self._counts if any(counts) and (member < self.group.attention_members or counts[member]))
+        return layers * sum(self.group.host_transfer(member, kind, way)
+                            for kind in (TaskKind.DISPATCH, TaskKind.COMBINE) for way in (0, 1))
+
     def transfer(self, task: Task) -> Transfer:
         """Of a D or C task."""
         import numpy as np

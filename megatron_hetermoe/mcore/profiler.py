@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from megatron_hetermoe.mcore import gpt
 from megatron_hetermoe.mcore.arguments import disaggregated_arguments, model_shape
 from megatron_hetermoe.mcore.devices import capability_of, device_problems
 from megatron_hetermoe.mcore.experts import experts_of
+from megatron_hetermoe.mcore.graphs import AttentionGraphs
 from megatron_hetermoe.mcore.implementation import choose_for_experts, engine_obstacle, is_installed
 from megatron_hetermoe.mcore.numbers import Numbers
 from megatron_hetermoe.mcore.platform import cpu
@@ -38,6 +39,7 @@ from megatron_hetermoe.mcore.pretrain import model_provider
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
 from megatron_hetermoe.runtime.copies import Copies
+from megatron_hetermoe.runtime.graphs import graphs_for
 from megatron_hetermoe.runtime.roll_call import started_here
 from megatron_hetermoe.runtime.streams import Queued, streams_for
 from megatron_hetermoe.runtime.transfers import Routed, SizesLater, Transfers, TransferSizes
@@ -53,6 +55,18 @@ _ATTENTION, _EXPERT = 0, 1  # ranks of the session, of which only one is there a
 _WARM_UP = 2
 _LEAST = 1e-9  # seconds that a difference of two measurements may be
 _HOST_CYCLES = 30_000_000  # of a GPU: some 15 ms, longer than the host takes to queue any task
+
+
+class Measured(NamedTuple):
+    """A task's seconds, forward and backward.
+
+    Attributes:
+        computed: on the device.
+        queued: in which the host queued it; 0 where the host computes itself.
+    """
+
+    computed: Seconds
+    queued: Seconds
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,8 @@ def arguments(rest: Sequence[str], flags: Flags, problems: Problems) -> tuple[ar
     Raises:
         UsageError: with all problems.
     """
-    alone = Flags(enabled=True, attention_ranks=1, expert_ranks=2, attention=flags.attention, experts=flags.experts)
+    alone = Flags(enabled=True, attention_ranks=1, expert_ranks=2, attention=flags.attention, experts=flags.experts,
+                  cuda_graphs=flags.cuda_graphs)
     args, plan = disaggregated_arguments(
         alone, [*rest, "--num-layers", str(LAYERS), "--moe-layer-freq", "1", *_PLAIN], problems)
     here = started_here(not cpu.needed(), args.local_rank, is_installed())
@@ -103,7 +118,12 @@ def _apart(alone: Seconds, together: Seconds, held: int) -> tuple[Seconds, Secon
     """Seconds of each expert of an E task, and of what the task takes beside them, forward and backward: the line through
     those of a task with one expert and of one with ``held``; where noise has it fall, experts are all that there is."""
     each = tuple((many - one) / (held - 1) if held > 1 and many > one else many / held for one, many in zip(alone, together))
-    return each, tuple(max(_LEAST, many - held * one) for one, many in zip(each, together))
+    return each, tuple(max(0.0, many - held * one) for one, many in zip(each, together))
+
+
+def _median(pairs: Sequence[Seconds]) -> Seconds:
+    """Of forwards and of backwards."""
+    return tuple(map(statistics.median, zip(*pairs)))
 
 
 def measure(
@@ -116,20 +136,21 @@ def measure(
         kind: name of what is measured.
         sizes: what to measure at.
         advance: told what comes next.
-        graphs: attention will be queued by CUDA graphs, so what counts is the GPU's time and not the host's.
+        graphs: attention will be queued by CUDA graphs, and is here.
 
     Returns:
         The profile: seconds of one sequence's attention, with and without recomputation of its core, of one expert,
-        with and without that of its activation, of head and embedding, of the optimizer for a parameter; on a GPU bytes
-        of activations too.
+        with and without that of its activation, of head and embedding, of the optimizer for a parameter; seconds in which the
+        host queues these, alone in its process; on a GPU bytes of activations too.
     """
     device = _begin(args)
     shape = model_shape(args, Problems())
     assert shape is not None
     parts: dict[str, Points] = {}
     memory: dict[str, float] = {}
+    host: dict[str, list[Seconds]] = {}
     args.recompute_granularity, args.recompute_modules = "selective", ["core_attn"]
-    again = _Attention(args, plan, device, graphs)
+    again = _Attention(args, plan, device, graphs=False)  # which recomputation does not go with
     args.recompute_granularity, args.recompute_modules = None, None
     attention = _Attention(args, plan, device, graphs)
     for length in sizes.lengths:
@@ -137,9 +158,11 @@ def measure(
         found = attention.measure(length, sizes.repeats)
         recomputed = again.measure(length, sizes.repeats)["attention"]
         # Attention is priced by the sequence, the others by the microbatch.
-        for name, seconds in {**found, "attention_core_recomputed": recomputed}.items():
-            tokens = length * (1 if "attention" in name else args.micro_batch_size)
-            parts.setdefault(name, {})[float(tokens)] = seconds
+        for name, times in {**found, "attention_core_recomputed": recomputed}.items():
+            sequences = args.micro_batch_size if "attention" in name else 1
+            tokens = length * args.micro_batch_size / sequences
+            parts.setdefault(name, {})[tokens] = tuple(seconds / sequences for seconds in times.computed)
+            host.setdefault(name, []).append(times.queued)
     del again
     if attention.bytes_per_token:
         memory["attention_activation_per_token"] = attention.bytes_per_token
@@ -149,12 +172,15 @@ def measure(
     beside: list[Seconds] = []
     for tokens in sizes.expert_tokens:
         advance(f"experts at {tokens:,} tokens each")
-        together, again = (of.measure(tokens, sizes.repeats) for of in (experts, made_again))
-        each, task = _apart(alone.measure(tokens, sizes.repeats), together, experts.held)
+        together, again, single = (of.measure(tokens, sizes.repeats) for of in (experts, made_again, alone))
+        each, task = _apart(single.computed, together.computed, experts.held)
         parts["expert"][float(tokens)] = each
         parts["expert_activation_again"][float(tokens)] = tuple(
-            max(one, one + (longer - shorter) / experts.held) for one, longer, shorter in zip(each, again, together))
-        beside.append(task)
+            max(one, one + (longer - shorter) / experts.held)
+            for one, longer, shorter in zip(each, again.computed, together.computed))
+        beside.append(tuple(max(_LEAST, seconds) for seconds in task))
+        for name, seconds in zip(("expert", "expert_task"), _apart(single.queued, together.queued, experts.held)):
+            host.setdefault(name, []).append(seconds)
     if experts.bytes_per_row:
         memory["expert_activation_per_row"] = experts.bytes_per_row
         memory["expert_activation_again_per_row"] = made_again.bytes_per_row
@@ -162,7 +188,7 @@ def measure(
     optimizer = _optimizer_seconds(args, [attention.model, experts.model], device, sizes.repeats)
     dist.destroy_process_group()
     return Profile(kind, taken_for(shape, plan.attention_precision), parts, optimizer, memory or None,
-                   tuple(map(statistics.median, zip(*beside))))
+                   _median(beside), {name: _median(pairs) for name, pairs in host.items()})
 
 
 def _begin(args: argparse.Namespace) -> torch.device:
@@ -181,14 +207,20 @@ def _begin(args: argparse.Namespace) -> torch.device:
 class _Answered(Transfers):
     """Transfers of an attention rank whose holders are not there: the experts' outputs are its own tokens."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._made: tuple[SizesLater, torch.Tensor, torch.Tensor] | None = None
+
     def route(
         self, task: Task, sizes: SizesLater, tokens: torch.Tensor, probs: torch.Tensor, labels: torch.Tensor
     ) -> None:
-        self.owned[task.layer, task.microbatch] = Routed(sizes(), tokens, probs)
+        self._made = sizes, tokens, probs
 
     def answer(self, task: Task) -> None:
-        """What D and C tasks would bring before the next A task."""
-        routed = self.owned[task.layer, task.microbatch]
+        """What D and C tasks would bring before the next A task; waits until sizes are known, as a D task does."""
+        sizes, *made = self._made
+        routed = self.owned[task.layer, task.microbatch] = Routed(sizes(), *made)
+        self._made = None
         routed.outputs = routed.tokens[:routed.rows].clone()
         routed.tokens.untyped_storage().resize_(0)
 
@@ -211,12 +243,13 @@ class _Clock:
     """
 
     def __init__(self, device: torch.device, ahead: bool = False):
-        self._seconds: dict[tuple[int, Pass], list[float]] = {}
+        self._seconds: dict[tuple[int, Pass], list[tuple[float, float]]] = {}  # computed, queued
         self._streams = streams_for(device, self._observe)
         self._ahead = ahead and torch.empty(0, device=device).is_cuda
 
     def _observe(self, stream: Stream, task: Task, start: float, end: float, queued: Queued) -> None:
-        self._seconds.setdefault((task.layer, task.direction), []).append(end - start)
+        began, ended = queued or (0.0, 0.0)
+        self._seconds.setdefault((task.layer, task.direction), []).append((end - start, ended - began))
 
     def run(self, task: Task, call: Callable[[Task], None]) -> None:
         if self._ahead:
@@ -228,9 +261,10 @@ class _Clock:
     def finish(self) -> None:
         self._streams.finish()
 
-    def median(self, layer: int) -> tuple[float, float]:
-        """Seconds of a layer's task, forward and backward, without the first ones."""
-        return tuple(statistics.median(self._seconds[layer, way][_WARM_UP:]) for way in (Pass.FORWARD, Pass.BACKWARD))
+    def median(self, layer: int) -> Measured:
+        """Of a layer's task, without the first ones."""
+        passes = [_median(self._seconds[layer, way][_WARM_UP:]) for way in (Pass.FORWARD, Pass.BACKWARD)]
+        return Measured(*zip(*passes))
 
 
 class _Part:
@@ -248,11 +282,11 @@ class _Part:
         (self.model,) = training.get_model(model_provider(gpt_config_from_args(args), args.seed, self.session))
         self.config = get_model_config(self.model)
 
-    def inputs(self, data: Iterator[Any] | None) -> StepInputs:
+    def inputs(self, data: Iterator[Any] | None, graphs: AttentionGraphs | None = None) -> StepInputs:
         # Two microbatches, of which the first is run: gradients are added up and not reduced.
         return StepInputs(
             unwrap_model(self.model), self.config, self.session.schedule(2, False), gpt.forward_step, data,
-            self.model.no_sync, False, False,
+            self.model.no_sync, False, False, graphs=graphs,
         )
 
 
@@ -272,21 +306,24 @@ class _Attention(_Part):
         super().__init__(args, plan, device)
         self._graphs = graphs
 
-    def measure(self, length: int, repeats: int) -> dict[str, tuple[float, float]]:
-        """Seconds, forward and backward, of the parts of one sequence."""
+    def measure(self, length: int, repeats: int) -> dict[str, Measured]:
+        """The parts of a microbatch."""
         self.args.seq_length = length
         clock = _Clock(self.device, self._graphs)
         transfers = self.session.transfers(self.config.hidden_size, _Answered)
+        graphs = AttentionGraphs(graphs_for(self.device)) if self._graphs else None
         for _ in range(_WARM_UP + repeats):
-            table = AttentionTasks(
-                self.inputs(self._batches(length)), 1, LAYERS, transfers, Numbers(self.session, False)).table()
+            inputs = self.inputs(self._batches(length), graphs)
+            if graphs is not None:
+                graphs.begin_step(inputs.schedule.member(_ATTENTION), overlapped=False)
+            table = AttentionTasks(inputs, 1, LAYERS, transfers, Numbers(self.session, False)).table()
             self._step(clock, table, transfers, length)
             self.model.zero_grad_buffer()
         first, middle, head = (clock.median(layer) for layer in range(1, LAYERS + 2))
         # A_1 is the embedding and what every A task does, but for the sum that ends the layer before, which A_2 has.
-        embedding = tuple(max(_LEAST, one - other) for one, other in zip(first, middle))
-        scale = 1 / self.args.micro_batch_size
-        return {"attention": tuple(scale * seconds for seconds in middle), "head": head, "embedding": embedding}
+        embedding = Measured(*(tuple(max(least, one - other) for one, other in zip(*pairs))
+                               for least, *pairs in zip((_LEAST, 0.0), first, middle)))
+        return {"attention": middle, "head": head, "embedding": embedding}
 
     def _step(self, clock: _Clock, table: Any, transfers: _Answered, length: int) -> None:
         tasks = [Task(Kind.ATTENTION, Pass.FORWARD, layer, 0) for layer in range(1, LAYERS + 2)]
@@ -294,8 +331,8 @@ class _Attention(_Part):
         for task in tasks:
             clock.run(task, table[Kind.ATTENTION, Pass.FORWARD])
             if task.layer <= LAYERS:
-                self.probs_dtype = transfers.owned[task.layer, 0].probs.dtype
                 transfers.answer(task)
+                self.probs_dtype = transfers.owned[task.layer, 0].probs.dtype
                 kept.append(_allocated())
         for task in reversed(tasks):
             task = replace(task, direction=Pass.BACKWARD)
@@ -332,8 +369,8 @@ class _Experts(_Part):
         super().__init__(args, plan, device, activation_again)
         self._probs_dtype = probs_dtype
 
-    def measure(self, tokens: int, repeats: int) -> tuple[float, float]:
-        """Seconds of an E task, forward and backward, with that many tokens for each expert."""
+    def measure(self, tokens: int, repeats: int) -> Measured:
+        """An E task with that many tokens for each expert."""
         clock = _Clock(self.device, ahead=True)  # as in a step, where other microbatches' tasks are before it
         for _ in range(_WARM_UP + repeats):
             self._step(clock, tokens)

@@ -12,11 +12,14 @@ from megatron_hetermoe.cost.group import GroupCosts, seats_of
 from megatron_hetermoe.planner.asym_ea import counts_of, long_step_seconds
 from megatron_hetermoe.planner.memory import MARGIN, member_memory, usable
 from megatron_hetermoe.planner.options import MOST_MEMBERS, Question, options
-from megatron_hetermoe.planner.search import Priced, fits, smaller
+from megatron_hetermoe.planner.search import Priced, fits, search, smaller
 from megatron_hetermoe.simulator.baselines import (
     expert_parallel_tokens_per_second, group_tokens, ideal_seconds, pipeline, spread,
 )
+from megatron_hetermoe.simulator.host import BUSY
+from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
+_FEW = 12  # layouts that are simulated, of a plan that another one is compared with
 _MORE_NODES = 64  # times the nodes that there are, up to which more are tried
 
 
@@ -60,6 +63,23 @@ def alone(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> li
                 break
         result.append(Alone(name, best, size_of_best))
     return result
+
+
+def larger_microbatches(
+    question: Question, cluster: Cluster, kinds: Mapping[str, Kind], best: Priced
+) -> dict[int, Priced]:
+    """Where hosts queue tasks for most of the best plan's step, good plans with two and four times as many sequences a
+    microbatch, by that number, as far as the batch divides, they fit and are faster."""
+    found: dict[int, Priced] = {}
+    if max(best.queueing(role) for role in (ATTENTION, EXPERT)) < BUSY:
+        return found
+    for size in (2 * question.micro_batch, 4 * question.micro_batch):
+        if question.global_batch % size:
+            break
+        others = search(replace(question, micro_batch=size).plain, cluster, kinds, most=_FEW).best
+        if others and others[0].tokens_per_second > best.tokens_per_second:
+            found[size] = others[0]
+    return found
 
 
 def with_attention_alone(best: Priced, alones: Sequence[Alone]) -> Plan:

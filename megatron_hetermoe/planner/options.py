@@ -224,22 +224,32 @@ def _shortfall(group: GroupCosts) -> float:
 
 
 def _microbatch_bound(group: GroupCosts) -> float:
-    """Seconds that a microbatch takes at least: no ramp, all work spread perfectly, and the channels' bytes of the
-    experts that attention ranks cannot take."""
+    """Seconds that a microbatch takes at least: no ramp, all work spread perfectly, the channels' bytes of the
+    experts that attention ranks cannot take, and what an attention rank's host queues without experts."""
     attention = {members: [sum(pair) for pair in zip(*group.attention[members[0]])]
                  for (is_attention, _), members in group.alike.items() if is_attention}
     worst = sum(max(layer) for layer in zip(*attention.values()))
     speeds = [1 / sum(pair) if sum(pair) else float("inf") for pair in group.expert]
     m, experts, layers = group.attention_members, group.shape.experts, len(group.shape.moe_layers)
     sent = _channel_seconds(group)
+    queueing = _queueing_seconds(group)
     if group.expert_tensor > 1:  # attention ranks hold no expert
-        return max(experts * layers / sum(speeds[m:]), worst, sent * layers)
+        return max(experts * layers / sum(speeds[m:]), worst, sent * layers, queueing)
     free = sum(len(members) * speeds[members[0]] * sum(rest) for members, rest in attention.items())
     # All layers together, each rank always busy: sum(speed) * T = work, with attention first. An E task may run
     # beside another layer's attention, so only the sums over layers bind.
     balanced = (experts * layers + free) / sum(speeds)
     moved_share = max(0.0, balanced - worst) * sum(speeds[:m]) / (experts * layers)
-    return max(balanced, worst, sent * layers * max(0.0, 1 - moved_share))
+    return max(balanced, worst, sent * layers * max(0.0, 1 - moved_share), queueing)
+
+
+def _queueing_seconds(group: GroupCosts) -> float:
+    """In which the slowest host of an attention rank queues its A tasks and all transfers of a microbatch."""
+    if not group.has_host:
+        return 0.0
+    transfers = ((kind, way) for kind in (TaskKind.DISPATCH, TaskKind.COMBINE) for way in (0, 1))
+    layer = [sum(group.host_transfer(0, kind, way) for kind, way in transfers)] * len(group.shape.moe_layers)
+    return sum(layer) + max(sum(map(sum, passes)) for passes in group.host_attention)
 
 
 def _channel_seconds(group: GroupCosts) -> float:

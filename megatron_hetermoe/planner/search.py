@@ -77,6 +77,13 @@ class Priced:
         ranks = len(members) * len(self.option.stages)
         return work * group.step.microbatches / ranks / self.assignment.seconds
 
+    def queueing(self, role: str) -> float:
+        """Share of the step in which the host of a role's rank that has most to queue does so; 0 where that is not known."""
+        group = self.option.group
+        costs = TaskCosts(group, placement_of(self.assignment.experts))
+        most = max(costs.host_computes(member) + costs.host_transfers(member) for member in _members(group, role))
+        return most * group.step.microbatches / len(self.option.stages) / self.assignment.seconds
+
     def without_work(self) -> dict[str, int]:
         """Expert ranks of each pool that hold no expert."""
         idle: dict[str, int] = {}

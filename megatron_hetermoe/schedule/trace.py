@@ -28,7 +28,7 @@ class Span:
         sent: bytes that a transfer sends from this rank to others.
         tokens: of a dispatch that this rank receives, tokens for each of its experts of that layer, ascending.
         queued: of a compute task on a GPU, when the host began and ended to queue it, as start and end; None on the CPU,
-            where the host runs it, and in a simulation.
+            where the host runs it, and in a simulation of hosts that cost nothing.
     """
 
     rank: int

@@ -2,7 +2,8 @@
 
 Each gives seconds for the same number of tokens as the plan it is compared with, so throughputs compare by their
 inverse. All use the same prices. Where it has a schedule, it is one of ``schedule.orders``: expert parallelism is
-one in which every rank is an attention rank and a holder, one microbatch at a time.
+one in which every rank is an attention rank and a holder, one microbatch at a time. What queueing transfers costs a host is
+known of this package's only, so stock Megatron's ways are no faster than their hosts queue attention and experts.
 """
 
 from __future__ import annotations
@@ -58,12 +59,14 @@ def expert_parallel_tokens_per_second(
     for chosen in dict.fromkeys(sets):
         microbatches = 2  # a step's microbatches follow one another; two tell one from what comes once a step
         every = replace(group, seats=chosen, attention_members=size, groups=len(sets), tensor=1, context=1,
-                        step=replace(group.step, microbatches=microbatches))
+                        step=replace(group.step, microbatches=microbatches), hosts_count=False)
         placement = spread(every, range(size))
         result = simulate(sequential(group.shape.layers, placement, size, microbatches), TaskCosts(every, placement))
         last = max(max(end for _, end in member.times.values()) for member in result.members)
         once = result.seconds - last
-        slowest = max(slowest, last / microbatches * group.step.microbatches + once)
+        queueing = TaskCosts(replace(every, hosts_count=group.hosts_count), placement)
+        each = max(last / microbatches, *map(queueing.host_computes, range(size)))
+        slowest = max(slowest, each * group.step.microbatches + once)
     return len(seats) * group.step.microbatches * group.step.micro_batch * group.shape.sequence / slowest
 
 
@@ -161,7 +164,7 @@ class _Stage:
     """What a stage's ranks take, in seconds.
 
     Attributes:
-        layer: one layer, forward and backward, of a microbatch.
+        layer: one layer, forward and backward, of a microbatch; no less than its host takes to queue it.
         begin, end: of a microbatch, what the first stage has beside layers, and the last one: the embedding; the head and
             what predicts further tokens.
         once: for each layer, what comes once a step.
@@ -191,9 +194,17 @@ class _Stage:
             for kind in (Kind.DISPATCH, Kind.COMBINE):
                 price = costs.transfer(Task(kind, way, number, 0))
                 layer += price.latency + share * price.seconds if ranks > 1 else 0.0
+        layer = max(layer, *(cls._queueing(costs, member, middle, number) for member in range(ranks)))
         further = sum(attention(one) - attention(middle) for one in range(shape.decoder_layers + 1, shape.layers + 1))
         once = max(costs.reduction(member) + costs.optimizer(member) for member in range(ranks))
         return cls(layer, max(0.0, attention(1) - attention(middle)), attention(shape.layers + 1) + further, once / shape.layers)
+
+
+    @staticmethod
+    def _queueing(costs: TaskCosts, member: int, attention: int, experts: int) -> float:
+        """Seconds in which a member's host queues the A task of one layer and the E task of another, both passes."""
+        return sum(costs.host_seconds(member, Task(kind, way, layer, 0)) for way in (Pass.FORWARD, Pass.BACKWARD)
+                   for kind, layer in ((Kind.ATTENTION, attention), (Kind.EXPERT, experts)))
 
 
 def _best_split(stages: Sequence[_Stage], layers: int, microbatches: int) -> tuple[float, tuple[int, ...]]:

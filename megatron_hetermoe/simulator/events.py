@@ -4,19 +4,23 @@ Each member has the streams that it has in ``runtime.executor``: a task starts w
 ``MemberSchedule.waits`` names for it is done. A transfer starts when that holds for every member that takes part and
 ends for all at once. All attention members take part in each, so a channel carries one at a time; two on opposite
 channels share the links of a member that both sends and receives in both, and slow down together. What pipeline stages
-hand over starts when both ranks have come to it.
+hand over starts when both ranks have come to it. Where queueing tasks costs a host something, none starts before its member's
+host has queued it (``simulator.queueing``).
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from megatron_hetermoe.cost.tasks import TaskCosts, Transfer
 from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule
-from megatron_hetermoe.schedule.tasks import Pass, Stream, Task
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 from megatron_hetermoe.schedule.trace import OPTIMIZER, REDUCE, STEP, Span
+from megatron_hetermoe.simulator.queueing import HostQueue
 
 _CHANNELS = (Stream.OUT, Stream.BACK)
 
@@ -29,11 +33,14 @@ class MemberResult:
         times: for each of its tasks, start and end.
         reduced: start and end of its gradient reduction.
         stepped: start and end of its optimizer step.
+        queued: for each task, of a recorded step each compute task, when its host began and ended to queue it; empty where that is
+            not counted.
     """
 
     times: dict[Task, tuple[float, float]]
     reduced: tuple[float, float]
     stepped: tuple[float, float]
+    queued: dict[Task, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Result:
             rank, holder = rank_of(member), holder_of(member)
             spans += [
                 Span(rank, task.stream.value, str(in_model(task)), *times, costs.sent(holder, task),
-                     costs.received(holder, task))
+                     costs.received(holder, task), result.queued.get(task) if task.stream is Stream.COMPUTE else None)
                 for task, times in result.times.items()
             ]
             for name, (start, end) in ((REDUCE, result.reduced), (OPTIMIZER, result.stepped)):
@@ -109,7 +116,7 @@ def simulate_stages(stages: Sequence[tuple[Schedule, TaskCosts]]) -> tuple[Resul
     for track, (stage, member) in enumerate(tracks):
         schedule, costs = stages[stage]
         step = 0.0 if schedule.forward_only else costs.optimizer(member)
-        result = MemberResult(run.times[track], reduced[track], (norm, norm + step))
+        result = MemberResult(run.times[track], reduced[track], (norm, norm + step), run.queued(track))
         found[stage].update(dict.fromkeys(alike[track % len(alike)], result))
     seconds = max(result.stepped[1] for members in found for result in members.values())
     return tuple(
@@ -168,6 +175,11 @@ class _Run:
             for stream in _CHANNELS:
                 for task in self._orders[track].streams[stream]:
                     self._parts.setdefault((stage, task), []).append(track)
+        has_hosts = any(costs.group.has_host for _, costs in stages)
+        self._hosts = [HostQueue(orders, partial(self._knows_sizes, stage))
+                       for orders, (stage, _) in zip(self._orders, tracks)] if has_hosts else []
+        self._computed: Counter[tuple[int, Task]] = Counter()  # tracks that have done an A task forward
+        self._owners = sum(stage == 0 and member < stages[0][0].attention_members for stage, member in tracks)
         self._arrived: dict[tuple[int, Task], int] = {}
         self._met: dict[_Handover, tuple[int, Task]] = {}  # who has come to it first
         self._active: dict[_Channel, _Active] = {}
@@ -182,12 +194,44 @@ class _Run:
         """
         for track in range(len(self._tracks)):
             self._try_all(track, 0.0)
+        for track in range(len(self._hosts)):
+            self._queue(track, 0.0)
         while self._events:
             now, _, finish, what = heapq.heappop(self._events)
             finish(*what, now)
         left = [(track, self._orders[track].streams[stream][at]) for (track, stream), at in self._next.items()
                 if at < len(self._orders[track].streams[stream])]
         assert not left, f"stuck before {left[0][1]} on member {self._tracks[left[0][0]]}"
+
+    def queued(self, track: int) -> dict[Task, tuple[float, float]]:
+        """When the host queued each task; empty where hosts are not counted."""
+        return self._hosts[track].queued if self._hosts else {}
+
+    def _knows_sizes(self, stage: int, dispatch: Task) -> bool:
+        """Whether all owners have computed what a dispatch carries."""
+        return self._computed[stage, replace(dispatch, kind=Kind.ATTENTION)] == self._owners
+
+    def _queue(self, track: int, now: float) -> None:
+        """Has a member's host begin to queue what it can, if it has nothing in hand."""
+        stage, member = self._tracks[track]
+        task = self._hosts[track].begin()
+        if task is not None:
+            seconds = self._costs[track].host_seconds(member, task)
+            self._push(now + seconds, self._finish_queueing, (track, task, now))
+
+    def _finish_queueing(self, track: int, task: Task, start: float, now: float) -> None:
+        self._hosts[track].end(task, start, now)
+        self._try(track, task.stream, now)
+        self._queue(track, now)
+
+    def _note_sizes(self, tracks: Sequence[int], task: Task, now: float) -> None:
+        """Has hosts go on that waited for the sizes of what was computed."""
+        stage, _ = self._tracks[tracks[0]]
+        self._computed[stage, task] += len(tracks)
+        if self._computed[stage, task] == self._owners:
+            for track, (of, _) in enumerate(self._tracks):
+                if of == stage:
+                    self._queue(track, now)
 
     def _try_all(self, track: int, now: float) -> None:
         for stream in self._orders[track].streams:
@@ -202,7 +246,7 @@ class _Run:
             return
         task = orders.streams[stream][at]
         done = self.times[track]
-        if not all(wait in done for wait in orders.waits[task]):
+        if not all(wait in done for wait in orders.waits[task]) or self._hosts and task not in self._hosts[track].queued:
             return
         self._busy.add(key)
         stage, member = self._tracks[track]
@@ -240,6 +284,8 @@ class _Run:
             self._next[track, task.stream] += 1
         for track in tracks:
             self._try_all(track, now)
+        if self._hosts and task.kind is Kind.ATTENTION and task.direction is Pass.FORWARD:
+            self._note_sizes(tracks, task, now)
 
     def _finish_transfer(self, channel: _Channel, active: _Active, version: int, now: float) -> None:
         if self._active.get(channel) is not active or active.version != version:

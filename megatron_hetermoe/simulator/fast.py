@@ -4,81 +4,23 @@ A schedule in which every member holds experts of every layer has the tasks of a
 ``Schedule`` gives. It is compiled once to a list of operations on arrays [tracks, candidates]; where a member of
 a candidate holds none, its E task ends at minus infinity, so it takes no time and nothing waits for it. Zebra's
 order is static, so a step is a longest path and needs no event queue. It is the event simulator's time (tests hold the
-two equal) but for one thing: transfers that share a link with the opposite channel are not slowed down, which
-only happens where attention ranks hold experts.
+two equal) but for two things: transfers that share a link with the opposite channel are not slowed down, which
+only happens where attention ranks hold experts; and where queueing tasks costs hosts something, they do so in one order
+(``program.compile_queueing``), of which ``simulator.queueing`` may take a task before another one (tests say how near that is).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_hetermoe.cost.group import GroupCosts
-from megatron_hetermoe.schedule.orders import MemberSchedule, build
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
-from megatron_hetermoe.topology.placement import Placement
+from megatron_hetermoe.simulator.program import PRICED, Program, compile_program, compile_queueing
+from megatron_hetermoe.simulator.queueing import waits_for_sizes
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-PRICED = tuple(Task(kind, way, 1, 0) for kind in (Kind.ATTENTION, Kind.EXPERT, Kind.DISPATCH, Kind.COMBINE)
-               for way in (Pass.FORWARD, Pass.BACKWARD))  # one for each kind and pass that has prices of its own
-
-
-@dataclass(frozen=True)
-class Program:
-    """A schedule as operations in an order in which each comes after all that it waits for.
-
-    Attributes:
-        operations: kind, which of PRICED it is, layer from 0 on, index of the result, indexes of the transfers and of the E
-            tasks waited for.
-        results: how many there are.
-    """
-
-    operations: tuple[tuple[Kind, int, int, int, tuple[int, ...], tuple[int, ...]], ...]
-    results: int
-
-
-@lru_cache(maxsize=64)
-def compile_program(
-    schedule: str, layers: int, moe_layers: tuple[int, ...], microbatches: int, wave: int | None
-) -> Program:
-    """Compiles the order of a member that has all tasks. All others' are this one without what they do not have, so
-    they run on it with masks."""
-    everything = Placement(tuple((0,) if layer in moe_layers else () for layer in range(1, layers + 1)), 1)
-    member = build(schedule, layers, everything, 1, microbatches, wave).member(0)
-    order = list(_topological(member))
-    index = {task: number for number, task in enumerate(order)}
-    which = {(of.kind, of.direction): number for number, of in enumerate(PRICED)}
-    operations = []
-    for number, task in enumerate(order):
-        waits = member.waits[task]
-        transfers = tuple(index[wait] for wait in waits if wait.stream is not Stream.COMPUTE)
-        # An A task's other waits are on its own stream and before it; a transfer's are what it carries.
-        computed = tuple(index[wait] for wait in waits if wait.stream is Stream.COMPUTE) \
-            if task.stream is not Stream.COMPUTE else ()
-        operations.append((task.kind, which[task.kind, task.direction], task.layer - 1, number, transfers, computed))
-    return Program(tuple(operations), len(order))
-
-
-def _topological(member: MemberSchedule) -> Iterator[Task]:
-    """All streams merged, each in its order, every task after what it waits for."""
-    at = dict.fromkeys(member.streams, 0)
-    done: set[Task] = set()
-    progress = True
-    while progress:
-        progress = False
-        for stream, order in member.streams.items():
-            while at[stream] < len(order) and done.issuperset(member.waits[order[at[stream]]]):
-                task = order[at[stream]]
-                done.add(task)
-                at[stream] += 1
-                progress = True
-                yield task
-    assert len(done) == sum(map(len, member.streams.values()))
 
 
 def step_seconds(
@@ -99,12 +41,25 @@ def step_seconds(
     import numpy as np
 
     shape = group.shape
-    program = compile_program(schedule, shape.layers, shape.moe_layers, microbatches or group.step.microbatches, wave)
+    order = schedule, shape.layers, shape.moe_layers, microbatches or group.step.microbatches, wave
+    if group.has_host:
+        on_attention = experts[:, :, :group.attention_members].any(axis=(1, 2))
+        if on_attention.any() and not on_attention.all():
+            seconds = np.empty(len(experts))
+            for chosen in (on_attention, ~on_attention):
+                seconds[chosen] = step_seconds(group, experts[chosen], schedule, wave, microbatches)
+            return seconds
     tracks = _tracks(group, experts)
     owners = sum(track < group.attention_members for track in tracks)
     counts = experts[:, :, tracks].transpose(1, 2, 0)  # [K, tracks, candidates]
     prices = [_prices(group, experts, counts, tracks, of) for of in PRICED]
-    clock, sent = _run(program, prices, counts, owners)
+    if group.has_host:
+        takes = counts > 0
+        takes[:, :owners] = True
+        hosts = [_host_prices(group, counts, takes, tracks[:owners], tracks, of) for of in PRICED]
+        clock, sent = _run_queued(compile_queueing(*order, bool(on_attention.any())), prices, hosts, takes, owners)
+    else:
+        clock, sent = _run(compile_program(*order), prices, counts, owners)
     for layer, end in sent.items():  # a member reduces its gradients after all its tasks, transfers among them
         clock = np.where(counts[layer] > 0, np.maximum(clock, end), clock)
     held_by = experts.sum(axis=1)[:, tracks].astype(int).T
@@ -126,6 +81,22 @@ def _prices(group: GroupCosts, experts: np.ndarray, counts: np.ndarray, tracks: 
         return list(np.where(counts > 0, counts * unit + task, -np.inf))
     links = group.link_seconds(of.kind, of.stream, experts)
     return list((group.latency + links.max(axis=(-1, -2))).T)
+
+
+def _host_prices(
+    group: GroupCosts, counts: np.ndarray, takes: np.ndarray, owners: list[int], tracks: list[int], of: Task
+) -> list[np.ndarray]:
+    """In what time the tracks' hosts queue tasks of a kind and pass, by layer: [owners, 1] of attention, else [tracks, candidates],
+    with 0 for those that have none. Which take part in a layer's transfers, ``takes`` says, [K, tracks, candidates]."""
+    import numpy as np
+
+    way = 0 if of.direction is Pass.FORWARD else 1
+    if of.kind is Kind.ATTENTION:
+        return list(np.array([group.host_attention[track][way] for track in owners]).T[:, :, None])
+    if of.kind is Kind.EXPERT:
+        unit, task = (np.array([group.host_experts[track][part][way] for track in tracks])[None, :, None] for part in (0, 1))
+        return list(np.where(counts > 0, counts * unit + task, 0.0))
+    return list(takes * np.array([group.host_transfer(track, of.kind, way) for track in tracks])[None, :, None])
 
 
 def _run(
@@ -169,6 +140,55 @@ def _run(
             clock = end if always[layer] else maximum(clock, end)
         else:
             start = channels[streams[which]]
+            for other in (*transfers, *computed):
+                start = maximum(start, ends[other])
+            channels[streams[which]] = ends[number] = sent[layer] = start + price
+    return clock, sent
+
+
+def _run_queued(
+    program: Program, prices: list[list[np.ndarray]], hosts: list[list[np.ndarray]], takes: np.ndarray, owners: int
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """As ``_run``, where a task starts no earlier than each host that takes part has queued it, of which each queues its own one
+    after the other in the program's order; a dispatch when its sizes are known.
+
+    Args:
+        hosts: for each of PRICED, by layer, as of ``_host_prices``.
+        takes: as there.
+    """
+    import numpy as np
+
+    maximum = np.maximum
+    clock, host = np.zeros(takes.shape[1:]), np.zeros(takes.shape[1:])
+    channels = {Stream.OUT: np.zeros(takes.shape[2]), Stream.BACK: np.zeros(takes.shape[2])}
+    streams, sized = [of.stream for of in PRICED], [waits_for_sizes(of) for of in PRICED]
+    ends: list[np.ndarray | None] = [None] * program.results
+    sent: dict[int, np.ndarray] = {}
+    never = [None if layer.all() else np.where(layer, 0.0, -np.inf) for layer in takes]
+    for kind, which, layer, number, transfers, computed in program.operations:
+        price = prices[which][layer]
+        if kind is Kind.ATTENTION:
+            host[:owners] += hosts[which][layer]
+            start = maximum(clock[:owners], host[:owners])
+            for transfer in transfers:
+                start = maximum(start, ends[transfer])
+            clock[:owners] = end = start + price
+            ends[number] = _last(end)
+        elif kind is Kind.EXPERT:
+            host += hosts[which][layer]
+            end = maximum(clock, host)
+            for transfer in transfers:
+                end = maximum(end, ends[transfer])
+            end = end + price
+            ends[number] = _last(end)
+            clock = maximum(clock, end)
+        else:
+            absent = never[layer]
+            if sized[which]:
+                known = ends[computed[0]]  # of its A task
+                maximum(host, known if absent is None else known + absent, out=host)
+            host += hosts[which][layer]
+            start = maximum(channels[streams[which]], _last(host if absent is None else host + absent))
             for other in (*transfers, *computed):
                 start = maximum(start, ends[other])
             channels[streams[which]] = ends[number] = sent[layer] = start + price

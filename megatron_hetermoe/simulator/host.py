@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from megatron_hetermoe.schedule.trace import Span
 
 _HIGH = 0.95
+_MUCH = 0.05  # of a step that GPUs wait for hosts
+_OFTEN = 0.25  # of the tasks to which a GPU comes before they are queued
+BUSY = 0.8  # of a step that a host queues tasks, from which on it may be what the step takes
+WAY_OUT = "each task that the host queues should be more work: raise --micro-batch-size or take longer sequences; " \
+          "--hetermoe-cuda-graphs queues attention by one launch"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,18 @@ def host_costs(spans: Iterable[Span], roles: Mapping[int, str]) -> dict[str, Hos
         if span.queued is not None:
             of_role.setdefault(roles[span.rank], []).append(span)
     return {role: _cost(found) for role, found in sorted(of_role.items())}
+
+
+def advice(costs: Iterable[HostCost], waited: float) -> str | None:
+    """What to do where GPUs wait for hosts, one sentence; None where they hardly do.
+
+    Args:
+        costs: of the roles of a recorded step.
+        waited: share of the step that some compute stream waits for a host (``summary.HOST``).
+    """
+    if waited < _MUCH and not any(cost.late >= _OFTEN for cost in costs):
+        return None
+    return f"GPUs wait for hosts: {WAY_OUT}"
 
 
 def _cost(spans: list[Span]) -> HostCost:

@@ -40,13 +40,17 @@ def results_of(spans: Iterable[Span], plan: Plan) -> list[Result]:
     numberings = [Numbering(plan.chunks_of_stage(stage)) for stage in range(layout.stages)]
     flowing = _flowing(spans, layout)
     times: dict[int, dict[Task | None, tuple[float, float]]] = {rank: {} for rank in range(layout.world_size)}
+    queued: dict[int, dict[Task, tuple[float, float]]] = {rank: {} for rank in range(layout.world_size)}
     after: dict[tuple[int, str], tuple[float, float]] = {}
     for span in spans:
         if span.stream == STEP:
             after[span.rank, span.task] = span.start, span.end
         elif span.rank in times and (task := tasks[span.task]):
             since = flowing.get(_meeting(span, layout), span.start)
-            times[span.rank][numberings[layout.stage_of(span.rank)].in_stage(task)] = max(span.start, min(span.end, since)), span.end
+            own = numberings[layout.stage_of(span.rank)].in_stage(task)
+            times[span.rank][own] = max(span.start, min(span.end, since)), span.end
+            if span.queued:
+                queued[span.rank][own] = span.queued
     seconds = max(span.end for span in spans)
     results = []
     for stage in range(layout.stages):
@@ -59,7 +63,7 @@ def results_of(spans: Iterable[Span], plan: Plan) -> list[Result]:
                                       f"the folder mixes runs; record one into an empty folder"])
             last = max(end for rank in ranks for _, end in times[rank].values())
             results.append(Result(schedule, tuple(
-                MemberResult(times[rank], *(after.get((rank, name), (last, last)) for name in (REDUCE, OPTIMIZER)))
+                MemberResult(times[rank], *(after.get((rank, name), (last, last)) for name in (REDUCE, OPTIMIZER)), queued[rank])
                 for rank in ranks
             ), seconds))
     return results

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_hetermoe.schedule.orders import Schedule
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
-from megatron_hetermoe.simulator.events import Result
+from megatron_hetermoe.simulator.events import MemberResult, Result
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 # Causes of idle time on a compute stream.
@@ -14,9 +15,10 @@ RAMP = "ramp"  # before a member's first task of a wave
 TURN = "turn"  # between a member's last forward and first backward of a wave
 CHANNEL = "channel"  # what the next task waits for was on its way
 OTHER_POOL = "other pool"  # what the next task waits for was not computed yet
+HOST = "host"  # the host had not queued the next task, or the transfer that it waits for
 STAGE = "other stage"  # what the next task waits for, another pipeline stage had not handed over
 TAIL = "tail"  # after its last task, until the slowest member has ended too
-CAUSES = (RAMP, TURN, CHANNEL, OTHER_POOL, STAGE, TAIL)
+CAUSES = (RAMP, TURN, CHANNEL, OTHER_POOL, STAGE, HOST, TAIL)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def summarise_members(result: Result, last: float | None = None) -> list[MemberS
         last: when the last task of all stages ends; where it is not given, the group's.
     """
     last = _last_task(result) if last is None else last
+    sendable = _sendable(result)
     known: dict[int, MemberSummary] = {}  # members that share a result share this too
     for member in result.members:
         if id(member) not in known:
@@ -113,7 +116,7 @@ def summarise_members(result: Result, last: float | None = None) -> list[MemberS
             )
             known[id(member)] = MemberSummary(
                 sum(end - start for _, start, end in computes),
-                _bubbles(member.times, computes, result.schedule, last),
+                _bubbles(member, computes, result.schedule, last, sendable),
                 sum(end - start for start, end in (member.reduced, member.stepped)),
             )
     return [known[id(member)] for member in result.members]
@@ -133,35 +136,79 @@ def _on_average(members: list[MemberSummary], seconds: float) -> RoleSummary:
     )
 
 
+def _sendable(result: Result) -> dict[Task, float]:
+    """When the last of what each transfer carries was computed, on whatever member; empty where hosts are not counted."""
+    if not any(member.queued for member in result.members):
+        return {}
+    computed: dict[Task, float] = {}
+    transfers: set[Task] = set()
+    for member in {id(member): member for member in result.members}.values():
+        for task, (_, end) in member.times.items():
+            if task.stream is Stream.COMPUTE:
+                computed[task] = max(end, computed.get(task, 0.0))
+            else:
+                transfers.add(task)
+    return {task: max((computed[wait] for wait in result.schedule.dependencies(task) if wait in computed), default=0.0)
+            for task in transfers}
+
+
 def _bubbles(
-    times: dict[Task, tuple[float, float]], computes: list[tuple[Task, float, float]], schedule, last: float
+    member: MemberResult, computes: list[tuple[Task, float, float]], schedule: Schedule, last: float, sendable: dict[Task, float]
 ) -> dict[str, float]:
     """The gaps of one compute stream by cause; they and the tasks add up to ``last``."""
     causes = dict.fromkeys(CAUSES, 0.0)
     wave_of = {microbatch: index for index, wave in enumerate(schedule.waves) for microbatch in wave}
     begun: set[int] = set()  # waves
     turned: set[int] = set()
+    free = _free(member) if sendable else {}
     clock = 0.0
     for task, start, end in computes:
         wave = wave_of[task.microbatch]
         turns = task.kind is Kind.EXPERT and task.direction is Pass.BACKWARD and wave not in turned
         gap = start - clock
         if gap > 0:
-            arrivals = [times[wait] for wait in schedule.dependencies(task)
-                        if wait in times and wait.stream is not Stream.COMPUTE]
             if wave not in begun:
                 causes[RAMP] += gap
             elif turns:
                 causes[TURN] += gap
             else:
-                sent = max((arrival for arrival in arrivals), key=lambda times: times[1], default=(start, start))[0]
-                waited = STAGE if any(wait.kind is Kind.HANDOVER for wait in schedule.dependencies(task)) else OTHER_POOL
-                on_way = start - max(clock, min(sent, start))
-                causes[CHANNEL] += on_way
-                causes[waited] += gap - on_way
+                for cause, seconds in _waited(member, task, clock, start, schedule, sendable, free).items():
+                    causes[cause] += seconds
         clock = end
         begun.add(wave)
         if turns:
             turned.add(wave)
     causes[TAIL] += last - clock
     return causes
+
+
+def _waited(
+    member: MemberResult, task: Task, clock: float, start: float, schedule: Schedule, sendable: dict[Task, float],
+    free: dict[Task, float],
+) -> dict[str, float]:
+    """What a compute task waited for from ``clock`` on, by cause: for its last transfer to begin, for what that carries to be
+    computed or for a host to queue it; then for that to arrive; then for its own host."""
+    waits = schedule.dependencies(task)
+    arrivals = {wait: member.times[wait] for wait in waits if wait in member.times and wait.stream is not Stream.COMPUTE}
+    latest = max(arrivals, key=lambda wait: arrivals[wait][1], default=None)
+    sent, arrived = arrivals[latest] if latest else (start, start)
+    begins = max(clock, min(sent, start))
+    queued = member.queued.get(task, (0.0, 0.0))[1]
+    own = min(start, queued) - max(clock, arrived if latest else clock)
+    late = begins - max(clock, sendable[latest], free[latest]) if latest in sendable else 0.0
+    own, late = max(0.0, own), max(0.0, late)
+    on_way = start - begins - (own if latest else 0.0)
+    before = start - clock - on_way - own - late
+    return {CHANNEL: on_way, HOST: own + late,
+            STAGE if any(wait.kind is Kind.HANDOVER for wait in waits) else OTHER_POOL: before}
+
+
+def _free(member: MemberResult) -> dict[Task, float]:
+    """For each transfer when the one before it on its stream had ended."""
+    ends: dict[Stream, float] = {}
+    free = {}
+    for task, (_, end) in sorted(member.times.items(), key=lambda entry: entry[1]):
+        if task.stream is not Stream.COMPUTE:
+            free[task] = ends.get(task.stream, 0.0)
+            ends[task.stream] = end
+    return free

@@ -107,6 +107,23 @@ def test_a_kind_without_profile_or_row_and_a_profile_for_other_shapes(tmp_path, 
     assert "no row in the device table and is no profile file" in capsys.readouterr().err
 
 
+def test_hosts_that_take_longer_than_gpus_are_named_with_a_way_out(tmp_path, ask, capsys):
+    slow = {"attention": (2e-2, 2e-2), "expert_task": (2e-2, 2e-2)}
+    (tmp_path / "slow.json").write_text(Profile("slow", taken_for(MODEL, "fp16"), {
+        "attention": {4096.0: (1e-3, 2e-3)}, "expert": {64.0: (1e-5, 2e-5)}}, host=slow).to_json())
+    on, out = cluster(tmp_path, kind="slow.json"), str(tmp_path / "plan.json")
+    document = json.loads((tmp_path / "cluster.yaml").read_text())
+    document["pools"]["new"]["kind"] = "slow.json"
+    (tmp_path / "cluster.yaml").write_text(json.dumps(document | {"channel_host": [1e-3, 2e-3, 3e-3]}))
+    for words in (["plan", "recipe.yaml", "--cluster", on, "--out", out], ["simulate", out, "--cluster", on]):
+        assert command.main(words) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "raise --micro-batch-size" in text and ("--micro-batch-size 2: " in text) == (words[0] == "plan")
+        assert "host" in text and "queue tasks was not measured" not in text
+    assert command.main(["simulate", out, "--cluster", on, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["roles"]["attention"]["bubbles"]["host"] > 0
+
+
 @pytest.mark.parametrize("path, value", [
     (("model", "layers"), 10**30), (("step", "microbatches"), 0), (("step", "recompute"), "some"), (("groups",), 10**9),
     (("schedule",), "zigzag"), (("attention_precision",), "fp4"), (("wave",), -1), (("model", "hidden"), 0),

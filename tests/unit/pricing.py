@@ -26,22 +26,23 @@ def shape(layers=3, experts=8, moe_layers=None, hidden=64, sequence=128, topk=2)
 
 
 def profile(
-    of, attention=(1e-3, 2e-3), expert=(1e-4, 2e-4), kind="test", head=None, optimizer=None, memory=None, expert_task=None
+    of, attention=(1e-3, 2e-3), expert=(1e-4, 2e-4), kind="test", head=None, optimizer=None, memory=None, expert_task=None,
+    host=None
 ):
-    """A profile in which attention takes that long for the shape's sequence, an expert for 64 tokens, and an E task beside its
-    experts."""
+    """A profile in which attention takes that long for the shape's sequence, an expert for 64 tokens, an E task beside its
+    experts, and the host to queue them."""
     size, parts = of.sequence, {}
     parts["attention"] = {size / 2: tuple(x / 2 for x in attention), size * 2: tuple(2 * x for x in attention)}
     parts["expert"] = {1.0: tuple(x / 64 for x in expert), 4096.0: tuple(64 * x for x in expert)}
     if head:
         parts["head"] = {size / 2: tuple(x / 2 for x in head), size * 2: tuple(2 * x for x in head)}
-    return Profile(kind, taken_for(of, PRECISION), parts, optimizer, memory, expert_task)
+    return Profile(kind, taken_for(of, PRECISION), parts, optimizer, memory, expert_task, host)
 
 
-def pool(name, gpus_per_node=2, nodes=2, memory=40e9, bandwidth=1e9, latency=1e-5, kind="V100-SXM2"):
+def pool(name, gpus_per_node=2, nodes=2, memory=40e9, bandwidth=1e9, latency=1e-5, kind="V100-SXM2", channel_host=()):
     """A pool whose links all have one bandwidth a rank."""
     return ClusterPool(name, kind, nodes, gpus_per_node, memory, Link(bandwidth, latency),
-                       Link(bandwidth * gpus_per_node, latency))
+                       Link(bandwidth * gpus_per_node, latency), channel_host=channel_host)
 
 
 def cluster(new=4, old=4, **settings):

@@ -3,7 +3,7 @@
 const CAUSES = {
   work: "computing", ramp: "ramp: before the first task of a wave", turn: "turn: between forward and backward",
   channel: "channel: data on its way", "other pool": "other pool: not computed yet",
-  "other stage": "other stage: not handed over yet", tail: "tail: after the last task",
+  "other stage": "other stage: not handed over yet", host: "host: not queued yet", tail: "tail: after the last task",
   after: "gradient reduction, optimizer", end: "waiting for the step's end",
 };
 const data = JSON.parse(document.getElementById("data").textContent);
