@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, problems: Problems) -> int:
         text = Path(args.cluster).read_text(encoding="utf-8").rstrip("\n")
         heading = f"# Seconds of a transfer by the bytes of its busiest rank, {senders} attention and " \
                   f"{world - senders} expert ranks.\nchannel:"
-        lines += ["# Seconds in which a host queues a transfer of one, two and three tensors.",
+        lines += ["# Seconds in which a host queues a transfer of one and of two tensors.",
                   f"channel_host: [{', '.join(f'{seconds:.9f}' for seconds in queueing)}]"]
         Path(args.out).write_text("\n".join([text, heading, *lines]) + "\n", encoding="utf-8")
         largest = max(found)

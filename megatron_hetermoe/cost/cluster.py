@@ -19,7 +19,7 @@ from megatron_hetermoe.topology.layout import MOST_RANKS
 
 Kind = Estimate | Profiled
 
-MOST_TENSORS = 3  # of a transfer with each peer: rows, probabilities, and which row each copy is of
+MOST_TENSORS = 2  # of a transfer with each peer: rows, and what comes with copies
 _MOST = 1e12  # in whatever unit; a float holds it, and so does all that is reckoned with it
 
 EXAMPLE = "pools: {new: {kind: A40, nodes: 3, gpus_per_node: 2, memory_gb: 48, " \
@@ -53,8 +53,8 @@ class ClusterPool:
         slurm: options of sbatch that get nodes of this pool, without their dashes.
         channel: of the cluster, measured: seconds of a transfer by the bytes of its busiest rank. It replaces what
             links say of transfers between roles.
-        channel_host: of the cluster, measured: seconds in which a host queues a transfer of one, two and three tensors with
-            each peer; empty where that was not measured.
+        channel_host: of the cluster, measured: seconds in which a host queues a transfer of one and of two tensors with each
+            peer; empty where that was not measured.
     """
 
     name: str
@@ -172,8 +172,8 @@ def _channel_host(seconds: Any, origin: str, problems: Problems) -> tuple[float,
         return ()
     if not isinstance(seconds, list) or len(seconds) != MOST_TENSORS or not all(
             isinstance(one, (int, float)) and not isinstance(one, bool) and 0 <= one < float("inf") for one in seconds):
-        problems.add(f"{origin}: channel_host must list the seconds in which a host queues a transfer of one, two and three "
-                     f"tensors, from 0 on; `hetermoe profile --network` measures them")
+        problems.add(f"{origin}: channel_host must list the seconds in which a host queues a transfer of one and of "
+                     f"two tensors, from 0 on; `hetermoe profile --network` measures them")
         return ()
     return tuple(map(float, seconds))
 

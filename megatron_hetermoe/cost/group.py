@@ -29,7 +29,7 @@ GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # Megatron accumulates bf16'
 _PROBABILITY = 4  # bytes; the router's precision
 _INDEX = 4  # bytes; which row a copy is of
 
-_TENSORS = {(TaskKind.DISPATCH, 0): 3, (TaskKind.DISPATCH, 1): 2}  # of a transfer with each peer; of others one
+_TENSORS = {TaskKind.DISPATCH: 2}  # of a transfer with each peer; of others one
 
 # A member's links: to its own node and to others, in both directions.
 LINKS = 4
@@ -333,10 +333,10 @@ class GroupCosts:
         """For each member, seconds in which its host queues a transfer, by the number of tensors; empty if unknown."""
         return tuple(seat.pool.channel_host if self.hosts_count else () for seat in self.seats)
 
-    def host_transfer(self, member: int, kind: TaskKind, way: int) -> float:
-        """Seconds in which a member's host queues a D, C or H task, forward (0) or backward (1)."""
+    def host_transfer(self, member: int, kind: TaskKind) -> float:
+        """Seconds in which a member's host queues a D, C or H task, of either pass."""
         known = self._host_transfers[member]
-        return known[_TENSORS.get((kind, way), 1) - 1] if known else 0.0
+        return known[_TENSORS.get(kind, 1) - 1] if known else 0.0
 
     def amortised(self, wave: int) -> GroupCosts:
         """These costs where weights' gradients are merged (``config.plan.MERGED``), with an equal part of a W task in each

@@ -86,7 +86,7 @@ class TaskCosts:
             return self.group.host_attention[member][way][task.layer - 1]
         if task.kind is TaskKind.EXPERT:
             return self.group.host_expert(member, way, self._counts[task.layer - 1][member])
-        return self.group.host_transfer(member, task.kind, way)
+        return self.group.host_transfer(member, task.kind)
 
     def host_computes(self, member: int) -> float:
         """Seconds in which a member's host queues its A and E tasks of a microbatch."""
@@ -98,8 +98,7 @@ class TaskCosts:
     def host_transfers(self, member: int) -> float:
         """Seconds in which a member's host queues its D and C tasks of a microbatch."""
         layers = sum(1 for counts in self._counts if any(counts) and (member < self.group.attention_members or counts[member]))
-        return layers * sum(self.group.host_transfer(member, kind, way)
-                            for kind in (TaskKind.DISPATCH, TaskKind.COMBINE) for way in (0, 1))
+        return layers * 2 * sum(self.group.host_transfer(member, kind) for kind in (TaskKind.DISPATCH, TaskKind.COMBINE))
 
     def transfer(self, task: Task) -> Transfer:
         """Of a D or C task."""

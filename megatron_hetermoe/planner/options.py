@@ -247,9 +247,8 @@ def _queueing_seconds(group: GroupCosts) -> float:
     """In which the slowest host of an attention rank queues its A tasks and all transfers of a microbatch."""
     if not group.has_host:
         return 0.0
-    transfers = ((kind, way) for kind in (TaskKind.DISPATCH, TaskKind.COMBINE) for way in (0, 1))
-    layer = [sum(group.host_transfer(0, kind, way) for kind, way in transfers)] * len(group.shape.moe_layers)
-    return sum(layer) + max(sum(map(sum, passes)) for passes in group.host_attention)
+    layer = 2 * sum(group.host_transfer(0, kind) for kind in (TaskKind.DISPATCH, TaskKind.COMBINE))
+    return layer * len(group.shape.moe_layers) + max(sum(map(sum, passes)) for passes in group.host_attention)
 
 
 def _channel_seconds(group: GroupCosts) -> float:

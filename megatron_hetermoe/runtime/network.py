@@ -54,7 +54,7 @@ def measure_channel(
 def measure_queueing(
     channel: Channel, attention_members: int, member: int, members: int, repeats: int, device: torch.device
 ) -> list[float]:
-    """Seconds in which a host queues a transfer of one, two and three tensors with each peer, peers not waited for; 0 where the
+    """Seconds in which a host queues a transfer of one and of two tensors with each peer, peers not waited for; 0 where the
     host is the device. All members call it together.
 
     Args:

@@ -96,7 +96,7 @@ def _host_prices(
     if of.kind is Kind.EXPERT:
         unit, task = (np.array([group.host_experts[track][part][way] for track in tracks])[None, :, None] for part in (0, 1))
         return list(np.where(counts > 0, counts * unit + task, 0.0))
-    return list(takes * np.array([group.host_transfer(track, of.kind, way) for track in tracks])[None, :, None])
+    return list(takes * np.array([group.host_transfer(track, of.kind) for track in tracks])[None, :, None])
 
 
 def _run(

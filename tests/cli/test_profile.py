@@ -46,6 +46,7 @@ def test_every_part_is_measured_and_grows(profile):
         short, long = (sum(found.parts[name][size]) for size in sorted(found.parts[name]))
         assert long > 2 * short, name
     assert 0 < found.optimizer < 1e-6, "seconds a parameter"
+    assert set(found.host.values()) == {(0.0, 0.0)}, "on the CPU the host computes itself"
     assert len(found.expert_task) == 2 and 0 < sum(found.expert_task) < sum(found.parts["expert"][4096]) * 8
 
 
@@ -58,6 +59,18 @@ def test_the_planner_reads_it(profile, tmp_path):
     assert "predicted" in ended.stdout and "estimated" not in ended.stdout
     other = hetermoe("plan", RECIPE, "--cluster", tmp_path / "cluster.yaml", "--", "--hidden-size", "64")
     assert other.returncode == 2 and "hidden 96 there, 64 here" in other.stderr
+
+
+def test_attention_is_measured_as_graphs_queue_it(tmp_path):
+    """On the CPU a graph is the work itself, again."""
+    path = tmp_path / "graphs.json"
+    ended = hetermoe("profile", RECIPE, "--out", path, "--lengths", 32, "--expert-tokens", 8, "--repeats", 1, "--",
+                     "--hetermoe-cuda-graphs")
+    assert ended.returncode == 0, ended.stderr
+    assert set(read_profile(path).parts["attention"]) == {32}
+    recomputed = hetermoe("profile", RECIPE, "--out", tmp_path / "other.json", "--", "--hetermoe-cuda-graphs",
+                          "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+    assert recomputed.returncode == 2 and "--recompute-granularity is not supported with" in recomputed.stderr
 
 
 def test_nothing_is_overwritten_and_all_problems_are_named(profile):
@@ -82,6 +95,7 @@ def test_the_network(tmp_path):
     measured = read_cluster(tmp_path / "measured.yaml")
     assert (tmp_path / "measured.yaml").read_text().startswith(cluster.read_text())
     channel = measured.pools["old"].channel
+    assert measured.pools["old"].channel_host == (0.0, 0.0)
     assert channel.sizes[0] == 4096 and channel(64 * 2**20) > 4 * channel(4096) > 0
     alone = hetermoe("profile", "--network", "--cluster", tmp_path / "measured.yaml", "--out", tmp_path / "c.yaml")
     assert alone.returncode == 2 and "WORLD_SIZE" in alone.stderr and "measured channel already" in alone.stderr
