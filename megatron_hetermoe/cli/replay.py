@@ -80,8 +80,8 @@ def replayed(
 
 
 def _tasks_seconds(stages: Stages) -> float:
-    """Of a simulated step until its last task ends: gradients are not replayed."""
-    results = simulate_stages(stages)
+    """Of a simulated step until its last task ends: gradients are not replayed, nor what queueing would take hosts."""
+    results = simulate_stages([(schedule, costs.without_hosts) for schedule, costs in stages])
     return results[0].seconds - summarise(*results).after
 
 

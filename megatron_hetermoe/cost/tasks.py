@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_hetermoe.config.plan import DELAYED, TOGETHER, Plan
@@ -54,6 +54,11 @@ class TaskCosts:
         self._transfers: dict[tuple[TaskKind, Stream, tuple[int, ...]], Transfer] = {}
         self._exchanged: dict[tuple[TaskKind, Stream, tuple[int, ...]], list[float]] = {}
         self._expert_weights: dict[tuple[int, int], float] = {}
+
+    @property
+    def without_hosts(self) -> TaskCosts:
+        """The same where queueing tasks takes hosts nothing."""
+        return TaskCosts(replace(self.group, hosts_count=False), self.placement, self.weight_gradients)
 
     def seconds(self, member: int, task: Task, microbatches: int = 1) -> float:
         """Of an A or E task on a member; of a W task that is one for several microbatches, with their number."""

@@ -245,7 +245,7 @@ def test_bubbles_of_a_step_that_hosts_bind():
         assert all(seconds >= -1e-12 for seconds in role.bubbles.values())
         assert role.busy * summary.seconds + sum(role.bubbles.values()) + summary.after == pytest.approx(summary.seconds)
         assert max(CAUSES, key=role.bubbles.__getitem__) == HOST
-    free = summarise(simulate(schedule, TaskCosts(replace(priced, hosts_count=False), placement)))
+    free = summarise(simulate(schedule, TaskCosts(priced, placement).without_hosts))
     assert all(role.bubbles[HOST] == 0 for role in free.roles.values())
 
 
