@@ -45,8 +45,9 @@ class Prices:
 
     @property
     def group(self) -> SimpleNamespace:
-        """No two members are taken to be alike."""
+        """No two members are taken to be alike; hosts cost nothing."""
         return SimpleNamespace(
+            has_host=False,
             seats=[SimpleNamespace(pool=SimpleNamespace(name=str(member))) for member in range(self.placement.members)]
         )
 
