@@ -27,6 +27,8 @@ import megatron.training.checkpointing as checkpointing
 import megatron.training.models.gpt as models
 import megatron.training.training as training
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
@@ -179,6 +181,8 @@ def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
         give_attention(kernel)
     if precision := env.get("HETERMOE_TEST_EXPERTS"):
         give_experts(DTYPES[precision])
+    if "HETERMOE_TEST_ONE_LOSS_SCALE" in env:
+        give_one_loss_scale()
     if ranks := env.get("HETERMOE_TEST_ENGINE_RANKS"):
         give_engine(list(map(int, ranks.split(","))), rank)
 
@@ -212,6 +216,25 @@ def give_experts(dtype: torch.dtype) -> None:
         return moved(self, lambda one: one if (other := function(one)).dtype != one.dtype else other, recurse)
 
     SequentialMLP.__init__, SequentialMLP.forward, SequentialMLP._apply = __init__, forward, _apply
+
+
+def give_one_loss_scale() -> None:
+    """Stock Megatron's two optimizers, for dense and for experts' parameters, with one loss scale.
+
+    Its own have a dynamic scale each, which sinks with what this one has found. Where dense gradients overflow and experts' do
+    not, the loss has another scale from then on than the one that experts' gradients are divided by.
+    """
+    look, update = ChainedOptimizer.prepare_grads, DynamicGradScaler.update
+
+    def prepare_grads(self: Any) -> bool:
+        DynamicGradScaler.update = lambda scaler, found_inf: None
+        found_inf = look(self)
+        DynamicGradScaler.update = update
+        for optimizer in self.chained_optimizers:
+            optimizer.grad_scaler.update(found_inf)
+        return found_inf
+
+    ChainedOptimizer.prepare_grads = prepare_grads
 
 
 def give_engine(ranks: Sequence[int], rank: int) -> None:

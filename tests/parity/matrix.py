@@ -140,12 +140,15 @@ def sums_otherwise(row: Mapping[str, str]) -> bool:
     return any(row[axis] in options for axis, options in OTHER_SUMS.items())
 
 
-def own_kernels(row: Mapping[str, str]) -> dict[str, str]:
-    """What of a row is no option of stock Megatron's, and changes its rounding: as a test gives it to that
+def given_to_stock(row: Mapping[str, str]) -> dict[str, str]:
+    """What of a row is no option of stock Megatron's, and changes its numbers: as a test gives it to that
     (``fault_injection.py``), by environment variables."""
     attention = {"auto": "math" if row["context"] == "2" else None}.get(row["attention"], row["attention"])
-    experts = HALVES.get(row["precision"], {}).get("hetermoe_expert_precision")
-    given = {"HETERMOE_TEST_ATTENTION": attention, "HETERMOE_TEST_EXPERTS": experts}
+    flags = HALVES.get(row["precision"], {})
+    given = {
+        "HETERMOE_TEST_ATTENTION": attention, "HETERMOE_TEST_EXPERTS": flags.get("hetermoe_expert_precision"),
+        "HETERMOE_TEST_ONE_LOSS_SCALE": "initial_loss_scale" in flags,
+    }
     return {name: str(value) for name, value in given.items() if value}
 
 

@@ -43,7 +43,7 @@ def _stock_layouts(parity, row: matrix.Row, model: dict[str, object]) -> list[Ru
     context = int(row["context"])
     whole = m * g // context  # ranks with whole sequences
     sizes = [(whole, 1), (whole, 2), (max(whole, 4), 4)]
-    env = matrix.own_kernels(row)
+    env = matrix.given_to_stock(row)
     return [parity.stock(world * context, env, expert_model_parallel_size=size, **model) for world, size in sizes]
 
 
