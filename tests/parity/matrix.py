@@ -104,7 +104,8 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
     "evaluation": {"no": {}, "yes": {"eval_interval": 10, "eval_iters": 2}},
     "batch": {
         "constant": {},
-        "growing": {"train_iters": None, "train_samples": 372, "rampup_batch_size": [12, 12, 180], "global_batch_size": 24},
+        "growing": {"train_iters": None, "train_samples": 372, "step_batch_size_schedule": "0:12 5760:24",  # sequence 180
+                    "global_batch_size": None, "eval_global_batch_size": 24},
     },
     "further tokens": {"none": {}, "1": {"mtp_num_layers": 1}, "2": {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}},
 }
