@@ -232,10 +232,12 @@ def arguments_to_plan_for(
     for name, is_asked, way_out in _UNSUPPORTED:
         if is_asked(args):
             problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    sizes = {"--micro-batch-size": args.micro_batch_size, "--global-batch-size": args.global_batch_size}
     if args.step_batch_size_schedule is not None:
-        problems.add("--step-batch-size-schedule is not planned for, a plan is for one batch: --drop it and, behind --, give "
-                     "the --global-batch-size that most steps have")
-    for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
+        del sizes["--global-batch-size"]
+        problems.add("--step-batch-size-schedule is not planned for, a plan is for one batch: --drop "
+                     "step-batch-size-schedule and, behind --, give the --global-batch-size that most steps have")
+    for flag, value in sizes.items():
         if not value:
             problems.add(f"{flag} is missing: what fits and how long a step takes depends on it")
         elif value < 0:
