@@ -29,6 +29,7 @@ PARTS = {
     "config/recipe.py": "The recipe cannot be read. Nothing was started",
     "config/flags.py": "A `--hetermoe` flag, or a key of a recipe's HETERMOE section, is not as it must be. Nothing was "
                        "started",
+    "config/batches.py": "The schedule of a batch that grows cannot be read, as Megatron reads it. Nothing was started",
     "config/plan.py": "A plan file is not as `hetermoe plan` writes it",
     "topology/layout.py": "The numbers of ranks and groups do not make a layout",
     "topology/placement.py": "The placement file does not give each expert of each layer one holder",

@@ -27,9 +27,12 @@ import megatron.training.checkpointing as checkpointing
 import megatron.training.models.gpt as models
 import megatron.training.training as training
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
+from megatron.training import get_args
 
 from megatron_hetermoe.mcore import checkpoints, forward_backward, meeting, optimizer, pretrain, sdpa
 from megatron_hetermoe.mcore.platform import flags
@@ -39,9 +42,11 @@ from megatron_hetermoe.runtime.channels import Channel
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.schedule.tasks import Pass, Stream
 from megatron_hetermoe.topology.order import Started
+from ranks import NEAR_TIE
 
 SLOW = 5.0  # seconds; longer than the time-out of the tests
 LATE = 0.3  # seconds
+NEAR = 2.0**-21  # of a score: four units of the last place in fp32
 STEP = 2  # the training step in which tasks are hit; the first one may be slow for reasons of its own
 
 
@@ -179,6 +184,10 @@ def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
         give_attention(kernel)
     if precision := env.get("HETERMOE_TEST_EXPERTS"):
         give_experts(DTYPES[precision])
+    if "HETERMOE_TEST_ONE_LOSS_SCALE" in env:
+        give_one_loss_scale()
+    if "HETERMOE_TEST_NEAR_TIES" in env:
+        tell_near_ties()
     if ranks := env.get("HETERMOE_TEST_ENGINE_RANKS"):
         give_engine(list(map(int, ranks.split(","))), rank)
 
@@ -212,6 +221,49 @@ def give_experts(dtype: torch.dtype) -> None:
         return moved(self, lambda one: one if (other := function(one)).dtype != one.dtype else other, recurse)
 
     SequentialMLP.__init__, SequentialMLP.forward, SequentialMLP._apply = __init__, forward, _apply
+
+
+def give_one_loss_scale() -> None:
+    """Stock Megatron's two optimizers, for dense and for experts' parameters, with one loss scale.
+
+    Its own have a dynamic scale each, which sinks with what this one has found. Where dense gradients overflow and experts' do
+    not, the loss has another scale from then on than the one that experts' gradients are divided by.
+    """
+    look, update = ChainedOptimizer.prepare_grads, DynamicGradScaler.update
+
+    def prepare_grads(self: Any) -> bool:
+        DynamicGradScaler.update = lambda scaler, found_inf: None
+        found_inf = look(self)
+        DynamicGradScaler.update = update
+        for optimizer in self.chained_optimizers:
+            optimizer.grad_scaler.update(found_inf)
+        return found_inf
+
+    ChainedOptimizer.prepare_grads = prepare_grads
+
+
+def tell_near_ties() -> None:
+    """Prints where routers, in training, choose among scores that are within rounding of each other: of experts for a token, or
+    of tokens for an expert's capacity. Other kernels, or sums in another order, may choose otherwise."""
+    routing, topk = TopKRouter.routing, torch.topk
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def choose(scores: torch.Tensor, k: int, dim: int = -1, **others: Any) -> Any:
+            """The last that is chosen beside the first that is not."""
+            if scores.is_floating_point() and k < scores.shape[dim]:
+                last, first = topk(scores.detach(), k + 1, dim).values.narrow(dim, k - 1, 2).unbind(dim)
+                apart = ((last - first) / last.abs())[last != 0]  # which of those without a score fill a capacity is no matter
+                if apart.numel() and apart.min() < NEAR:
+                    print(f"{NEAR_TIE}, step {get_args().curr_iteration}, layer {self.layer_number}: {apart.min():.1e}", flush=True)
+            return topk(scores, k, dim, **others)
+
+        torch.topk = choose if self.training else topk
+        try:
+            return routing(self, *args, **kwargs)
+        finally:
+            torch.topk = topk
+
+    TopKRouter.routing = watched
 
 
 def give_engine(ranks: Sequence[int], rank: int) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hetermoe.cli.words import has_saved, resumed, value_of
+from megatron_hetermoe.config.batches import FLAG as GROWING
+from megatron_hetermoe.config.batches import scheduled_batches
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.plan import Plan, read_plan
 from megatron_hetermoe.config.recipe import Recipe, load_recipe, override
@@ -112,15 +115,29 @@ def _of_checkpoint(argv: Sequence[str]) -> Plan:
 
 
 def _microbatches(argv: Sequence[str]) -> int:
-    """Of a step, all attention ranks together."""
+    """Of a step, all attention ranks together; where the batch grows, what the microbatches of all its sizes divide by."""
     problems = Problems()
-    sizes = []
-    for flag in ("--global-batch-size", "--micro-batch-size"):
-        text = value_of(argv, flag) or ""
-        if not text.isdecimal() or len(text) > 12 or int(text) == 0:
-            problems.add(f"{flag} is {text or 'missing'}: how the batch divides over ranks depends on it")
-        sizes.append(int(text) if text.isdecimal() and len(text) <= 12 else 0)
+    micro_batch = _size(argv, "--micro-batch-size", problems)
+    schedule = value_of(argv, GROWING)
+    if schedule is None:
+        name, batches = "--global-batch-size", [_size(argv, "--global-batch-size", problems)]
+    else:
+        name, batches = f"{GROWING}'s batch of", []
+        with problems.taking():
+            # When each of them begins does not count, so neither do the tokens of a sequence.
+            batches = [batch for _, batch in scheduled_batches(schedule, sequence=1)]
     problems.raise_if_any()
-    if sizes[0] % sizes[1]:
-        raise UsageError([f"--global-batch-size {sizes[0]} does not divide by --micro-batch-size {sizes[1]}"])
-    return sizes[0] // sizes[1]
+    for batch in batches:
+        if batch % micro_batch:
+            problems.add(f"{name} {batch} does not divide by --micro-batch-size {micro_batch}")
+    problems.raise_if_any()
+    return math.gcd(*batches) // micro_batch
+
+
+def _size(argv: Sequence[str], flag: str, problems: Problems) -> int:
+    """A flag's number of sequences."""
+    text = value_of(argv, flag) or ""
+    if not text.isdecimal() or len(text) > 12 or int(text) == 0:
+        problems.add(f"{flag} is {text or 'missing'}: how the batch divides over ranks depends on it")
+        return 0
+    return int(text)

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     with Stages() as stages:
         stages.enter("reading the recipe with Megatron")
         try:
-            question = _question(args, problems, notes)
+            question = _question(args, notes)
         except UsageError as error:  # of the recipe's file
             problems.extend(error)
         problems.raise_if_any()
@@ -93,15 +93,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _question(args: argparse.Namespace, problems: Problems, notes: Any) -> Any:
+def _question(args: argparse.Namespace, notes: Any) -> Any:
     """What the recipe asks to train; Megatron parses its flags, which takes some seconds to import."""
     recipe = load_recipe(args.recipe, os.environ)
     argv = override(recipe.argv, args.overrides, args.drop)
     with locating(places_left(recipe, args.overrides)):
-        return _question_of(argv, args.vocabulary, problems, notes)
+        return _question_of(argv, args.vocabulary, notes)
 
 
-def _question_of(argv: Sequence[str], vocabulary: int | None, problems: Problems, notes: Any) -> Any:
+def _question_of(argv: Sequence[str], vocabulary: int | None, notes: Any) -> Any:
+    problems = Problems()
     _, rest = parse_flags(argv, problems)
     from megatron_hetermoe.planner.options import Question
     from megatron_hetermoe.planner.staged import divisions

@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 
+from megatron_hetermoe.config.batches import FLAG as GROWING
+from megatron_hetermoe.config.batches import scheduled_batches
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import Flags
 from megatron_hetermoe.config.plan import DELAYED, Plan
@@ -93,6 +95,10 @@ _UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...
     ("--yaml-cfg", lambda args: args.yaml_cfg, "give flags, or a recipe"),
     ("--spec", lambda args: args.spec, "leave it out: layers are Megatron's own"),
     ("--inprocess-restart", lambda args: args.inprocess_restart, "leave it out: let the launcher start all ranks again"),
+    ("--rampup-batch-size", lambda args: args.rampup_batch_size,
+     f"Megatron does not read it any more; {GROWING} TOKENS:SEQUENCES,... in place of --global-batch-size does that"),
+    (f"{GROWING} beside --decrease-batch-size-if-needed",
+     lambda args: args.step_batch_size_schedule and args.decrease_batch_size_if_needed, "leave one out"),
     ("--optimizer other than adam and sgd", lambda args: args.optimizer not in ("adam", "sgd"), "use adam or sgd"),
 )
 
@@ -226,7 +232,12 @@ def arguments_to_plan_for(
     for name, is_asked, way_out in _UNSUPPORTED:
         if is_asked(args):
             problems.add(f"{name} is not supported with --hetermoe: {way_out}")
-    for flag, value in (("--micro-batch-size", args.micro_batch_size), ("--global-batch-size", args.global_batch_size)):
+    sizes = {"--micro-batch-size": args.micro_batch_size, "--global-batch-size": args.global_batch_size}
+    if args.step_batch_size_schedule is not None:
+        del sizes["--global-batch-size"]
+        problems.add("--step-batch-size-schedule is not planned for, a plan is for one batch: --drop "
+                     "step-batch-size-schedule and, behind --, give the --global-batch-size that most steps have")
+    for flag, value in sizes.items():
         if not value:
             problems.add(f"{flag} is missing: what fits and how long a step takes depends on it")
         elif value < 0:
@@ -397,17 +408,18 @@ def _check_saves(args: argparse.Namespace, flags: Flags, problems: Problems) -> 
 
 
 def _check_batch(args: argparse.Namespace, attention_ranks: int | None, problems: Problems) -> None:
-    """A global batch, while it ramps up too, must divide by the sequences that the attention ranks take at once."""
+    """A global batch, each of a schedule too, must divide by the sequences that the attention ranks take at once."""
     if not attention_ranks or not args.micro_batch_size:
         return
     share = max(1, args.tensor_model_parallel_size * args.context_parallel_size * args.pipeline_model_parallel_size)
     together = args.micro_batch_size * max(1, attention_ranks // share)
     ranks = f"{attention_ranks} attention ranks" + (f" / {share} that share a microbatch" if share > 1 else "")
-    start, increment, _ = args.rampup_batch_size or (None, None, None)
-    for name, batch in (
-        ("--global-batch-size", args.global_batch_size), ("the start of --rampup-batch-size", start),
-        ("the increment of --rampup-batch-size", increment),
-    ):
+    batches = [("--global-batch-size", args.global_batch_size)]
+    if args.step_batch_size_schedule is not None and args.seq_length:
+        with problems.taking():
+            scheduled = scheduled_batches(args.step_batch_size_schedule, args.seq_length)
+            batches += [(f"{GROWING}'s batch of", batch) for _, batch in scheduled]
+    for name, batch in batches:
         lower = int(batch or 0) // together * together
         if lower != int(batch or 0):
             near = f"{lower} or {lower + together}" if lower else str(together)

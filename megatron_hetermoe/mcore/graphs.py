@@ -57,7 +57,7 @@ _OBSTACLES: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] 
     ("--reset-position-ids and --reset-attention-mask",
      lambda args: args.reset_position_ids or args.reset_attention_mask, "leave them out"),
     ("--mtp-num-layers", lambda args: args.mtp_num_layers, "leave it out"),
-    ("--rampup-batch-size", lambda args: args.rampup_batch_size, "leave it out"),
+    ("--step-batch-size-schedule", lambda args: args.step_batch_size_schedule, "use --global-batch-size"),
 )
 
 

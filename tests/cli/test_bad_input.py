@@ -48,17 +48,19 @@ def placement(tmp_path):
 def test_every_problem_is_named_at_once(tmp_path):
     said = refused(
         ["--hetermoe", "--hetermoe-attention-ranks", "3", "--hetermoe-expert-ranks", "2", "--hetermoe-colour", "red",
-         "--hetermoe-wave", "none", *tiny(mtp_num_layers=1, mtp_detach_heads=True, rampup_batch_size=[4, 3, 32])], tmp_path,
+         "--hetermoe-wave", "none", *tiny(mtp_num_layers=1, mtp_detach_heads=True, rampup_batch_size=[4, 3, 32],
+                                            step_batch_size_schedule="0:4 1K:6")], tmp_path,
     )
     for problem in (
         "unknown flag --hetermoe-colour", "--hetermoe-wave is 'none'",
         "3 attention and 2 expert ranks need 5 ranks, but 4 were started",
         "--mtp-detach-heads is not supported",
-        "the start of --rampup-batch-size 4 does not divide by micro batch size 1 x 3 attention ranks = 3: take 3 or 6",
+        "--rampup-batch-size is not supported with --hetermoe: Megatron does not read it any more",
+        "--step-batch-size-schedule's batch of 4 does not divide by micro batch size 1 x 3 attention ranks = 3: take 3 or 6",
         "--global-batch-size 8 does not divide by micro batch size 1 x 3 attention ranks = 3: take 6 or 9",
     ):
         assert problem in said, problem
-    assert said.startswith("hetermoe: 6 problems:")
+    assert said.startswith("hetermoe: 7 problems:")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def test_one_message(messages, number, mutation):
     assert text.startswith("hetermoe: ") and "Traceback" not in text
     lines = [line for line in text.splitlines() if line.startswith(f"  - {folder}/{number}.yaml:{mutation.line}: ")]
     assert lines and any(mutation.key in line for line in lines), (mutation, text)
+    problems = [line.removeprefix("  - ") for line in text.splitlines()]
+    assert not any(one.endswith(f": {other}") for one in problems for other in problems), f"said without its place too: {text}"
     if mutation.near:
         assert any(mutation.near in line for line in lines), (mutation, text)
 

@@ -35,7 +35,7 @@ def ask(monkeypatch):
     """Puts a question in place of the recipe's."""
     def put(**changed):
         values = dict(shape=MODEL, precision="fp16", micro_batch=1, global_batch=8, vocabulary=32000) | changed
-        monkeypatch.setattr(plan, "_question", lambda args, problems, notes: Question(**values))
+        monkeypatch.setattr(plan, "_question", lambda args, notes: Question(**values))
     put()
     return put
 

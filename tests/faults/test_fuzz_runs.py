@@ -34,7 +34,7 @@ MEGATRON = {
     "optimizer": ("sgd", "muon", "zzz"), "overlap_grad_reduce": (True,), "eval_iters": (1,), "eval_interval": (1,),
     "train_samples": (8,), "lr_decay_style": ("cosine", "zigzag"), "lr_warmup_iters": (1, 5), "seq_length": (16, 33),
     "qk_layernorm": (True,), "moe_z_loss_coeff": (0.01,), "load": ("nowhere",), "ckpt_step": (3,), "exit_interval": (1,),
-    "rampup_batch_size": ([2, 2, 8],), "moe_grouped_gemm": (True,), "position_embedding_type": ("learned_absolute", "none"),
+    "rampup_batch_size": ([2, 2, 8],), "step_batch_size_schedule": ("0:2 128:4", "0:3", "4"), "moe_grouped_gemm": (True,), "position_embedding_type": ("learned_absolute", "none"),
     "num_attention_heads": (3, 0), "clip_grad": (0.0,), "async_save": (True,), "log_params_norm": (True,), "no_such_flag": (1,),
 }
 HOLDERS = ("a0", "a1", "e0", "e1", "e2")

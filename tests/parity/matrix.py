@@ -104,7 +104,8 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
     "evaluation": {"no": {}, "yes": {"eval_interval": 10, "eval_iters": 2}},
     "batch": {
         "constant": {},
-        "growing": {"train_iters": None, "train_samples": 372, "rampup_batch_size": [12, 12, 180], "global_batch_size": 24},
+        "growing": {"train_iters": None, "train_samples": 372, "step_batch_size_schedule": "0:12 5760:24",  # sequence 180
+                    "global_batch_size": None, "eval_global_batch_size": 24},
     },
     "further tokens": {"none": {}, "1": {"mtp_num_layers": 1}, "2": {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}},
 }
@@ -140,12 +141,15 @@ def sums_otherwise(row: Mapping[str, str]) -> bool:
     return any(row[axis] in options for axis, options in OTHER_SUMS.items())
 
 
-def own_kernels(row: Mapping[str, str]) -> dict[str, str]:
-    """What of a row is no option of stock Megatron's, and changes its rounding: as a test gives it to that
+def given_to_stock(row: Mapping[str, str]) -> dict[str, str]:
+    """What of a row is no option of stock Megatron's, and changes its numbers: as a test gives it to that
     (``fault_injection.py``), by environment variables."""
     attention = {"auto": "math" if row["context"] == "2" else None}.get(row["attention"], row["attention"])
-    experts = HALVES.get(row["precision"], {}).get("hetermoe_expert_precision")
-    given = {"HETERMOE_TEST_ATTENTION": attention, "HETERMOE_TEST_EXPERTS": experts}
+    flags = HALVES.get(row["precision"], {})
+    given = {
+        "HETERMOE_TEST_ATTENTION": attention, "HETERMOE_TEST_EXPERTS": flags.get("hetermoe_expert_precision"),
+        "HETERMOE_TEST_ONE_LOSS_SCALE": "initial_loss_scale" in flags,
+    }
     return {name: str(value) for name, value in given.items() if value}
 
 

@@ -2,8 +2,8 @@
 
 In fp32 losses and gradient norms of every step are within 1e-5. In half precision, where sums in another order are other
 numbers, a run is as near to one of stock Megatron's expert-parallel layouts as these are to each other, measured on the same
-model and data, with the same attention kernel and precision of experts. Where sums are of other rounded parts than in any of
-them (``matrix.OTHER_SUMS``), it is as near as the nearest of these is to stock Megatron in fp32.
+model and data, with the same attention kernel, precision of experts and loss scale. Where sums are of other rounded parts
+than in any of them (``matrix.OTHER_SUMS``), it is as near as the nearest of these is to stock Megatron in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import combinations
 import matrix
 import pytest
 from parity_cases import REL, placement_file
-from ranks import Run, assert_same_steps, largest_differences
+from ranks import NEAR_TIE, Run, assert_same_steps, largest_differences
 
 OURS = "hetermoe_"
 
@@ -43,7 +43,7 @@ def _stock_layouts(parity, row: matrix.Row, model: dict[str, object]) -> list[Ru
     context = int(row["context"])
     whole = m * g // context  # ranks with whole sequences
     sizes = [(whole, 1), (whole, 2), (max(whole, 4), 4)]
-    env = matrix.own_kernels(row)
+    env = matrix.given_to_stock(row)
     return [parity.stock(world * context, env, expert_model_parallel_size=size, **model) for world, size in sizes]
 
 
@@ -59,7 +59,7 @@ def test_matrix(parity, row, record_property):
     for steps in run.steps[1:]:
         assert_same_steps(steps, run.steps[0])
     if row["precision"] == matrix.FP32:
-        stock, allowed = [parity.stock(m * g, **model)], (REL, REL)
+        stock, allowed = [parity.stock(m * g, {"HETERMOE_TEST_NEAR_TIES": "1"}, **model)], (REL, REL)
     else:
         stock = [one for one in _stock_layouts(parity, row, model) if _skips(one) == _skips(run)]
         assert len(stock) > 1, "stock Megatron's layouts skip other steps"
@@ -71,13 +71,19 @@ def test_matrix(parity, row, record_property):
             allowed = _largest([allowed, from_fp32])
     found = _smallest(largest_differences(run.steps[0], other.steps[0]) for other in stock)
     record_property(matrix.DEVIATION, (row["precision"], *found, *allowed))
-    assert found[0] <= allowed[0] and found[1] <= allowed[1], f"{found} against {allowed}: {row}"
+    assert found[0] <= allowed[0] and found[1] <= allowed[1], f"{found} against {allowed}: {row}{_near_ties(stock[0])}"
     _evaluations_agree(run, stock[0], rel=max(REL, 2 * allowed[0]))
 
 
 def _skips(run: Run) -> list[int]:
     """The steps that a loss scale has a run skip. An overflow depends on what a rank sums up, so on the layout."""
     return [index for index, step in enumerate(run.steps[0]) if step.skipped]
+
+
+def _near_ties(run: Run) -> str:
+    """Where a router's choice hangs on rounding, so that a processor with other kernels may make another one."""
+    ties = sorted({line for output in run.output for line in output.splitlines() if line.startswith(NEAR_TIE)})
+    return "".join(f"\n{tie}" for tie in ties)
 
 
 def _largest(differences: Iterable[tuple[float, float]]) -> tuple[float, float]:

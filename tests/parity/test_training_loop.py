@@ -11,15 +11,16 @@ LOGGED = {"tensorboard_log_interval": 1, "log_timers_to_tensorboard": True, "log
 
 
 def test_samples_with_a_growing_batch_and_tensorboard(parity, tmp_path):
-    """Counted in samples, with a batch that doubles, until the exit interval; the last rank alone writes values."""
+    """Counted in samples, with a batch that doubles twice, until the exit interval; the last rank alone writes values."""
     model = {
-        "train_iters": None, "train_samples": 128, "rampup_batch_size": [4, 4, 32], "lr_decay_samples": 128,
-        "lr_decay_style": "cosine", "lr_warmup_samples": 16, "exit_interval": 14, "eval_interval": 7, "eval_iters": 2,
-        "check_for_spiky_loss": True, "tensorboard_dir": tmp_path, **LOGGED,
+        "train_iters": None, "train_samples": 128, "step_batch_size_schedule": "0:4 1024:8 2K:16", "global_batch_size": None,
+        "lr_decay_samples": 128, "lr_decay_style": "cosine", "lr_warmup_samples": 16, "exit_interval": 14, "eval_interval": 7,
+        "eval_iters": 2, "check_for_spiky_loss": True, "tensorboard_dir": tmp_path, **LOGGED,
     }
     run = parity.check(2, 3, **model)
     reference = parity.stock(2, **model)
     assert len(run.steps[0]) == 14
+    assert {value for (name, _), value in run.scalars[-1].items() if name == "batch-size"} == {4, 8, 16}
     assert not any(run.scalars[:-1]), "a rank beside the last one wrote to TensorBoard"
     ours, theirs = run.scalars[-1], reference.scalars[-1]
     measured = ("-time", "mem", "throughput", "iteration-time")

@@ -34,7 +34,7 @@ _LEFT_OUT = (
     "--sequence-parallel", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather",
     "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers", "--num-layers-per-virtual-pipeline-stage",
     "--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules",
-    "--rampup-batch-size", "--train-samples", "--lr-warmup-iters", "--lr-warmup-samples", "--lr-decay-iters",
+    "--step-batch-size-schedule", "--train-samples", "--lr-warmup-iters", "--lr-warmup-samples", "--lr-decay-iters",
     "--lr-decay-samples", "--lr-warmup-fraction", "--async-save", "--async-strategy", "--load", "--save",
     "--save-interval", "--dist-ckpt-optim-fully-reshardable",
 )
