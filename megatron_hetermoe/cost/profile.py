@@ -37,7 +37,7 @@ class Profile:
         parts: for "attention" (one sequence, by its tokens), "attention_core_recomputed" (the same with selective
             recomputation), "expert" (each expert of an E task, by its tokens), "expert_activation_again" (the same where the backward
             computes the output of the activation again), "head" and "embedding" (by tokens): seconds of
-            forward and backward.
+            forward and backward, on a GPU without waiting for the host.
         optimizer: seconds a parameter, or None.
         memory: bytes, see _MEMORY.
         expert_task: seconds, forward and backward, of an E task beside those of its experts, or None where that was not

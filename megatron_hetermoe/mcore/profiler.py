@@ -52,7 +52,7 @@ HELD = 8  # experts of a layer that are measured together, as a holder runs them
 _PLAIN = ("--tensor-model-parallel-size", "1", "--expert-tensor-parallel-size", "1",
           "--context-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--mtp-num-layers", "0")
 _ATTENTION, _EXPERT = 0, 1  # ranks of the session, of which only one is there at a time
-_WARM_UP = 2
+_WARM_UP = 2  # as many turns as attention is run without graphs
 _LEAST = 1e-9  # seconds that a difference of two measurements may be
 _HOST_CYCLES = 30_000_000  # of a GPU: some 15 ms, longer than the host takes to queue any task
 
@@ -237,19 +237,37 @@ class _Answered(Transfers):
 class _Clock:
     """Runs tasks one by one on the compute stream, and collects their seconds.
 
+    On a GPU a task is run both ways: queued before the GPU begins it, as in a step where other microbatches' tasks are before
+    it, so that the GPU never waits for the host and its own seconds are all that counts; and with a GPU that waits, so that the
+    host never waits for the GPU.
+
     Args:
         device: to run on.
-        ahead: the host queues a task before the GPU begins it, so that the GPU never waits for the host.
     """
 
-    def __init__(self, device: torch.device, ahead: bool = False):
-        self._seconds: dict[tuple[int, Pass], list[tuple[float, float]]] = {}  # computed, queued
+    def __init__(self, device: torch.device):
+        self._computed: dict[tuple[int, Pass], list[float]] = {}
+        self._queued: dict[tuple[int, Pass], list[float]] = {}
         self._streams = streams_for(device, self._observe)
-        self._ahead = ahead and torch.empty(0, device=device).is_cuda
+        self._is_gpu = torch.empty(0, device=device).is_cuda
+        self._ahead = self._counts = False
+
+    def turns(self, repeats: int) -> Iterator[None]:
+        """The turns in which all tasks are to be run, of which the first ones do not count."""
+        for _ in range(_WARM_UP):
+            yield
+        self._counts = True
+        for self._ahead in (False, True) if self._is_gpu else (False,):
+            for _ in range(repeats):
+                yield
 
     def _observe(self, stream: Stream, task: Task, start: float, end: float, queued: Queued) -> None:
-        began, ended = queued or (0.0, 0.0)
-        self._seconds.setdefault((task.layer, task.direction), []).append((end - start, ended - began))
+        key = task.layer, task.direction
+        if self._counts and self._ahead == self._is_gpu:
+            self._computed.setdefault(key, []).append(end - start)
+        if self._counts and not self._ahead:
+            began, ended = queued or (0.0, 0.0)
+            self._queued.setdefault(key, []).append(ended - began)
 
     def run(self, task: Task, call: Callable[[Task], None]) -> None:
         if self._ahead:
@@ -262,9 +280,10 @@ class _Clock:
         self._streams.finish()
 
     def median(self, layer: int) -> Measured:
-        """Of a layer's task, without the first ones."""
-        passes = [_median(self._seconds[layer, way][_WARM_UP:]) for way in (Pass.FORWARD, Pass.BACKWARD)]
-        return Measured(*zip(*passes))
+        """Of a layer's task."""
+        return Measured(*(
+            tuple(statistics.median(seconds[layer, way]) for way in (Pass.FORWARD, Pass.BACKWARD))
+            for seconds in (self._computed, self._queued)))
 
 
 class _Part:
@@ -309,10 +328,10 @@ class _Attention(_Part):
     def measure(self, length: int, repeats: int) -> dict[str, Measured]:
         """The parts of a microbatch."""
         self.args.seq_length = length
-        clock = _Clock(self.device, self._graphs)
+        clock = _Clock(self.device)
         transfers = self.session.transfers(self.config.hidden_size, _Answered)
         graphs = AttentionGraphs(graphs_for(self.device)) if self._graphs else None
-        for _ in range(_WARM_UP + repeats):
+        for _ in clock.turns(repeats):
             inputs = self.inputs(self._batches(length), graphs)
             if graphs is not None:
                 graphs.begin_step(inputs.schedule.member(_ATTENTION), overlapped=False)
@@ -371,8 +390,8 @@ class _Experts(_Part):
 
     def measure(self, tokens: int, repeats: int) -> Measured:
         """An E task with that many tokens for each expert."""
-        clock = _Clock(self.device, ahead=True)  # as in a step, where other microbatches' tasks are before it
-        for _ in range(_WARM_UP + repeats):
+        clock = _Clock(self.device)
+        for _ in clock.turns(repeats):
             self._step(clock, tokens)
             self.model.zero_grad_buffer()
         return clock.median(1)
