@@ -137,7 +137,8 @@ def _on_average(members: list[MemberSummary], seconds: float) -> RoleSummary:
 
 
 def _sendable(result: Result) -> dict[Task, float]:
-    """When the last of what each transfer carries was computed, on whatever member; empty where hosts are not counted."""
+    """When the last of what each transfer carries was computed, on whatever member, but for what other stages hand over; empty
+    where hosts are not counted."""
     if not any(member.queued for member in result.members):
         return {}
     computed: dict[Task, float] = {}
@@ -148,8 +149,8 @@ def _sendable(result: Result) -> dict[Task, float]:
                 computed[task] = max(end, computed.get(task, 0.0))
             else:
                 transfers.add(task)
-    return {task: max((computed[wait] for wait in result.schedule.dependencies(task) if wait in computed), default=0.0)
-            for task in transfers}
+    carried = {task: [computed[wait] for wait in result.schedule.dependencies(task) if wait in computed] for task in transfers}
+    return {task: max(ends) for task, ends in carried.items() if ends}
 
 
 def _bubbles(

@@ -26,7 +26,7 @@ from megatron_hetermoe.simulator.events import simulate, simulate_stages
 from megatron_hetermoe.simulator.fast import step_seconds
 from megatron_hetermoe.simulator.host import HostCost, advice
 from megatron_hetermoe.simulator.recorded import results_of
-from megatron_hetermoe.simulator.summary import CAUSES, HOST, summarise, summarise_members
+from megatron_hetermoe.simulator.summary import CAUSES, HOST, STAGE, summarise, summarise_members
 from megatron_hetermoe.topology.placement import Placement
 
 HOST_SECONDS = {"attention": (1e-3, 2e-3), "attention_core_recomputed": (1e-3, 3e-3), "expert": (1e-4, 2e-4),
@@ -226,7 +226,10 @@ def test_larger_microbatches_help_where_the_host_binds():
 def test_stages_of_a_pipeline_have_hosts():
     of = shape(layers=4)
     free, bound = (hosted(of, scale) for scale in (0.0, 1.0))
-    seconds = [simulate_stages(of_stages(priced, (2, 2), 2))[0].seconds for priced in (free, bound)]
+    results = [simulate_stages(of_stages(priced, (2, 2), 2)) for priced in (free, hosted(of, 1e-6), bound)]
+    unbound, hardly, _ = (summarise(*of_all).roles["attention"].bubbles for of_all in results)
+    assert hardly[STAGE] == pytest.approx(unbound[STAGE], rel=0.02), "what waits for another stage waits for no host"
+    seconds = [results[0][0].seconds, results[-1][0].seconds]
     (_, costs), _ = of_stages(bound, (2, 2), 2)
     busy = 4 * (costs.host_computes(0) + costs.host_transfers(0) + 2 * CHANNEL[0])
     assert seconds[1] > max(busy, seconds[0])
