@@ -35,6 +35,7 @@ def test_the_host_is_ahead_of_a_gpu_that_is_busy():
     long, short, sent = (Task(kind, Pass.FORWARD, layer, 0) for kind, layer in (
         (Kind.ATTENTION, 1), (Kind.ATTENTION, 2), (Kind.DISPATCH, 1)))
     tensor = torch.zeros(1024, device="cuda")
+    tensor.add_(1).mul_(1)  # a kernel's first launch waits for the GPU
     before = time.perf_counter()
     with streams.task(Stream.COMPUTE, long, ()):
         torch.cuda._sleep(200_000_000)  # cycles, a tenth of a second
