@@ -66,8 +66,7 @@ class Meter:
         args = get_args()
         self._steps += 1
         self._seconds += time.perf_counter() - self._start
-        self._tokens += self._microbatches * args.micro_batch_size * args.seq_length \
-            * self._session.layout.replicas
+        self._tokens += self._microbatches * args.micro_batch_size * args.seq_length * self._session.layout.microbatches
         if self.recorder:
             self._add(self.recorder.end_step())
         iteration = args.curr_iteration + 1  # Megatron counts a step when it has returned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from models import tiny
@@ -12,7 +13,9 @@ from ranks import Run, run_ranks
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.shape import ModelShape
 from megatron_hetermoe.config.step import Prediction
+from megatron_hetermoe.mcore import meter
 from megatron_hetermoe.schedule.trace import read_jsonl
+from megatron_hetermoe.topology.layout import Layout
 
 FIELDS = ("consumed samples", "lm loss", "load_balancing_loss", "z_loss", "loss scale", "grad norm", "learning rate")
 
@@ -112,3 +115,20 @@ def test_each_log_interval_says_what_was_measured(tmp_path):
     rate = float(said[1][0].replace(",", ""))
     assert rate == pytest.approx(scalars["tokens-per-second"], abs=0.51)
     assert float(said[1][2]) == pytest.approx(rate / 250, abs=0.01)
+
+
+@pytest.mark.parametrize("layout, sequences", [
+    (Layout(8, 1), 8), (Layout(8, 1, tensor=2), 4), (Layout(8, 1, tensor=2, context=2), 2), (Layout(8, 2, stages=2, context=2), 2),
+])
+def test_a_token_counts_once_whichever_ranks_share_its_sequence(layout, sequences, monkeypatch, capsys):
+    args = SimpleNamespace(micro_batch_size=1, seq_length=32, curr_iteration=0, log_interval=1)
+    clock = iter((10.0, 12.0))
+    monkeypatch.setattr(meter, "get_args", lambda: args)
+    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for writer in ("get_tensorboard_writer", "get_wandb_writer"):
+        monkeypatch.setattr(meter, writer, lambda: None)
+    plan = SimpleNamespace(placement=(), predicted=None)
+    one = meter.Meter(SimpleNamespace(layout=layout, plan=plan, rank=layout.world_size - 1), None)
+    one.begin_step(microbatches=4)
+    one.end_step()
+    assert f"hetermoe: {4 * sequences * 32 // 2} tokens/s" in capsys.readouterr().out.replace(",", "")
