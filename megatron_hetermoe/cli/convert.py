@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_hetermoe.cli.environment import environment
-from megatron_hetermoe.cli.interrupt import ending_at_sigterm
+from megatron_hetermoe.cli.interrupt import interruptible
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import parse_flags
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     _, argv = parse_flags(override(recipe.argv if recipe else [], args.overrides), problems)
     alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "HETERMOE_PLATFORM": "cpu"}
     places = places_left(recipe, args.overrides) if recipe else {}
-    with environment({**(recipe.env if recipe else {}), **alone}), locating(places), ending_at_sigterm():
+    with environment({**(recipe.env if recipe else {}), **alone}), locating(places), interruptible():
         print("importing Megatron ...", flush=True)
         _convert(args, source, out, argv, problems)
     return 0

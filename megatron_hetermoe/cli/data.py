@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_hetermoe.cli.interrupt import ending_at_sigterm
+from megatron_hetermoe.cli.interrupt import interruptible
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.recipe import load_recipe
@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    with ending_at_sigterm():
+    with interruptible():
         if args.recipe or args.overrides:
             return _tokenise(args)
         if args.keys or args.append_eod or args.workers is not None:

@@ -1,25 +1,33 @@
-"""SIGTERM ends a command as Ctrl-C does: what it was writing is removed."""
+"""TERM and HUP end a command as Ctrl-C does: what it started is ended, and what it was writing is removed."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import NoReturn
 
-EXIT_CODE = 128 + signal.SIGTERM
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
+
+
+def interruptible() -> contextlib.AbstractContextManager[None]:
+    """Has TERM and HUP raise SystemExit within, with the code that a shell gives them. One that is ignored stays so: under
+    nohup a command outlives its terminal."""
+    ending = (signal.SIGTERM, signal.SIGHUP)
+    return handling({number: _leave for number in ending if signal.getsignal(number) is not signal.SIG_IGN})
 
 
 @contextlib.contextmanager
-def ending_at_sigterm() -> Iterator[None]:
-    """Has SIGTERM raise SystemExit within, with the code that a shell gives it."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        sys.exit(EXIT_CODE)
-
-    before = signal.signal(signal.SIGTERM, end)
+def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    """Has signals handled so within, and afterwards as before. For the main thread."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

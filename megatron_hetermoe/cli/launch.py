@@ -20,9 +20,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_hetermoe.cli.interrupt import handling
 from megatron_hetermoe.config.errors import EXIT_CODE, OWN_LOG, PEER_LOST_CODE, UsageError
 
 PRELOAD = "megatron_hetermoe.mcore.platform.preload"
@@ -117,7 +118,7 @@ class Ranks:
         """Ends every rank that is still running, with the processes that it started."""
         if self.watched and self.failed is not None and self.exit_codes()[self.failed] != EXIT_CODE:
             self._await_witness()
-        with _signals({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN, signal.SIGHUP: signal.SIG_IGN}):
+        with handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN)):
             running = [process for process in self._processes if process.exitcode is None]
             _signal(running, signal.SIGTERM)
             _signal(running, signal.SIGCONT)  # one that was stopped takes no other signal
@@ -144,25 +145,6 @@ class Ranks:
 
     def __exit__(self, *exception: object) -> None:
         self.end()
-
-
-def interruptible() -> contextlib.AbstractContextManager[None]:
-    """Turns TERM and HUP into an exit that unwinds, so that ranks are ended as after Ctrl-C."""
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    return _signals({signal.SIGTERM: leave, signal.SIGHUP: leave})
-
-
-@contextlib.contextmanager
-def _signals(handlers: Mapping[int, object]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _signal(processes: Sequence[multiprocessing.process.BaseProcess | _Spawned], number: int) -> None:

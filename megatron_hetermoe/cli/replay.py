@@ -59,7 +59,8 @@ def replayed(
     Raises:
         UsageError: when a ZP group has more members than processes can be started for.
     """
-    from megatron_hetermoe.cli.launch import Ranks, interruptible
+    from megatron_hetermoe.cli.interrupt import interruptible
+    from megatron_hetermoe.cli.launch import Ranks
 
     stages = next(iter(found.values()))
     members = len(stages) * stages[0][1].group.members

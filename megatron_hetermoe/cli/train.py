@@ -183,7 +183,8 @@ def _train(job: Job, command: list[str], overrides: list[str]) -> int:
     # imported here because rich takes a while and `hetermoe --help` needs none of it
     from rich.console import Console
 
-    from megatron_hetermoe.cli.launch import Ranks, interruptible
+    from megatron_hetermoe.cli.interrupt import interruptible
+    from megatron_hetermoe.cli.launch import Ranks
     from megatron_hetermoe.cli.progress import Display, Watch
     from megatron_hetermoe.cli.summary import failure, print_summary
 

@@ -22,11 +22,12 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from megatron_hetermoe.cli import launch
+from megatron_hetermoe.cli.interrupt import interruptible
 launch.PRELOAD = "json"
 fork, logs, *argv = sys.argv[1:]
 if __name__ == "__main__":
-    with launch.interruptible(), launch.Ranks(3, argv, {"EXTRA": "x"}, Path(logs), entry="fake_rank",
-                                              fork=fork == "fork", grace=1.0) as ranks:
+    with interruptible(), launch.Ranks(3, argv, {"EXTRA": "x"}, Path(logs), entry="fake_rank",
+                                       fork=fork == "fork", grace=1.0) as ranks:
         while ranks.wait(0.2):
             pass
     print(ranks.failed)
@@ -101,7 +102,7 @@ def test_whichever_rank_refuses_first_has_said_why(start, tmp_path):
     assert failure((tmp_path / "logs" / "rank1.log").read_text(), 2) == "hetermoe: 1 problem:\n  - this is refused"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_no_rank_outlives_the_launcher(start, tmp_path, number):
     process = start("child")
     pids = [int(pid) for pid in logs(tmp_path, r"pid (\d+)", 3)]
@@ -115,6 +116,14 @@ def test_no_rank_outlives_the_launcher(start, tmp_path, number):
         for pid in children:
             os.kill(pid, signal.SIGKILL)
     assert_gone(pids)
+
+
+def test_under_nohup_a_run_outlives_its_terminal():
+    script = "import os, signal\nfrom megatron_hetermoe.cli.interrupt import interruptible\n" \
+             "with interruptible():\n    os.kill(os.getpid(), signal.SIGHUP)\nprint('is there')"
+    ended = subprocess.run(["nohup", sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout) == (0, "is there\n"), ended.stderr
 
 
 def test_a_rank_ended_by_a_signal(start, tmp_path):
