@@ -68,6 +68,7 @@ PARTS = {
     "cli/emulate.py": "`hetermoe train --emulate` cannot divide this machine's GPU. Nothing is left running",
     "config/shares.py": "What `--emulate` was given cannot be read",
     "runtime/mps.py": "The Multi-Process Service of `--emulate` does not start or end as it should",
+    "cli/output.py": "The file that a command is to write cannot be made",
     "cli/plan.py": "`hetermoe plan` cannot answer",
     "cli/profile.py": "`hetermoe profile` cannot measure what was asked",
     "cli/network.py": "`hetermoe profile --network` cannot measure what was asked",

@@ -15,7 +15,7 @@ from megatron_hetermoe.cli.interrupt import interruptible
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import parse_flags
-from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
+from megatron_hetermoe.config.recipe import Recipe, load_recipe, locating, override, places_left
 
 INSTALL = "pip install 'megatron-hetermoe[convert]'"
 
@@ -53,12 +53,13 @@ def run(args: argparse.Namespace) -> int:
         problems.add("--reference, --dtype and --iteration are for export: leave them out")
     if not importlib.util.find_spec("safetensors"):
         problems.add(f"safetensors is not installed: {INSTALL}")
-    recipe = load_recipe(args.recipe, os.environ) if args.recipe else None
+    with problems.taking():
+        recipe = load_recipe(args.recipe, os.environ) if args.recipe else Recipe()
+        words = override(recipe.argv, args.overrides)
     problems.raise_if_any()
-    _, argv = parse_flags(override(recipe.argv if recipe else [], args.overrides), problems)
+    _, argv = parse_flags(words, problems)
     alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "HETERMOE_PLATFORM": "cpu"}
-    places = places_left(recipe, args.overrides) if recipe else {}
-    with environment({**(recipe.env if recipe else {}), **alone}), locating(places), interruptible():
+    with environment({**recipe.env, **alone}), locating(places_left(recipe, args.overrides)), interruptible():
         print("importing Megatron ...", flush=True)
         _convert(args, source, out, argv, problems)
     return 0

@@ -58,20 +58,22 @@ def _tokenise(args: argparse.Namespace) -> int:
     problems = Problems()
     if workers < 1:
         problems.add("--workers must be a whole number from 1 on")
-    if args.stdlib or not args.paths:
-        problems.add("give files and folders to tokenise; --stdlib is for bytes, without a tokenizer")
+    if args.stdlib:
+        problems.add("--stdlib is for bytes, without a tokenizer: give files and folders to tokenise")
+    elif not args.paths:
+        problems.add("give files and folders to tokenise, before --json-key, which takes all names that follow it")
     for path in (Path(f"{prefix}{end}") for prefix in prefixes for end in (".bin", ".idx")):
         if path.exists() and not args.force:
             problems.add(f"{path} is there already; --overwrite writes it anew")
     files: list[Path] = []
     with problems.taking():
-        files = documents.files_of(data.sources(args.paths, args.glob or "*"), args.paths, keys)
-    given = load_recipe(args.recipe, os.environ).argv if args.recipe else []
+        files = [] if not args.paths else documents.files_of(data.sources(args.paths, args.glob or "*"), args.paths, keys)
     print("importing Megatron ...", flush=True)
     with quiet():
         from megatron_hetermoe.mcore import tokenized
 
         with problems.taking():
+            given = load_recipe(args.recipe, os.environ).argv if args.recipe else []
             tokenizer = tokenized.tokenizer_arguments(given, args.overrides)
             tokenized.build(tokenizer)
     problems.raise_if_any()
@@ -99,17 +101,11 @@ def _take_bytes(args: argparse.Namespace) -> int:
     else:
         files = data.sources(args.paths, args.glob or "*")
     print("importing Megatron ...", flush=True)
-    totals = _write(files, args.out)
+    with _progress(files) as advance:
+        totals = data.write_dataset(files, args.out, advance)
     print(f"wrote {args.out}.bin and .idx: {totals.documents:,} documents, {totals.tokens:,} tokens, "
           f"{totals.bytes:,} bytes of text")
     return 0
-
-
-def _write(files, prefix):
-    from megatron_hetermoe.mcore import data
-
-    with _progress(files) as advance:
-        return data.write_dataset(files, prefix, advance)
 
 
 @contextlib.contextmanager

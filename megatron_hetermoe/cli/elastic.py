@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hetermoe.cli.output import check_output, write_plan
 from megatron_hetermoe.cli.words import has_saved, resumed, value_of
 from megatron_hetermoe.config.batches import FLAG as GROWING
 from megatron_hetermoe.config.batches import scheduled_batches
@@ -43,11 +44,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    recipe = load_recipe(args.recipe, os.environ)
-    argv = override(recipe.argv, args.overrides, args.drop)
+    out, problems = Path(args.out), Problems()
+    check_output("--out", out, problems)
+    for role, count in (("attention", args.attention_ranks), ("expert", args.expert_ranks)):
+        if count < 1:
+            problems.add(f"--{role}-ranks is {count}: at least one rank of each role is needed")
+    with problems.taking():
+        recipe = load_recipe(args.recipe, os.environ)
+        argv = override(recipe.argv, args.overrides, args.drop)
+    problems.raise_if_any()
     before = read_plan(args.plan) if args.plan else _before(recipe, argv) if args.resume else _of_checkpoint(argv)
     found = fitted(argv, args.attention_ranks, args.expert_ranks, before, args.cluster)
-    write_plan(found.plan, args.out)
+    write_plan(found.plan, out)
     if args.json:
         print(json.dumps({"attention_ranks": found.plan.attention_ranks, "expert_ranks": found.plan.expert_ranks,
                           "groups": found.plan.groups, "changes": found.said}, indent=1))
@@ -82,14 +90,6 @@ def fitted(
     if missing or not found.plan.pools or found.plan.step is None:
         raise UsageError([f"the plan is not one of `hetermoe plan` for {cluster}: leave --cluster out, or make a plan"])
     return within_memory(found, machines, kinds_of(machines, found.plan.model, found.plan.attention_precision, Notes()))
-
-
-def write_plan(plan: Plan, path: str | Path) -> None:
-    """Writes a plan file."""
-    try:
-        Path(path).write_text(plan.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise UsageError([f"cannot write {path}: {error.strerror}"]) from None
 
 
 def _before(recipe: Recipe, argv: Sequence[str]) -> Plan:

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_hetermoe.cli.interrupt import handling
+from megatron_hetermoe.cli.output import writing
 from megatron_hetermoe.config.errors import EXIT_CODE, OWN_LOG, PEER_LOST_CODE, UsageError
 
 PRELOAD = "megatron_hetermoe.mcore.platform.preload"
@@ -52,6 +53,9 @@ class Ranks:
         watched: the ranks watch each other, so when one has failed the others end by themselves and say why; they are
             given ``grace`` to do so.
         each: further environment variables of each rank.
+
+    Raises:
+        UsageError: when the folder cannot be made, or Megatron not be imported.
     """
 
     def __init__(self, world: int, argv: Sequence[str], env: Mapping[str, str], logs: Path, *, entry: str,
@@ -63,9 +67,10 @@ class Ranks:
         self.failed: int | None = None  # the rank that failed first
         self.witness: int | None = None  # a rank that ended because that one did, and has said so
         self._processes: list[multiprocessing.process.BaseProcess | _Spawned] = []
-        logs.mkdir(parents=True, exist_ok=True)
-        for old in logs.glob("rank*.log"):
-            old.unlink()
+        with writing(logs):
+            logs.mkdir(parents=True, exist_ok=True)
+            for old in logs.glob("rank*.log"):
+                old.unlink()
         assert len(each) in (0, world)
         common = {**env, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": str(_free_port()), OWN_LOG: "1"}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hetermoe.cli.environment import environment
+from megatron_hetermoe.cli.output import check_output, write_plan
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.config.errors import Problems, UsageError
@@ -54,23 +55,17 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hetermoe.planner.advice import alone, nothing_fits, with_attention_alone
     from megatron_hetermoe.planner.search import search
 
-    problems = Problems()
-    cluster = None
-    notes = Notes()
-    try:
+    problems, notes = Problems(), Notes()
+    with problems.taking():
         cluster = read_cluster(args.cluster, notes)
-    except UsageError as error:
-        problems.extend(error)
     if args.vocabulary is not None and args.vocabulary < 1:
         problems.add(f"--vocabulary is {args.vocabulary}; it must be from 1 on")
-    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
-        problems.add(f"--out {args.out}: there is no folder {Path(args.out).parent}, or it is a folder itself; name a file")
+    if args.out:
+        check_output("--out", Path(args.out), problems)
     with Stages() as stages:
         stages.enter("reading the recipe with Megatron")
-        try:
+        with problems.taking():
             question = _question(args, notes)
-        except UsageError as error:  # of the recipe's file
-            problems.extend(error)
         problems.raise_if_any()
         kinds = kinds_of(cluster, question.shape, question.precision, notes)
         found = search(question, cluster, kinds, tell=stages.enter)
@@ -82,10 +77,7 @@ def run(args: argparse.Namespace) -> int:
         plan = with_attention_alone(found.best[0], alones)
         answer = _answer(question, cluster, kinds, found, plan, alones, notes)
     if args.out:
-        try:
-            Path(args.out).write_text(plan.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise UsageError([f"cannot write the plan to {args.out}: {error.strerror}"]) from None
+        write_plan(plan, args.out)
     if args.json:
         print(json.dumps(answer, indent=1))
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hetermoe.cli.environment import environment
+from megatron_hetermoe.cli.output import check_output, writing
 from megatron_hetermoe.cli.plan import DEFAULT_VOCABULARY
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems
@@ -16,6 +17,7 @@ from megatron_hetermoe.config.flags import Flags, parse_flags
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 
 _REPEATS = 5
+_OF_TASKS = ("kind", "lengths", "expert_tokens", "vocabulary", "drop")  # what transfers have no use for
 # Of the tokens that an expert gets from one sequence: more attention ranks and sequences bring more.
 _TIMES = (0.25, 0.5, 1, 2, 4, 8, 16)
 
@@ -44,7 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
                              "sequence)")
     parser.add_argument("--vocabulary", type=int, metavar="N",
                         help=f"rows of the output layer, where the recipe does not say (default {DEFAULT_VOCABULARY})")
-    parser.add_argument("--repeats", type=int, default=_REPEATS, help=f"of which the median counts ({_REPEATS})")
+    parser.add_argument("--repeats", type=int, default=_REPEATS, metavar="N", help=f"of which the median counts ({_REPEATS})")
     parser.add_argument("--drop", action="append", default=[], metavar="FLAG", help="leave out a flag of the recipe")
     parser.set_defaults(run=run)
 
@@ -55,25 +57,34 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.exists():
         problems.add(f"{out} is there already: give another name to --out, or remove it")
-    elif not out.absolute().parent.is_dir():
-        problems.add(f"the folder {out.absolute().parent} for --out does not exist: make it first")
+    else:
+        check_output("--out", out, problems)
     for name, values in (("--lengths", args.lengths or ()), ("--expert-tokens", args.expert_tokens or ()),
-                         ("--repeats", [args.repeats])):
+                         ("--repeats", [args.repeats]), ("--vocabulary", [1 if args.vocabulary is None else args.vocabulary])):
         if any(value < 1 for value in values):
             problems.add(f"{name} must be whole numbers from 1 on")
     if args.network:
         from megatron_hetermoe.cli.network import run as measure_network
 
+        given = [f"--{name.replace('_', '-')}" for name in _OF_TASKS if getattr(args, name)] + ["--"] * bool(args.overrides)
+        if given:
+            problems.add(f"{', '.join(given)} with --network, which measures no recipe's tasks: leave out what is for these")
         return measure_network(args, problems)
     if not args.recipe or args.cluster or args.attention_ranks:
         problems.add("give a RECIPE.yaml to measure tasks, or --network with --cluster to measure transfers")
         problems.raise_if_any()
-    recipe = load_recipe(args.recipe, os.environ)
-    flags, rest = parse_flags(override(recipe.argv, args.overrides, args.drop), problems)
+    argv = None
+    with problems.taking():
+        recipe = load_recipe(args.recipe, os.environ)
+        argv = override(recipe.argv, args.overrides, args.drop)
+    if argv is None:  # where the recipe cannot be read Megatron has nothing to look at
+        problems.raise_if_any()
+    flags, rest = parse_flags(argv, problems)
     of_rank = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")}
     with environment({**recipe.env, **of_rank}), locating(places_left(recipe, args.overrides)):
         profile = _measure(args, flags, rest, problems)
-    out.write_text(profile.to_json(), encoding="utf-8")
+    with writing(out):
+        out.write_text(profile.to_json(), encoding="utf-8")
     for name, points in profile.parts.items():
         forward, backward = points[max(points)]
         print(f"{name}: {1e3 * forward:.3f} ms forward, {1e3 * backward:.3f} ms backward at {max(points):,.0f} tokens")

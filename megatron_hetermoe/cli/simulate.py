@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_hetermoe.cli.drawing import PICTURES, VIEWER, write_timeline
-from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.cli.output import check_output, writing
+from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.plan import Plan, read_plan
 
 if TYPE_CHECKING:
@@ -38,9 +39,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _scale(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return value
 
 
@@ -52,19 +56,26 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hetermoe.simulator.planned import predict
     from megatron_hetermoe.simulator.summary import summarise
 
-    if args.timeline and Path(args.timeline).suffix not in _ENDINGS:
-        raise UsageError([f"--timeline {args.timeline}: the name must end in one of {', '.join(_ENDINGS)}"])
-    plan = read_plan(args.plan)
-    notes = Notes()
-    cluster = read_cluster(args.cluster, notes)
+    problems, notes = Problems(), Notes()
+    timeline = Path(args.timeline) if args.timeline else None
+    if timeline:
+        if timeline.suffix not in _ENDINGS:
+            problems.add(f"--timeline {timeline}: the name must end in one of {', '.join(_ENDINGS)}")
+        check_output("--timeline", timeline, problems)
+    with problems.taking():
+        plan = read_plan(args.plan)
+    with problems.taking():
+        cluster = read_cluster(args.cluster, notes)
+    problems.raise_if_any()
     predicted = predict(plan, cluster, args.plan, notes)
     summary = summarise(*predicted.results)
     replayed = None
     if args.replay:
         kinds = kinds_of(cluster, plan.model, plan.attention_precision, notes)
         replayed = replay.replayed(args.plan, args.cluster, replay.ways(plan, cluster, kinds), args.replay)
-    if args.timeline:
-        _write(Path(args.timeline), plan, predicted, notes)
+    if timeline:
+        with writing(timeline):
+            _write(timeline, plan, predicted, notes)
     if args.json:
         seconds = {name: dict(zip(("simulated", "replayed"), pair)) for name, pair in (replayed or {}).items()}
         print(json.dumps({**asdict(summary), "replay": seconds, "notes": list(notes)}, indent=1))

@@ -119,8 +119,10 @@ def batch_script(args: argparse.Namespace) -> str:
 def _plan(args: argparse.Namespace, problems: Problems) -> tuple[Any, list[str]]:
     """The recipe's plan, and the flags that a planner's plan needs. A job that is refused when it starts has waited in a
     queue for nothing."""
-    recipe = load_recipe(args.recipe, os.environ)
-    argv = override(recipe.argv, args.overrides, args.drop)
+    with problems.taking():
+        recipe = load_recipe(args.recipe, os.environ)
+        argv = override(recipe.argv, args.overrides, args.drop)
+    problems.raise_if_any()
     if value_of(argv, "--save") is None:
         problems.add("the recipe has no --save: a job that is queued again needs a checkpoint to go on from")
     return plan_of(recipe, argv, problems)

@@ -1,4 +1,4 @@
-"""``hetermoe trace``: what a run recorded with ``--hetermoe-trace``, as a picture or for a trace viewer."""
+"""``hetermoe trace``: what a run recorded with ``--hetermoe-trace``, as a page, a picture or for a trace viewer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 
 from megatron_hetermoe.cli.drawing import PICTURES, VIEWER, write_timeline
+from megatron_hetermoe.cli.output import check_output, writing
 from megatron_hetermoe.cli.stages import Stages
-from megatron_hetermoe.config.errors import UsageError
-from megatron_hetermoe.config.plan import Plan, plan_from_json
+from megatron_hetermoe.config.errors import Problems, UsageError
+from megatron_hetermoe.config.plan import Plan, read_plan
+from megatron_hetermoe.cost.cluster import Cluster, read_cluster
+from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.schedule.trace import STEP, Span, read_jsonl
 from megatron_hetermoe.simulator.host import advice, host_costs
 from megatron_hetermoe.simulator.recorded import from_start
@@ -37,21 +40,28 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     folder, out = Path(args.folder), Path(args.out)
+    problems, notes = Problems(), Notes()
     if out.suffix not in _ENDINGS:
-        raise UsageError([f"--out {out}: the name must end in one of {', '.join(_ENDINGS)}"])
-    if args.cluster and out.suffix != ".html":
-        raise UsageError([f"--cluster is for what was predicted, which a page shows: give --out a name that ends in "
-                          f".html in place of {out}"])
-    plan = _plan(folder)
+        problems.add(f"--out {out}: the name must end in one of {', '.join(_ENDINGS)}")
+    elif args.cluster and out.suffix != ".html":
+        problems.add(f"--cluster is for what was predicted, which a page shows: give --out a name that ends in "
+                     f".html in place of {out}")
+    check_output("--out", out, problems)
+    with problems.taking():
+        plan = _plan(folder)
+    with problems.taking():
+        cluster = read_cluster(args.cluster, notes) if args.cluster else None
+    problems.raise_if_any()
     layout = layout_of(plan)
     roles = {rank: layout.role(rank) for rank in range(layout.world_size)}
     with Stages() as stages:
         step, spans = _step(folder, args.step, len(roles), stages)
         stages.enter(f"writing {out}")
-        if out.suffix == ".html":
-            _write_page(out, step, spans, plan, folder, args.cluster)
-        else:
-            write_timeline(spans, layout, roles, out)
+        with writing(out):
+            if out.suffix == ".html":
+                _write_page(out, step, spans, plan, folder, cluster, notes)
+            else:
+                write_timeline(spans, layout, roles, out)
     print(f"step {step}, {sum(span.stream != STEP for span in spans)} tasks of {len(roles)} ranks: {out}")
     costs = host_costs(spans, roles)
     for role, cost in costs.items():
@@ -62,19 +72,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_page(
-    out: Path, step: int, spans: list[Span], plan: Plan, folder: Path, cluster: str | None
+    out: Path, step: int, spans: list[Span], plan: Plan, folder: Path, cluster: Cluster | None, notes: Notes
 ) -> None:
-    """The page of a recorded step, with the predicted one beside it where there is a cluster file."""
+    """The page of a recorded step, with the predicted one beside it where there is a cluster."""
     from megatron_hetermoe.cli.report import MEASURED, PREDICTED, Run, write_page
-    from megatron_hetermoe.cost.cluster import read_cluster
-    from megatron_hetermoe.cost.curves import Notes
     from megatron_hetermoe.simulator.planned import predict
     from megatron_hetermoe.simulator.recorded import results_of
 
     runs = [Run(MEASURED, spans, dict(enumerate(results_of(spans, plan))))]
-    notes = Notes()
     if cluster:
-        predicted = predict(plan, read_cluster(cluster, notes), str(folder / "plan.json"), notes)
+        predicted = predict(plan, cluster, str(folder / "plan.json"), notes)
         runs.append(Run(PREDICTED, predicted.spans, dict(zip(predicted.groups, predicted.results))))
     write_page(out, f"Training step {step}, recorded in {folder.absolute().name}", plan, runs, [*notes])
 
@@ -84,7 +91,7 @@ def _plan(folder: Path) -> Plan:
     plan_file = folder / "plan.json"
     if not plan_file.exists():
         raise UsageError([f"{folder} has no plan.json: record a run with --hetermoe-trace {folder}"])
-    return plan_from_json(plan_file.read_text(encoding="utf-8"), str(plan_file))
+    return read_plan(plan_file)
 
 
 def _step(folder: Path, wanted: int | None, ranks: int, stages: Stages) -> tuple[int, list[Span]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hetermoe.cli.emulate import Emulation, divided, emulation, with_layout
+from megatron_hetermoe.cli.output import write_plan
 from megatron_hetermoe.cli.rank import is_launched, run_rank, script_and_recipe
 from megatron_hetermoe.cli.words import value_of, with_plan
 from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, Problems, UsageError
@@ -126,11 +127,11 @@ def _located(said: str, places: Mapping[str, str]) -> str:
 
 def _elastic(argv: list[str], attention_ranks: int, expert_ranks: int, logs: Path) -> list[str]:
     """The flags that go on from the last checkpoint, with the plan nearest to its own in the logs' folder."""
-    from megatron_hetermoe.cli.elastic import fitted, write_plan
+    from megatron_hetermoe.cli.elastic import fitted
 
     found = fitted(argv, attention_ranks, expert_ranks)
-    logs.mkdir(parents=True, exist_ok=True)
     path = logs / "plan.json"
+    logs.mkdir(parents=True, exist_ok=True)
     write_plan(found.plan, path)
     for line in found.said:
         print(f"elastic: {line}", flush=True)

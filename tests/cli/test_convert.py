@@ -275,8 +275,9 @@ def test_what_can_be_known_before_is_said_at_once(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "out").mkdir()
-    assert main(["convert", "import", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--dtype", "fp16"]) == 2
+    assert main(["convert", "import", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--dtype", "fp16",
+                 "--recipe", "none.yaml"]) == 2
     said = capsys.readouterr().err
-    for part in ("5 problems", "out is there already", "none is no folder", "Give its --recipe", "are for export",
+    for part in ("5 problems", "out is there already", "none is no folder", "cannot read the recipe none.yaml", "are for export",
                  "pip install 'megatron-hetermoe[convert]'"):
         assert part in said

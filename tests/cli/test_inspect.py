@@ -156,6 +156,8 @@ def test_a_timeline_is_drawn(trace, tmp_path, name):
     "argv, said",
     [(["{trace}", "--out", "x.txt"], "must end in one of"), (["{trace}", "--step", "99", "--out", "x.json"], "no step 99"),
      (["{trace}", "--cluster", "c.yaml", "--out", "x.svg"], "ends in .html"),
+     (["{trace}", "--out", "no/such/x.html"], "there is no folder no/such: make it"),
+     (["no", "--cluster", "c.yaml", "--out", "x.txt"], "hetermoe: 3 problems:"),
      (["{tmp}", "--out", "x.json"], "has no plan.json")],
 )
 def test_what_cannot_be_drawn(trace, tmp_path, capsys, argv, said):

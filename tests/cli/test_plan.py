@@ -94,8 +94,15 @@ def test_all_that_is_wrong_comes_in_one_message(tmp_path, capsys):
     assert command.main(["plan", "none.yaml", "--cluster", on, "--vocabulary", "-1", "--out", "/no/such/plan.json"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("hetermoe: 4 problems:") and "Traceback" not in error
-    for part in ("nodes is 0", "cannot read the recipe none.yaml", "--vocabulary is -1", "there is no folder /no/such"):
+    for part in ("nodes is 0", "cannot read the recipe none.yaml", "--vocabulary is -1", "there is no folder /no/such: make it"):
         assert part in error, part
+
+
+def test_all_that_a_simulation_lacks_comes_in_one_message(tmp_path, capsys):
+    argv = ["simulate", str(tmp_path / "none.json"), "--cluster", "none.yaml", "--timeline", "no/such/t.html"]
+    assert command.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hetermoe: 3 problems:") and "there is no folder no/such: make it" in error
 
 
 def test_a_kind_without_profile_or_row_and_a_profile_for_other_shapes(tmp_path, ask, capsys):

@@ -80,6 +80,8 @@ def test_nothing_is_overwritten_and_all_problems_are_named(profile):
     for problem in ("is there already", "--repeats must be", "--no-such-flag"):
         assert problem in ended.stderr, problem
     assert profile.read_text() == before
+    ended = hetermoe("profile", "none.yaml", "--out", "no/such/profile.json", "--vocabulary", 0)
+    assert ended.returncode == 2 and "hetermoe: 3 problems:" in ended.stderr
 
 
 def test_the_network(tmp_path):
@@ -99,3 +101,5 @@ def test_the_network(tmp_path):
     assert channel.sizes[0] == 4096 and channel(64 * 2**20) > 4 * channel(4096) > 0
     alone = hetermoe("profile", "--network", "--cluster", tmp_path / "measured.yaml", "--out", tmp_path / "c.yaml")
     assert alone.returncode == 2 and "WORLD_SIZE" in alone.stderr and "measured channel already" in alone.stderr
+    tasks = hetermoe(*command, "--lengths", 64, "--drop", "bf16", "--", "--num-layers", "4")
+    assert tasks.returncode == 2 and "--lengths, --drop, -- with --network" in tasks.stderr

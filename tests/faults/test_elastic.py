@@ -11,7 +11,8 @@ import yaml
 from models import tiny
 from ranks import assert_same_steps, run_ranks
 
-from megatron_hetermoe.cli.elastic import fitted, write_plan
+from megatron_hetermoe.cli.elastic import fitted
+from megatron_hetermoe.cli.output import write_plan
 from megatron_hetermoe.cli.words import with_plan
 from megatron_hetermoe.config.errors import UsageError
 
