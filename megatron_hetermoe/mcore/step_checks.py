@@ -75,7 +75,8 @@ class Checker:
         wrong = checksums.mismatches(self._session.control)
         if wrong and wrong[0].receiver == self._session.rank:  # one rank speaks; the others end because it does
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            first = wrong[0]._replace(task=self._session.numbering.in_model(wrong[0].task))
             raise RuntimeError(
-                f"self-check: what came is not what was sent: {wrong[0].describe(PARTS)}{more}. A link or a memory "
+                f"self-check: what came is not what was sent: {first.describe(PARTS)}{more}. A link or a memory "
                 "corrupts data: leave these ranks' machines out, and go on from the last checkpoint"
             )

@@ -35,7 +35,7 @@ class Passage(NamedTuple):
     receiver: int
 
     def describe(self, parts: Sequence[str]) -> str:
-        """In words; ``parts`` are the names of a transfer's tensors."""
+        """In words, with the layer as the task has it; ``parts`` are the names of a transfer's tensors."""
         return (f"{parts[self.part]} from rank {self.sender} to rank {self.receiver} on channel "
                 f"{self.task.stream.value}, task {self.task} (layer {self.task.layer}, microbatch "
                 f"{self.task.microbatch + 1})")

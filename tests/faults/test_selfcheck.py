@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import tiny
 from ranks import assert_same_steps, run_function, run_ranks
 
-from megatron_hetermoe.runtime.selfcheck import checksum
+from megatron_hetermoe.mcore.step_checks import Checker, StepChecks
+from megatron_hetermoe.runtime.marks import Marks
+from megatron_hetermoe.runtime.selfcheck import Passage, checksum
+from megatron_hetermoe.schedule.numbering import Numbering
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 
 LAYOUT = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ranks", "2",
           "--hetermoe-stall-timeout", "5"]
@@ -55,6 +60,15 @@ def _exchanged(rank, world):
 
 def test_two_that_were_exchanged_are_noticed():
     assert run_function(_exchanged, 3) == [[(0, 2), (1, 2)]] * 3
+
+
+def test_a_pipelines_message_has_the_models_layer():
+    """Where a stage begins with the third layer, that is the first in its tasks."""
+    task = Task(Kind.DISPATCH, Pass.FORWARD, 1, 0)
+    checksums = SimpleNamespace(mismatches=lambda control: [Passage(task, 1, 2, 6)])
+    session = SimpleNamespace(rank=6, control=None, numbering=Numbering((range(3, 5),)), plan=None)
+    with pytest.raises(RuntimeError, match=r"from rank 2 to rank 6 on channel out, task DF_3,1 \(layer 3, microbatch 1\)"):
+        Checker(session, Marks(), 1).after(StepChecks(None, checksums))
 
 
 @pytest.mark.parametrize("fault, said", [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])])
