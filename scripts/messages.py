@@ -56,6 +56,7 @@ PARTS = {
     "mcore/stages.py": "The pipeline that Megatron's flags ask for cannot be",
     "runtime/handover.py": "Two pipeline stages do not agree on what they hand over: a fault of this package, or ranks that "
                            "run different versions of it. Please report it",
+    "runtime/roll_call.py": "Processes of a run or of `hetermoe doctor` do not find each other. No process group exists yet",
     "runtime/watch.py": "A rank died, stopped or failed, and all others end; see above",
     "cost/cluster.py": "The cluster file cannot be used",
     "cost/profile.py": "A profile cannot be used",

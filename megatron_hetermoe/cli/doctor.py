@@ -42,14 +42,16 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hetermoe.planner.diagnosis import ERROR, diagnose
 
     machines, transfers, failures = [], [], {}
-    if not _under_launcher(os.environ):
-        machines = [_alone(args)]
-    else:
-        try:
+    try:
+        if args.timeout < 1:
+            raise UsageError([f"--timeout is {args.timeout}; it must be 1 or more seconds"])
+        if not _under_launcher(os.environ):
+            machines = [_alone(args)]
+        else:
             take_place(os.environ)
             machines, transfers, failures = _all_ranks(args)
-        except UsageError as error:
-            return tell(error)
+    except UsageError as error:
+        return tell(error)
     findings = diagnose(machines, transfers, failures)
     if os.environ.get("RANK", "0") == "0":
         if args.json:
@@ -90,20 +92,18 @@ def _all_ranks(args: argparse.Namespace) -> tuple[list[Machine], list[Transfer],
         own = dist.PrefixStore(f"{attempt()}/doctor/{topic}", store)
         return [json.loads(said) for said in roll_call(own, rank, world, is_host, json.dumps(document))]
 
+    store, is_host = open_store(rank, world, timeout)
+    probe = _written(args.shared_dir, write_probe) if args.shared_dir and rank == 0 else None
     try:
-        store, is_host = open_store(rank, world, timeout)
-        probe = _written(args.shared_dir, write_probe) if args.shared_dir and rank == 0 else None
         name = told("probe", probe and probe.name)[0]
         sees_file = Path(args.shared_dir, name).is_file() if name else None
         here = this_machine(rank, int(os.environ["LOCAL_RANK"]), sees_file)
         machines = [machine_from_document(one) for one in told("machines", machine_to_document(here))]
+    finally:
         if probe:
             probe.unlink()
-        received, failure = _measured(rank, world, dist.PrefixStore(attempt(), store), timeout, machines)
-        answers = told("transfers", {"received": [asdict(one) for one in received], "failure": failure})
-    except (TimeoutError, dist.DistNetworkError) as error:
-        raise UsageError([f"{' '.join(str(error).split())}: look at what those say that are not there; all must be "
-                          "started with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"]) from None
+    received, failure = _measured(rank, world, dist.PrefixStore(attempt(), store), timeout, machines)
+    answers = told("transfers", {"received": [asdict(one) for one in received], "failure": failure})
     transfers = [Transfer(**one) for answer in answers for one in answer["received"]]
     return machines, transfers, {index: answer["failure"] for index, answer in enumerate(answers) if answer["failure"]}
 

@@ -29,7 +29,7 @@ def meet(args: argparse.Namespace, plan: Plan, layout: Layout) -> tuple[dist.Sto
         The store, and the rank whose process has it; None where it is the launcher's.
 
     Raises:
-        UsageError: on all ranks, when the processes do not fit the layout, or their GPUs what they are to do.
+        UsageError: on all ranks, when processes do not come, or do not fit the layout, or their GPUs what they are to do.
     """
     store, is_host = open_store(args.rank, args.world_size, timedelta(minutes=args.distributed_timeout_minutes))
     here = started_here(not cpu.needed(), args.local_rank, is_installed())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.runtime.watched import store_is_launchers
 from megatron_hetermoe.topology.order import POOL_VARIABLE, Started
 
+_WAY_OUT = "look at what those say that are not there; all must be started with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
 FEATURES_VARIABLE = "HETERMOE_FEATURES"  # of all nodes, as `a40-0:a40,big v100-0:v100`; batch scripts know it
 
 
@@ -38,10 +42,14 @@ def open_store(rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, b
 
     Returns:
         The store, and whether it is in this process.
+
+    Raises:
+        UsageError: when it cannot be opened, or reached within the time-out.
     """
     is_host = rank == 0 and not store_is_launchers()
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=is_host,
-                          wait_for_workers=False, multi_tenant=True, timeout=timeout)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with _reached():
+        store = dist.TCPStore(host, port, world, is_master=is_host, wait_for_workers=False, multi_tenant=True, timeout=timeout)
     return store, is_host
 
 
@@ -55,22 +63,39 @@ def roll_call(store: dist.Store, rank: int, world: int, is_host: bool, said: str
         said: this process's text.
 
     Raises:
-        TimeoutError: when processes do not come within the store's time-out; names them.
+        UsageError: when processes do not come within the store's time-out; names them.
     """
     keys = [f"said/{index}" for index in range(world)]
-    store.set(keys[rank], said)
+    with _reached():
+        store.set(keys[rank], said)
+        _await(store, keys)
+        answers = [answer.decode() for answer in store.multi_get(keys)]
+        if store.add("heard", 1) == world:
+            store.set("all heard", "")
+        if is_host:
+            with contextlib.suppress(dist.DistStoreError):  # for one that has died since, nobody waits
+                store.wait(["all heard"])
+    return answers
+
+
+def _await(store: dist.Store, keys: Sequence[str]) -> None:
     try:
-        store.wait(keys)
+        store.wait(list(keys))
     except dist.DistStoreError:
         absent = [str(index) for index, key in enumerate(keys) if not store.check([key])]
-        raise TimeoutError(f"processes {', '.join(absent)} of {world} have not come within "
-                           f"{store.timeout.total_seconds():.0f} s") from None
-    answers = [answer.decode() for answer in store.multi_get(keys)]
-    if store.add("heard", 1) == world:
-        store.set("all heard", "")
-    if is_host:
-        store.wait(["all heard"])
-    return answers
+        raise UsageError([f"processes {', '.join(absent)} of {len(keys)} have not come within "
+                          f"{store.timeout.total_seconds():.0f} s: {_WAY_OUT}"]) from None
+
+
+@contextlib.contextmanager
+def _reached() -> Iterator[None]:
+    """Turns an error of the store's into words."""
+    try:
+        yield
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UsageError([f"the run's store at {where} does not answer, or its port is taken "
+                          f"({' '.join(str(error).split())[:200]}): {_WAY_OUT}"]) from None
 
 
 def all_started(store: dist.Store, rank: int, world: int, is_host: bool, here: Started) -> list[Started]:

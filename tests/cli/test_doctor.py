@@ -60,6 +60,11 @@ def test_a_folder_that_cannot_be_written(capsys):
     assert "cannot write there" in capsys.readouterr().err
 
 
+def test_a_time_limit_that_is_none(capsys):
+    assert main(["doctor", "--timeout", "0"]) == 2
+    assert "--timeout is 0; it must be 1 or more seconds" in capsys.readouterr().err
+
+
 def test_two_ranks_measure_what_lies_between_them_and_one_prints(tmp_path):
     codes, outputs = ranks(2, "--json", "--shared-dir", str(tmp_path), HETERMOE_PLATFORM="cpu")
     assert codes == [0, 0], outputs
@@ -85,6 +90,7 @@ def test_srun_without_an_address_is_one_message(capsys, monkeypatch):
     assert "MASTER_ADDR and MASTER_PORT not set" in capsys.readouterr().err
 
 
-def test_ranks_that_do_not_come_are_named():
-    codes, outputs = ranks(3, "--timeout", "5", started=1)
-    assert codes == [2] and "processes 1, 2 of 3 have not come within 5 s" in outputs[0][1]
+def test_ranks_that_do_not_come_are_named(tmp_path):
+    codes, outputs = ranks(3, "--timeout", "5", "--shared-dir", str(tmp_path), started=1)
+    assert codes == [2] and "processes 1, 2 of 3 have not come within 5 s: look at" in outputs[0][1]
+    assert list(tmp_path.iterdir()) == []
