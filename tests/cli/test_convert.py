@@ -95,10 +95,12 @@ def _there_and_back(rank: int, world: int, folder: str) -> list[str]:
     os.chdir(folder)
     checkpoint.FILE_BYTES = checkpoint.READ_BYTES = folders.PART_BYTES = 50_000  # as those of a large model: in parts
     said = []
+    of_ranks = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,
+                "pipeline_model_parallel_layout": "Et|tL", "context_parallel_size": 2}  # none of which a checkpoint knows
     for family in FAMILIES:
         for words in (("import", family, "--out", f"{family}.megatron"),
                       ("export", f"{family}.megatron", "--out", f"{family}.back")):
-            code, text = command("convert", *words, "--", *flags(family))
+            code, text = command("convert", *words, "--", *flags(family, **of_ranks))
             assert code == 0, text
             said.append(text)
     code, text = command("convert", "export", "mixtral.megatron", "--out", "half", "--reference", "mixtral", "--dtype", "bf16",

@@ -20,19 +20,20 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.recipe import by_flag, override
+from megatron_hetermoe.config.stages import SIZE, STAGE_FLAGS
 from megatron_hetermoe.mcore.arguments import Asked, parse
 
 Entry = ShardedTensor | ShardedTensorFactory
 
 # A checkpoint knows no layout, so what a recipe says of its ranks, its steps and its saves does not count.
 _ALONE = (
-    "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--context-parallel-size", "1",
+    "--tensor-model-parallel-size", "1", SIZE, "1", "--context-parallel-size", "1",
     "--expert-model-parallel-size", "1", "--expert-tensor-parallel-size", "1", "--micro-batch-size", "1",
     "--global-batch-size", "1", "--train-iters", "1", "--distributed-backend", "gloo", "--transformer-impl", "local",
 )
 _LEFT_OUT = (
     "--sequence-parallel", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather",
-    "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers", "--num-layers-per-virtual-pipeline-stage",
+    *(flag for flag in STAGE_FLAGS if flag != SIZE), "--hierarchical-context-parallel-sizes",
     "--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-modules",
     "--step-batch-size-schedule", "--train-samples", "--lr-warmup-iters", "--lr-warmup-samples", "--lr-decay-iters",
     "--lr-decay-samples", "--lr-warmup-fraction", "--async-save", "--async-strategy", "--load", "--save",
