@@ -6,9 +6,9 @@ import argparse
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,12 @@ class Script:
         datasets_provider: from numbers of samples to the training, validation and test sets.
         forward_step: runs one microbatch, and gives the function that makes its loss.
         model_type: one of Megatron's.
-        options: further arguments of ``pretrain``, by name.
     """
 
     config: PretrainConfigContainer
     datasets_provider: Callable[..., Any] = gpt.datasets_provider
     forward_step: Callable[..., Any] = gpt.forward_step
     model_type: ModelType = ModelType.encoder_or_decoder
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(args: argparse.Namespace, plan: Plan, flags: Flags) -> None:
@@ -159,7 +157,7 @@ def _train(
     model, script.config.model = script.config.model, None  # Megatron then asks a function for the model
     train = functools.partial(
         pretrain, script.config, _datasets_provider(script.datasets_provider, session), script.model_type,
-        script.forward_step, model_provider=model_provider(model, args.seed, session), **script.options,
+        script.forward_step, model_provider=model_provider(model, args.seed, session),
     )
     if measurements:
         dry_run.run(train, session, measurements)

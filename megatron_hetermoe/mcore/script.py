@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.parallel_state import default_embedding_ranks, default_position_embedding_ranks
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_hetermoe.config.errors import Problems, UsageError, tell
@@ -19,8 +20,10 @@ from megatron_hetermoe.mcore import patches
 from megatron_hetermoe.mcore.arguments import Asked, disaggregated_arguments
 from megatron_hetermoe.mcore.pretrain import Script, begin, run_script
 
-# Arguments of pretrain() that mean nothing where a stage of the pipeline has all layers, and are handed on.
-_HANDED_ON = ("get_embedding_ranks", "get_position_embedding_ranks")
+# Arguments of pretrain() that say in which pipeline stages embeddings are, and what they must say: groups are made by it.
+_EMBEDDINGS = {
+    "get_embedding_ranks": default_embedding_ranks, "get_position_embedding_ranks": default_position_embedding_ranks,
+}
 
 # Those that cannot be honoured, and why.
 _REFUSED = {
@@ -28,7 +31,7 @@ _REFUSED = {
     "non_loss_data_func": "it runs the model outside the schedule",
     "store": "ranks meet in a store of the run's",
     "inprocess_call_wrapper": "a rank that has failed ends the run",
-    "p2p_communicator": "there are no pipeline stages",
+    "p2p_communicator": "pipeline stages hand over on a channel of their own",
     "pg_collection": "process groups follow from the layout",
     "skip_model_parallel_init": "process groups follow from the layout",
 }
@@ -89,7 +92,7 @@ class ScriptRun:
                 self._check(given)
                 run_script(self._args, self._plan, self._flags, Script(
                     given["cfg_container"], given["train_valid_test_dataset_provider"], given["forward_step_func"],
-                    given["model_type"], {name: given[name] for name in _HANDED_ON if name in given},
+                    given["model_type"],
                 ), self._met)
             except UsageError as error:
                 sys.exit(tell(error))
@@ -112,6 +115,10 @@ class ScriptRun:
             for name in ("transformer_layer_spec", "pre_wrap_hooks", "post_wrap_hooks"):
                 if getattr(model, name, None):
                     problems.add(f"the model's {name} cannot be used: layers are Megatron's own; leave it out")
+        stages = list(range(self._plan.stages if self._plan else 1))
+        for name, default in _EMBEDDINGS.items():
+            if name in given and set(given[name](stages)) != set(default(stages)):
+                problems.add(f"pretrain() is given a {name} that names other pipeline stages than Megatron's own: leave it out")
         for name, reason in _REFUSED.items():
             if name in given:
                 problems.add(f"pretrain() is given {name}, which is not supported: {reason}")

@@ -56,6 +56,7 @@ def test_its_own_flag_reaches_it(tmp_path, start):
 @pytest.mark.parametrize("old, new, said", [
     ("store=store)", "model_provider=datasets)", "given a function that builds the model, which cannot be split"),
     ("gpt_config_from_args(args))", "None)", "give it a configuration with a model"),
+    ("store=store)", "get_embedding_ranks=lambda ranks: [])", "get_embedding_ranks that names other pipeline stages"),
     ("store=store)", "non_loss_data_func=print)", "non_loss_data_func, which is not supported: it runs the model"),
     ("pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step, store=store)", "print(config)",
      "has ended without calling megatron.training.pretrain"),
