@@ -242,8 +242,11 @@ def _check_trust(folder: Path, session: Session) -> None:
 def _other_shards(folder: Path, args: argparse.Namespace, plan: Plan) -> str | None:
     """What to say when the optimizer's state is wanted and is of another layout, in a form that only that one reads."""
     wanted = args.use_distributed_optimizer and not (args.no_load_optim or args.finetune)
-    if not wanted or not (folder / PLAN).is_file() or _same_shards(folder, plan):
-        return None
+    try:
+        if not wanted or not (folder / PLAN).is_file() or _same_shards(folder, plan):
+            return None
+    except UsageError as error:  # of the file, which another version may have written; for all ranks to raise
+        return "; ".join(error.problems)
     sharding = (load_content_metadata(str(folder)) or {}).get("distrib_optim_sharding_type")
     if sharding != "dp_reshardable":
         return None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from models import tiny
 from ranks import assert_same_steps, run_ranks
+
+from megatron_hetermoe.mcore.checkpoints import _other_shards
 
 LAYOUT = ["--hetermoe", "--hetermoe-attention-ranks", "1", "--hetermoe-expert-ranks", "1",
           "--hetermoe-stall-timeout", "3"]
@@ -129,3 +132,10 @@ def test_no_checkpoint_is_whole(copy, tmp_path):
     (copy / TRACKER).write_text("")
     run = train(tmp_path, load=copy, check=False)
     assert run.exit_codes == [2, 2] and f"no checkpoint in {copy} is whole" in run.output[0]
+
+
+def test_a_plan_of_another_version_beside_a_checkpoint_is_a_message_for_all_ranks(tmp_path):
+    """Rank 0 reads it alone: what it raised would keep the others waiting."""
+    (tmp_path / "hetermoe-plan.json").write_text('{"format": 0}')
+    args = SimpleNamespace(use_distributed_optimizer=True, no_load_optim=False, finetune=False)
+    assert "is not a plan of format" in _other_shards(tmp_path, args, None)
