@@ -33,7 +33,7 @@ _PASSES = {Pass.FORWARD: "forward", Pass.BACKWARD: "backward"}
 def prepare(args: argparse.Namespace) -> None:
     """Turns Megatron's arguments into those of a run that ends after STEPS steps and reads and writes no file but data:
     no checkpoint, no evaluation, no boards."""
-    args.load = args.save = args.tensorboard_dir = None
+    args.load = args.pretrained_checkpoint = args.save = args.tensorboard_dir = None
     args.wandb_project = ""
     args.eval_iters = 0
     args.exit_interval = STEPS
