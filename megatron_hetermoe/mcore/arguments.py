@@ -141,10 +141,6 @@ def disaggregated_arguments(
     """
     args = parse(rest, problems, asked)
     plan = _resolved(args, flags, args.world_size, problems)
-    try:
-        check_args(args)
-    except UsageError as error:
-        problems.extend(error)
     problems.raise_if_any()
     superseded = [f"hetermoe: {flag} is superseded: {reason}" for flag, reason in _SUPERSEDED.items()
                   if any(word == flag or word.startswith(f"{flag}=") for word in rest)]
@@ -171,9 +167,7 @@ def plan_elsewhere(flags: Flags, rest: Sequence[str], world_size: int, problems:
 def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems: Problems) -> Plan | None:
     """The run's plan, None when there are problems with it; and all checks of Megatron's parsed arguments beside it."""
     shape = model_shape(args, problems)
-    for name, asked, way_out in _UNSUPPORTED:
-        if asked(args):
-            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    _check_supported(args, problems)
     plan = None
     if shape is not None and flags.enabled:
         precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
@@ -212,6 +206,15 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
     return plan
 
 
+def _check_supported(args: argparse.Namespace, problems: Problems) -> None:
+    """What a disaggregated run does not do, and data that it does not read."""
+    for name, asked, way_out in _UNSUPPORTED:
+        if asked(args):
+            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    with problems.taking():
+        check_args(args)
+
+
 def _by_torch(plan: Plan) -> bool:
     """Whether attention without transformer-engine is by torch's kernels (``mcore.sdpa.choose_kernel``)."""
     if plan.attention_kernel == "auto":
@@ -229,9 +232,7 @@ def arguments_to_plan_for(
         problems: gets what keeps it from being a model to plan for.
     """
     args = parse(rest, problems, Asked())
-    for name, is_asked, way_out in _UNSUPPORTED:
-        if is_asked(args):
-            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    _check_supported(args, problems)
     sizes = {"--micro-batch-size": args.micro_batch_size, "--global-batch-size": args.global_batch_size}
     if args.step_batch_size_schedule is not None:
         del sizes["--global-batch-size"]
