@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from megatron_hetermoe.config.errors import Problems, UsageError, tell
 from megatron_hetermoe.config.flags import Flags, parse_flags
+from megatron_hetermoe.config.recipe import value_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,8 +85,7 @@ def leave() -> None:
 
 def with_default(argv: Sequence[str], flag: str, value: str) -> list[str]:
     """``argv`` with ``flag value`` added, unless it has the flag in either spelling."""
-    given = any(word == flag or word.startswith(flag + "=") for word in argv)
-    return list(argv) if given else [*argv, flag, value]
+    return [*argv, flag, value] if value_of(argv, flag) is None else list(argv)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from megatron_hetermoe.cli.interrupt import interruptible
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import parse_flags
-from megatron_hetermoe.config.recipe import Recipe, load_recipe, locating, override, places_left
+from megatron_hetermoe.config.recipe import Recipe, load_recipe, locating, override, places_left, value_of
 
 INSTALL = "pip install 'megatron-hetermoe[convert]'"
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace, source: Path, out: Path, argv: Sequence[str], problems: Problems) -> None:
     """Converts and says what was done. The world is this process."""
-    impl = _implementation(argv)
+    impl = value_of(argv, "--transformer-impl") or "transformer_engine"  # Megatron's default
     with quiet():
         from megatron_hetermoe.mcore.platform import cpu
         from megatron_hetermoe.mcore.platform.flags import for_cpu
@@ -92,13 +92,6 @@ def _convert(args: argparse.Namespace, source: Path, out: Path, argv: Sequence[s
     if impl == "transformer_engine":  # whose modules ask for states that no one has saved
         flags += " --dist-ckpt-strictness log_unexpected"
     print(f"train from it with {flags}")
-
-
-def _implementation(argv: Sequence[str]) -> str:
-    """The last ``--transformer-impl`` of a command line, Megatron's own default without one."""
-    found = [value for word, following in zip(argv, [*argv[1:], ""]) for flag, given, value in [
-        (*word.partition("=")[:2], word.partition("=")[2] or following)] if flag == "--transformer-impl"]
-    return found[-1] if found else "transformer_engine"
 
 
 @contextlib.contextmanager

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hetermoe.cli.output import check_output, write_plan
-from megatron_hetermoe.cli.words import has_saved, resumed, value_of
+from megatron_hetermoe.cli.words import has_saved, resumed
 from megatron_hetermoe.config.batches import FLAG as GROWING
 from megatron_hetermoe.config.batches import scheduled_batches
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.plan import Plan, read_plan
-from megatron_hetermoe.config.recipe import Recipe, load_recipe, override
+from megatron_hetermoe.config.recipe import Recipe, load_recipe, override, value_of
 from megatron_hetermoe.config.saved import saved_plan
 from megatron_hetermoe.planner.elastic import Refit, refit, within_memory
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         recipe = load_recipe(args.recipe, os.environ)
         argv = override(recipe.argv, args.overrides, args.drop)
     problems.raise_if_any()
-    before = read_plan(args.plan) if args.plan else _before(recipe, argv) if args.resume else _of_checkpoint(argv)
+    before = read_plan(args.plan) if args.plan else _before(recipe, argv, args.overrides) if args.resume else _of_checkpoint(argv)
     found = fitted(argv, args.attention_ranks, args.expert_ranks, before, args.cluster)
     write_plan(found.plan, out)
     if args.json:
@@ -92,16 +92,13 @@ def fitted(
     return within_memory(found, machines, kinds_of(machines, found.plan.model, found.plan.attention_precision, Notes()))
 
 
-def _before(recipe: Recipe, argv: Sequence[str]) -> Plan:
+def _before(recipe: Recipe, argv: Sequence[str], overrides: Sequence[str]) -> Plan:
     """What a job that is started again begins from: its own checkpoint's plan, or the recipe's while it has saved none."""
     if has_saved(argv):
         return _of_checkpoint(resumed(argv))
     from megatron_hetermoe.cli.recipe_plan import plan_of
 
-    problems = Problems()
-    plan, _ = plan_of(recipe, argv, problems)
-    problems.raise_if_any()
-    return plan
+    return plan_of(recipe, argv, overrides)[0]
 
 
 def _of_checkpoint(argv: Sequence[str]) -> Plan:

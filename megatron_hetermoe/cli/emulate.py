@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_hetermoe.cli.words import value_of
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags
 from megatron_hetermoe.config.plan import read_plan
+from megatron_hetermoe.config.recipe import value_of
 from megatron_hetermoe.config.shares import ROLES, Shares
 from megatron_hetermoe.planner.diagnosis import NCCL_SHARING
 from megatron_hetermoe.runtime import seen_gpu

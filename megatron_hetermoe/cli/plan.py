@@ -9,20 +9,29 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_hetermoe.cli.environment import environment
 from megatron_hetermoe.cli.output import check_output, write_plan
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.cli.stages import Stages
+from megatron_hetermoe.cli.words import decided_by_plan
 from megatron_hetermoe.config.errors import Problems, UsageError
-from megatron_hetermoe.config.flags import parse_flags
+from megatron_hetermoe.config.flags import PREFIX, parse_flags
 from megatron_hetermoe.config.plan import TOGETHER, WEIGHT_GRADIENTS, Plan
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 from megatron_hetermoe.config.stages import stage_flags
 from megatron_hetermoe.config.step import RECOMPUTE
 from megatron_hetermoe.simulator.host import BUSY, WAY_OUT
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
+
+if TYPE_CHECKING:
+    from megatron_hetermoe.config.shape import ModelShape
+    from megatron_hetermoe.cost.cluster import Cluster, Kind
+    from megatron_hetermoe.cost.curves import Notes
+    from megatron_hetermoe.planner.advice import Alone
+    from megatron_hetermoe.planner.options import Question
+    from megatron_hetermoe.planner.search import Found
 
 DEFAULT_VOCABULARY = 32_000
 NOT_SEARCHED = "context parallelism and virtual stages are the recipe's, and CPU offload of the optimizer was not searched; " \
@@ -81,25 +90,32 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answer, indent=1))
     else:
-        _print(answer, args.out)
+        _print(answer, args)
     return 0
 
 
-def _question(args: argparse.Namespace, notes: Any) -> Any:
-    """What the recipe asks to train; Megatron parses its flags, which takes some seconds to import."""
+def _question(args: argparse.Namespace, notes: Notes) -> Question:
+    """What the recipe asks to train; Megatron parses its flags, which takes some seconds to import.
+
+    Raises:
+        UsageError: with what keeps it from being planned for, and where in the recipe it stands.
+    """
     recipe = load_recipe(args.recipe, os.environ)
     argv = override(recipe.argv, args.overrides, args.drop)
-    with locating(places_left(recipe, args.overrides)):
+    if decided := decided_by_plan(argv):
+        notes.add(f"the recipe's {', '.join(decided)} did not count: a plan decides that")
+    with locating(places_left(recipe, args.overrides)), environment(
+            {**recipe.env, "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}):
         return _question_of(argv, args.vocabulary, notes)
 
 
-def _question_of(argv: Sequence[str], vocabulary: int | None, notes: Any) -> Any:
-    problems = Problems()
-    _, rest = parse_flags(argv, problems)
+def _question_of(argv: Sequence[str], vocabulary: int | None, notes: Notes) -> Question:
     from megatron_hetermoe.planner.options import Question
     from megatron_hetermoe.planner.staged import divisions
 
-    with quiet(), environment({"WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}):
+    problems = Problems()
+    _, rest = parse_flags(argv, problems)
+    with quiet():
         from megatron_hetermoe.mcore.arguments import (
             activation_again, arguments_to_plan_for, parallelism_of, recomputed,
         )
@@ -130,7 +146,7 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, notes: Any) -> Any
                     virtual_stages=parallelism.virtual_stages, context=parallelism.context)
 
 
-def _may_be_staged(shape: Any, stage_layers: Sequence[int], virtual_stages: int) -> bool:
+def _may_be_staged(shape: ModelShape, stage_layers: Sequence[int], virtual_stages: int) -> bool:
     """Whether the layers divide so, with experts in each stage."""
     from megatron_hetermoe.planner.staged import layers_of
 
@@ -146,7 +162,10 @@ def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
     return (1,) if parsed.transformer_impl == "local" else _TENSOR
 
 
-def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, Any]:
+def _answer(
+    question: Question, cluster: Cluster, kinds: Mapping[str, Kind], found: Found, plan: Plan, alones: Sequence[Alone],
+    notes: Notes,
+) -> dict[str, Any]:
     """Everything that is said, as data."""
     from megatron_hetermoe.planner.advice import baselines, larger_microbatches
     from megatron_hetermoe.planner.memory import MARGIN
@@ -186,7 +205,7 @@ def _answer(question, cluster, kinds, found, plan, alones, notes) -> dict[str, A
     }
 
 
-def _print(answer: dict[str, Any], out: str | None) -> None:
+def _print(answer: dict[str, Any], args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -239,10 +258,25 @@ def _print(answer: dict[str, Any], out: str | None) -> None:
         console.print(f"hosts may be what a step takes: {WAY_OUT}", highlight=False)
     for note in answer["notes"]:
         console.print(f"note: {note}", highlight=False)
-    if out:
-        console.print(f"written to {out}; the step task by task: hetermoe simulate {out} --cluster ...", soft_wrap=True)
-        console.print(f"to train it, with the recipe's ranks left out: hetermoe train ... -- --hetermoe --hetermoe-plan {out} "
-                      f"{shlex.join(answer['flags'])}", soft_wrap=True)
+    if args.out:
+        console.print(f"written to {args.out}", highlight=False, soft_wrap=True)
+        for what, words in (("the step, task by task", ["simulate", args.out, "--cluster", args.cluster]),
+                            ("to train it", train_words(args, answer["flags"]))):
+            console.print(f"{what}: hetermoe {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def train_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
+    """What trains by the plan that was written: the words of this command, without what the plan decides.
+
+    Args:
+        args: this command's.
+        flags: Megatron's, that the plan's times and memory were reckoned with (``flags_of``).
+    """
+    recipe = load_recipe(args.recipe, os.environ)
+    drop = [*args.drop, *(flag.removeprefix("--") for flag in decided_by_plan(recipe.argv))]
+    switch = [] if PREFIX in recipe.argv else [PREFIX]
+    over = override(args.overrides, [*switch, f"{PREFIX}-plan", args.out, *flags], decided_by_plan(args.overrides))
+    return ["train", args.recipe, *(word for flag in dict.fromkeys(drop) for word in ("--drop", flag)), "--", *over]
 
 
 def flags_of(plan: Plan) -> list[str]:

@@ -11,18 +11,28 @@ from megatron_hetermoe.cli.train import world_size
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import PREFIX, parse_flags
 from megatron_hetermoe.config.plan import Plan, read_plan
-from megatron_hetermoe.config.recipe import Recipe, override
+from megatron_hetermoe.config.recipe import Recipe, locating, override, places_left
 
 
-def plan_of(recipe: Recipe, argv: Sequence[str], problems: Problems) -> tuple[Plan | None, list[str]]:
+def plan_of(recipe: Recipe, argv: Sequence[str], overrides: Sequence[str]) -> tuple[Plan, list[str]]:
     """The plan, and the flags that a planner's plan needs. Megatron parses the recipe's flags, which takes seconds to
     import.
 
     Args:
         recipe: some flags are checked with its environment.
         argv: its flags, after what the command line changed.
-        problems: gets all that would keep the run from starting, as far as that can be told here.
+        overrides: the flags of the command line.
+
+    Raises:
+        UsageError: with all that would keep the run from starting, as far as that can be told here, and where in the recipe it
+            stands.
     """
+    with locating(places_left(recipe, overrides)):
+        return _plan_of(recipe, argv)
+
+
+def _plan_of(recipe: Recipe, argv: Sequence[str]) -> tuple[Plan, list[str]]:
+    problems = Problems()
     ours, rest = parse_flags(argv, problems)
     if not ours.enabled:
         problems.add(f"the recipe has no section HETERMOE; add one, or give {PREFIX} after --")
@@ -32,7 +42,7 @@ def plan_of(recipe: Recipe, argv: Sequence[str], problems: Problems) -> tuple[Pl
     with quiet(), environment(recipe.env):
         from megatron_hetermoe.mcore.arguments import plan_elsewhere
 
-        return plan_elsewhere(ours, override(rest, planned), world, problems), planned
+        return plan_elsewhere(ours, override(rest, planned), world), planned
 
 
 def _planned_flags(path: str) -> list[str]:

@@ -11,12 +11,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from megatron_hetermoe.cli.recipe_plan import plan_of
-from megatron_hetermoe.cli.words import value_of
 from megatron_hetermoe.config.errors import Problems, UsageError
-from megatron_hetermoe.config.recipe import load_recipe, override
+from megatron_hetermoe.config.plan import Plan
+from megatron_hetermoe.config.recipe import load_recipe, override, value_of
 
 NOTICE = 300  # seconds before the time limit
 _CONTAINERS = ("pyxis:", "apptainer:")
@@ -116,16 +115,16 @@ def batch_script(args: argparse.Namespace) -> str:
     ])
 
 
-def _plan(args: argparse.Namespace, problems: Problems) -> tuple[Any, list[str]]:
-    """The recipe's plan, and the flags that a planner's plan needs. A job that is refused when it starts has waited in a
-    queue for nothing."""
+def _plan(args: argparse.Namespace, problems: Problems) -> tuple[Plan | None, list[str]]:
+    """The recipe's plan, None where it has problems, and the flags that a planner's plan needs. A job that is refused when it
+    starts has waited in a queue for nothing."""
     with problems.taking():
         recipe = load_recipe(args.recipe, os.environ)
         argv = override(recipe.argv, args.overrides, args.drop)
-    problems.raise_if_any()
-    if value_of(argv, "--save") is None:
-        problems.add("the recipe has no --save: a job that is queued again needs a checkpoint to go on from")
-    return plan_of(recipe, argv, problems)
+        if value_of(argv, "--save") is None:
+            problems.add("the recipe has no --save: a job that is queued again needs a checkpoint to go on from")
+        return plan_of(recipe, argv, args.overrides)
+    return None, []
 
 
 def _command(args: argparse.Namespace) -> list[str]:

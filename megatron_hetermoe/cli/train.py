@@ -14,11 +14,11 @@ from pathlib import Path
 from megatron_hetermoe.cli.emulate import Emulation, divided, emulation, with_layout
 from megatron_hetermoe.cli.output import write_plan
 from megatron_hetermoe.cli.rank import is_launched, run_rank, script_and_recipe
-from megatron_hetermoe.cli.words import value_of, with_plan
+from megatron_hetermoe.cli.words import with_plan
 from megatron_hetermoe.config.errors import EXIT_CODE, PEER_LOST_CODE, Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, Flags, parse_flags
 from megatron_hetermoe.config.plan import read_plan
-from megatron_hetermoe.config.recipe import Recipe, load_recipe, located, locating, override, places_left
+from megatron_hetermoe.config.recipe import Recipe, load_recipe, located, locating, override, places_left, value_of
 from megatron_hetermoe.config.shares import EXAMPLE, parse_shares
 from megatron_hetermoe.runtime.mps import LOGS
 

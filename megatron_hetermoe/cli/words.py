@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX
 from megatron_hetermoe.config.plan import read_plan
-from megatron_hetermoe.config.recipe import override
+from megatron_hetermoe.config.recipe import by_flag, override, value_of
 from megatron_hetermoe.config.saved import TRACKER
 from megatron_hetermoe.config.stages import SIZE, STAGE_FLAGS, stage_flags
 from megatron_hetermoe.planner.resolve import PLANNED
@@ -42,26 +42,22 @@ def resumed(argv: Sequence[str]) -> list[str]:
     return override(argv, ["--load", folder], [flag for flag in _OF_THE_FIRST_START if flag in names])
 
 
+def decided_by_plan(argv: Sequence[str]) -> list[str]:
+    """Those ``--hetermoe`` flags of a command line that a plan file stands for."""
+    decided = {f"{PREFIX}-{name.replace('_', '-')}" for name in (*PLANNED, "placement", "plan")}
+    return [flag for flag, _ in by_flag(argv, Problems()) if flag in decided]
+
+
 def with_plan(argv: Sequence[str], path: str) -> list[str]:
     """The command line with a plan file in place of all that a plan decides, and with as many pipeline stages.
 
     Raises:
         UsageError: as ``read_plan``.
     """
-    decided = {f"{PREFIX}-{name.replace('_', '-')}" for name in (*PLANNED, "placement", "plan")}
+    decided = set(decided_by_plan(argv))
     plan, words = read_plan(path), [f"{PREFIX}-plan", path]
     if value_of(argv, SIZE) != str(plan.stages) and not (plan.stages == 1 and value_of(argv, SIZE) is None):
         decided |= set(STAGE_FLAGS)
         words += stage_flags(plan.stage_layers, plan.virtual_stages, plan.model.mtp_layers)
     given = {word.partition("=")[0] for word in argv}
     return override(argv, words, sorted(decided & given))
-
-
-def value_of(argv: Sequence[str], flag: str) -> str | None:
-    """The value of a flag in either spelling, None where it is not given; the last one counts, as for argparse."""
-    value = None
-    for word, following in zip(argv, (*argv[1:], "")):
-        name, joined, rest = word.partition("=")
-        if name == flag:
-            value = rest if joined else following
-    return value

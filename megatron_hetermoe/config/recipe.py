@@ -143,6 +143,16 @@ def by_flag(argv: Sequence[str], problems: Problems) -> Iterator[tuple[str, list
         yield name, words
 
 
+def value_of(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag in either spelling, None where it is not given; the last one counts, as for argparse."""
+    value = None
+    for word, following in zip(argv, (*argv[1:], "")):
+        name, joined, rest = word.partition("=")
+        if name == flag:
+            value = rest if joined else following
+    return value
+
+
 class _Reader:
     """Walks the nodes of one recipe and notes what is wrong with them."""
 

@@ -154,14 +154,20 @@ def disaggregated_arguments(
     return args, plan
 
 
-def plan_elsewhere(flags: Flags, rest: Sequence[str], world_size: int, problems: Problems) -> Plan | None:
+def plan_elsewhere(flags: Flags, rest: Sequence[str], world_size: int) -> Plan:
     """The plan of a run on other machines: checked as far as that depends neither on their devices nor on this one's.
 
     Args:
-        flags, rest, problems: as of ``disaggregated_arguments``.
+        flags, rest: as of ``disaggregated_arguments``.
         world_size: ranks that will be started.
+
+    Raises:
+        UsageError: with all problems.
     """
-    return _resolved(parse(rest, problems, Asked()), flags, world_size, problems)
+    problems = Problems()
+    plan = _resolved(parse(rest, problems, Asked()), flags, world_size, problems)
+    problems.raise_if_any()
+    return plan
 
 
 def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems: Problems) -> Plan | None:

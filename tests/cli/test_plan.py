@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -31,8 +32,11 @@ def cluster(folder, gpus=2, **changed):
 
 
 @pytest.fixture
-def ask(monkeypatch):
+def ask(monkeypatch, tmp_path):
     """Puts a question in place of the recipe's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("MODEL_ARGS: {}\n")
+
     def put(**changed):
         values = dict(shape=MODEL, precision="fp16", micro_batch=1, global_batch=8, vocabulary=32000) | changed
         monkeypatch.setattr(plan, "_question", lambda args, notes: Question(**values))
@@ -70,10 +74,28 @@ def test_the_flags_of_a_plan_are_said(tmp_path, ask, capsys, layers, said):
     arguments = ["plan", "recipe.yaml", "--cluster", cluster(tmp_path), "--out", str(tmp_path / "plan.json")]
     assert command.main(arguments) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("to train it")]
-    assert f" --micro-batch-size 1 {said}".rstrip() in line
+    assert f" --micro-batch-size 1 {said}".rstrip() in line and f"hetermoe train recipe.yaml -- --hetermoe --hetermoe-plan {tmp_path}" in line
     made = read_plan(tmp_path / "plan.json")
     more = replace(made, expert_tensor_parallel=2, context_parallel=2, step=replace(made.step, recompute="core_attn"))
     assert {"--expert-tensor-parallel-size", "--context-parallel-size", "core_attn"} <= set(plan.flags_of(more))
+
+
+def test_the_command_that_trains_leaves_out_what_a_plan_decides(tmp_path):
+    """And no more: it is refused beside a plan, or would change what the plan was reckoned with."""
+    path = tmp_path / "r.yaml"
+    path.write_text("MODEL_ARGS: {--num-layers: 4}\nHETERMOE: {attention-ranks: 2, expert-ranks: 1, self-check: 5}\n")
+    args = Namespace(recipe=str(path), drop=["bf16"], out="p.json",
+                     overrides=["--hetermoe-wave", "2", "--micro-batch-size=2", "--seq-length", "64"])
+    assert plan.train_words(args, ["--micro-batch-size", "1"]) == [
+        "train", str(path), "--drop", "bf16", "--drop", "hetermoe-attention-ranks", "--drop", "hetermoe-expert-ranks", "--",
+        "--seq-length", "64", "--hetermoe-plan", "p.json", "--micro-batch-size", "1"]
+
+
+def test_a_fault_of_a_recipe_is_said_once_with_its_line(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("MODEL_ARGS:\n  --num-layers: four\n")
+    assert command.main(["plan", str(tmp_path / "r.yaml"), "--cluster", cluster(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("hetermoe: 1 problem:") and "r.yaml:2: Megatron does not accept these flags" in said
 
 
 def test_a_model_that_fits_nowhere_ends_with_what_would(tmp_path, ask, capsys):

@@ -148,7 +148,9 @@ def test_what_keeps_a_job_from_running_is_said_before_it_is_submitted(tmp_path, 
     assert "6 ranks on pool old, which has 2 GPUs" in job.script(capsys, "--", "--hetermoe-expert-ranks", "6", code=2)
     assert "needs a checkpoint to go on from" in job.script(capsys, "--drop", "save", code=2)
     assert "does not accept these flags" in job.script(capsys, "--", "--num-leyers", "2", code=2)
-    assert "--sft is not supported; leave it out" in job.script(capsys, "--", "--sft", code=2)
+    said = job.script(capsys, "--drop", "save", "--", "--sft", "--num-layers", "0", code=2)
+    for part in ("hetermoe: 3 problems:", "--sft is not supported; leave it out", "needs a checkpoint", "--num-layers is 0"):
+        assert part in said
     job.cluster["pools"]["third"] = job.cluster["pools"]["old"]
     assert "no plan says who uses which" in job.script(capsys, code=2)
 

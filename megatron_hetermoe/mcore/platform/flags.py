@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_hetermoe.config.recipe import override
+from megatron_hetermoe.config.errors import Problems
+from megatron_hetermoe.config.recipe import by_flag, override, value_of
 
 _NEEDS_TE = "its kernels are transformer-engine's"
 
@@ -38,23 +39,13 @@ def for_cpu(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     Args:
         argv: Megatron's flags.
     """
-    values = _values(argv)
-    dropped = [flag for flag in _DROPPED if flag in values]
+    given = {flag for flag, _ in by_flag(argv, Problems())}
+    dropped = [flag for flag in _DROPPED if flag in given]
     said = [f"hetermoe: {flag} is dropped on the CPU: {_DROPPED[flag]}" for flag in dropped]
-    extra = [flag for flag in _OFF if flag not in values]
+    extra = [flag for flag in _OFF if flag not in given]
     for flag, (asked, instead, reason) in _REPLACED.items():
-        if values.get(flag, asked) == asked:
+        if flag not in given or value_of(argv, flag) == asked:
             extra += [flag, instead]
-            if flag in values:
+            if flag in given:
                 said.append(f"hetermoe: {flag} {asked} is {instead} on the CPU: {reason}")
     return override(argv, extra, dropped), said
-
-
-def _values(argv: Sequence[str]) -> dict[str, str | None]:
-    """Each flag with its first value, if it has one."""
-    values: dict[str, str | None] = {}
-    for word, following in zip(argv, [*argv[1:], "--"]):
-        if word.startswith("--"):
-            flag, given, value = word.partition("=")
-            values[flag] = value if given else None if following.startswith("--") else following
-    return values
