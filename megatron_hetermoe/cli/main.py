@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
-        prog="hetermoe", description="Train mixture-of-experts models with attention and experts on different ranks.")
+        prog="hetermoe", description="Train mixture-of-experts models with attention and experts on different ranks.",
+        epilog="hetermoe COMMAND --help says more. Where to begin: docs/start.md; what a message means: docs/trouble.md.")
     parser.add_argument("--version", action="version", version=f"hetermoe {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

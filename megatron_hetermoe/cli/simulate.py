@@ -16,6 +16,7 @@ from megatron_hetermoe.config.plan import Plan, read_plan
 if TYPE_CHECKING:
     from megatron_hetermoe.cost.curves import Notes
     from megatron_hetermoe.simulator.planned import Predicted
+    from megatron_hetermoe.simulator.summary import Summary
 
 _ENDINGS = (".html", *PICTURES, VIEWER, ".jsonl")
 
@@ -99,7 +100,7 @@ def _write(path: Path, plan: Plan, predicted: Predicted, notes: Notes) -> None:
         write_timeline(predicted.spans, predicted.layout, predicted.ranks, path)
 
 
-def _print(summary, notes, timeline: str | None) -> None:
+def _print(summary: Summary, notes: Notes, timeline: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -109,13 +110,16 @@ def _print(summary, notes, timeline: str | None) -> None:
     console = Console()
     causes = [cause for cause in CAUSES
               if cause not in (STAGE, HOST) or any(role.bubbles[cause] for role in summary.roles.values())]
-    table = Table("role", "computing", *(f"idle: {cause}" for cause in causes), title_justify="left",
+    table = Table("role", "computing", *causes, "after", title_justify="left", caption_justify="left",
                   title=f"step {summary.seconds:.4f} s; bound {summary.bound:.4f} s (the busiest rank's work), "
-                        f"{summary.distance:.1%} above; after the last task {summary.after:.4f} s")
+                        f"{summary.distance:.1%} above",
+                  caption="shares of the step: computing, idle by cause (docs/concepts.md), and after the last task: gradient "
+                          "reduction, optimizer")
     for name, role in summary.by_name.items():
         _, of_stage, stage = name.partition(", ")
-        table.add_row(f"  {stage}" if of_stage else name, f"{role.busy:.1%}",
-                      *(f"{role.bubbles[cause] / summary.seconds:.1%}" for cause in causes))
+        idle = (role.bubbles[cause] / summary.seconds for cause in causes)
+        shares = (role.busy, *idle, summary.after / summary.seconds)
+        table.add_row(f"  {stage}" if of_stage else name, *(f"{share:.1%}" for share in shares))
     console.print(table)
     if hint := advice((), max(role.bubbles[HOST] for role in summary.roles.values()) / summary.seconds):
         console.print(hint, highlight=False)

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     with locating(places):
         problems.raise_if_any()
     world = world_size(flags, args.nproc)
-    command = [_own_name(), "train", *args.files, *(["--nproc", str(args.nproc)] if args.nproc else []),
+    command = [*_own_words(), "train", *args.files, *(["--nproc", str(args.nproc)] if args.nproc else []),
                *(["--emulate", args.emulate] if args.emulate else []),
                *(word for flag in args.drop for word in ("--drop", flag))]
     if script is None:
@@ -139,9 +139,13 @@ def _elastic(argv: list[str], attention_ranks: int, expert_ranks: int, logs: Pat
     return override(with_plan(argv, str(path)), load)
 
 
-def _own_name() -> str:
-    """How the user can start this command again: by its path, where the name alone is not found."""
-    return "hetermoe" if shutil.which("hetermoe") else os.path.relpath(sys.argv[0])
+def _own_words() -> list[str]:
+    """How the user can start this command again: by the name alone where that is found, or else as it was started."""
+    if shutil.which("hetermoe"):
+        return ["hetermoe"]
+    if Path(sys.argv[0]).name == "__main__.py":
+        return [sys.executable, "-m", "megatron_hetermoe"]
+    return [os.path.relpath(sys.argv[0])]
 
 
 def world_size(flags: Flags, nproc: int | None) -> int:

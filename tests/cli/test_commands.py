@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hetermoe.cli import train
 from megatron_hetermoe.cli.main import main
 from megatron_hetermoe.cli.train import world_size
 from megatron_hetermoe.config.errors import UsageError
@@ -55,6 +56,16 @@ def test_what_cannot_be_run(tmp_path, monkeypatch, capsys, argv, part):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("found, started, words", [
+    ("/bin/hetermoe", "x/hetermoe", ["hetermoe"]), (None, ".venv/bin/hetermoe", [".venv/bin/hetermoe"]),
+    (None, "megatron_hetermoe/__main__.py", [sys.executable, "-m", "megatron_hetermoe"]),
+])
+def test_a_command_that_is_offered_can_be_started(monkeypatch, found, started, words):
+    monkeypatch.setattr(train.shutil, "which", lambda name: found)
+    monkeypatch.setattr(sys, "argv", [started])
+    assert train._own_words() == words
 
 
 def test_world_size(tmp_path):
