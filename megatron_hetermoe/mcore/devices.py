@@ -9,6 +9,7 @@ import torch
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.mcore.grouped import grouped_obstacle
 from megatron_hetermoe.mcore.implementation import ENGINE, engine_obstacle
+from megatron_hetermoe.runtime.device import is_gpu
 from megatron_hetermoe.topology.layout import ATTENTION, layout_of
 from megatron_hetermoe.topology.order import Started
 from megatron_hetermoe.topology.placement import Placement
@@ -18,7 +19,7 @@ _BF16_CAPABILITY = (8, 0)  # Ampere; torch.cuda.is_bf16_supported() counts emula
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of a device, None for the CPU."""
-    return torch.cuda.get_device_capability(device) if torch.empty(0, device=device).is_cuda else None
+    return torch.cuda.get_device_capability(device) if is_gpu(device) else None
 
 
 def device_problems(

@@ -18,6 +18,7 @@ from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.step import TaskSeconds
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.runtime.device import is_gpu
 from megatron_hetermoe.runtime.network import measure_channel
 from megatron_hetermoe.runtime.streams import Queued
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
@@ -98,7 +99,7 @@ def check_memory(session: Session) -> str:
     Raises:
         UsageError: on all ranks, with each rank whose GPU is too small.
     """
-    if not _is_gpu(session):
+    if not is_gpu(session.device):
         return "memory: not checked without a GPU"
     predicted = session.plan.predicted
     if predicted is None:
@@ -159,7 +160,7 @@ class _OfRank:
 
 def report(session: Session, measurements: Measurements, checks: Sequence[str]) -> None:
     """Prints on rank 0 what was predicted and measured; all ranks call it after the last step."""
-    memory = float(torch.cuda.max_memory_reserved(session.device)) if _is_gpu(session) else 0.0
+    memory = float(torch.cuda.max_memory_reserved(session.device)) if is_gpu(session.device) else 0.0
     layout = session.layout
     in_first = layout.group_of(session.rank) % layout.groups == 0
     tasks = {session.numbering.in_model(task): seconds for task, seconds in measurements.tasks.items()}
@@ -244,8 +245,3 @@ def _weights(rank: _OfRank) -> dict[tuple[Kind, int], list[float]]:
             found.setdefault((task.kind, task.layer), []).append(seconds)
     backwards = Counter((task.kind, task.layer) for task in rank.tasks if task.direction is Pass.BACKWARD)
     return {of: [sum(step) / backwards[of] for step in zip(*tasks)] for of, tasks in found.items()}
-
-
-def _is_gpu(session: Session) -> bool:
-    """On the CPU platform devices are called CUDA's too, so a tensor is asked."""
-    return torch.empty(0, device=session.device).is_cuda

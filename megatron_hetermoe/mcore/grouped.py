@@ -23,6 +23,7 @@ from megatron_hetermoe.mcore.activation import activation_of, expert_again, kept
 from megatron_hetermoe.mcore.experts import HeldExperts
 from megatron_hetermoe.mcore.implementation import ENGINE, LOCAL, expert_config, expert_submodules
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.runtime.device import is_gpu
 
 # GPUs for which torch 2.11 to 2.14 has the kernel. Elsewhere it runs one group after the other and copies their
 # sizes to the host, for which the host then waits.
@@ -80,9 +81,8 @@ def build_held(
 
 def _is_native(session: Session, has_biases: bool) -> bool:
     """Whether this rank's GPU has the kernel for the plan's experts."""
-    if not torch.empty(0, device=session.device).is_cuda:
-        return False
-    return grouped_obstacle(session.plan, has_biases, torch.cuda.get_device_capability(session.device)) is None
+    return is_gpu(session.device) and grouped_obstacle(
+        session.plan, has_biases, torch.cuda.get_device_capability(session.device)) is None
 
 
 class GroupedExperts(HeldExperts):

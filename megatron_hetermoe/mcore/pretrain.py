@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.enums import ModelType
@@ -47,6 +46,7 @@ from megatron_hetermoe.mcore.sdpa import choose_kernel, with_kernel
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.trust import SWITCH, load_weights_only
 from megatron_hetermoe.mcore.weights import splitting
+from megatron_hetermoe.runtime.device import is_gpu
 from megatron_hetermoe.runtime.graphs import graphs_for
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.runtime.recorder import Recorder
@@ -267,10 +267,8 @@ def attention_specs(
         layers: their numbers in the model, from 1 on.
         model_config, seed, session: as for ``model_provider``.
     """
-    is_gpu = torch.empty(0, device=session.device).is_cuda
-    kernel = choose_kernel(
-        session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu, session.layout.context
-    )
+    kernel = choose_kernel(session.plan.attention_kernel, model_config.transformer.params_dtype, is_gpu(session.device),
+                           session.layout.context)
     return with_kernel(route_to_holders(layer_specs, layers, session, seed), kernel)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron_hetermoe.runtime.device import is_gpu
+
 Work = Callable[[], None]
 
 
@@ -75,5 +77,5 @@ class CudaGraphs:
 
 
 def graphs_for(device: torch.device) -> HostGraphs | CudaGraphs:
-    """The graphs of a device. A tensor is asked, since on the CPU platform devices are called CUDA's."""
-    return CudaGraphs(device) if torch.empty(0, device=device).is_cuda else HostGraphs()
+    """The graphs of a device."""
+    return CudaGraphs(device) if is_gpu(device) else HostGraphs()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_hetermoe.runtime.channels import Channel, Message
+from megatron_hetermoe.runtime.device import is_gpu
 from megatron_hetermoe.runtime.executor import Table
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
@@ -44,7 +45,7 @@ class Handover:
 
     def __post_init__(self) -> None:
         # Buffers are made on the handovers' stream and freed by compute, which the allocator must know.
-        self._compute = torch.cuda.current_stream() if torch.empty(0, device=self.device).is_cuda else None
+        self._compute = torch.cuda.current_stream() if is_gpu(self.device) else None
 
     def table(self) -> Table:
         """What the executor calls for H tasks."""

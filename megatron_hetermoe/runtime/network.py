@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_hetermoe.cost.cluster import MOST_TENSORS
 from megatron_hetermoe.runtime.channels import Channel, Message
+from megatron_hetermoe.runtime.device import is_gpu
 
 _WARM_UP = 2
 _SMALL = 2**16  # bytes of a tensor, where their number is what counts
@@ -104,5 +105,5 @@ def _together(channel: Channel, device: torch.device) -> float:
 
 
 def _settle(device: torch.device) -> None:
-    if torch.empty(0, device=device).is_cuda:
+    if is_gpu(device):
         torch.cuda.synchronize(device)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_hetermoe.runtime.device import is_gpu
 from megatron_hetermoe.runtime.streams import Queued
 from megatron_hetermoe.schedule.numbering import Numbering
 from megatron_hetermoe.schedule.tasks import Stream, Task
@@ -35,7 +36,7 @@ class Recorder:
         self._rank = rank
         self._device = device
         self._numbering = numbering
-        self._is_gpu = torch.empty(0, device=device).is_cuda
+        self._is_gpu = is_gpu(device)
         self._epoch = time.time() - time.perf_counter()
         self._step = 0
         self.begin_step()

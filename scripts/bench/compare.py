@@ -39,7 +39,7 @@ from hosts import Hosts
 from measure import Machine, Shares, measure
 from paper_models import MODELS, STEPS, VOCABULARY, model_flags, model_shape, words
 from prices import Prices, measured_in, price, take_profiles
-from systems import FAST, KERNELS, NAMES, PIPELINE, PLANNED, SLOW, System, pipelined, planned, systems
+from systems import FAST, NAMES, PIPELINE, PLANNED, SLOW, System, pipelined, planned, systems
 
 from megatron_hetermoe.cli.emulate import linear_layers
 
