@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hetermoe.cli.activity import progress_bar
 from megatron_hetermoe.cli.environment import environment
 from megatron_hetermoe.cli.interrupt import interruptible
 from megatron_hetermoe.cli.quiet import quiet
@@ -76,7 +75,7 @@ def _convert(args: argparse.Namespace, source: Path, out: Path, argv: Sequence[s
         argv, _ = for_cpu(argv)
         from megatron_hetermoe.mcore.convert.checkpoint import open_saved
         from megatron_hetermoe.mcore.convert.convert import export_model, import_model
-    with _progress() as progress, quiet():
+    with progress_bar() as progress, quiet():
         if args.direction == "import":
             done = import_model(source, argv, impl, out, problems, progress)
         else:
@@ -92,20 +91,3 @@ def _convert(args: argparse.Namespace, source: Path, out: Path, argv: Sequence[s
     if impl == "transformer_engine":  # whose modules ask for states that no one has saved
         flags += " --dist-ckpt-strictness log_unexpected"
     print(f"train from it with {flags}")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """A bar on a terminal, which begins when it is told how much there is to do."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stdout), transient=True,
-                  disable=not sys.stdout.isatty()) as progress:
-
-        def begin(what: str, size: int) -> Callable[[int], None]:
-            task = progress.add_task(what, total=size)
-            return lambda count: progress.advance(task, count)
-
-        yield begin

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hetermoe.cli.activity import progress_bar
 from megatron_hetermoe.cli.interrupt import interruptible
 from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.config.errors import Problems, UsageError
@@ -77,8 +76,9 @@ def _tokenise(args: argparse.Namespace) -> int:
             tokenizer = tokenized.tokenizer_arguments(given, args.overrides)
             tokenized.build(tokenizer)
     problems.raise_if_any()
-    with _progress(files) as advance, quiet():
-        totals = tokenized.write(tokenized.Job(tokenizer, keys, args.append_eod), files, prefixes, workers, advance)
+    with progress_bar() as begin, quiet():
+        totals = tokenized.write(tokenized.Job(tokenizer, keys, args.append_eod), files, prefixes, workers,
+                                 begin("tokenising", _size(files)))
     print(f"wrote {', '.join(prefixes)} (.bin and .idx): {totals.documents:,} documents, {totals.tokens:,} tokens, "
           f"{totals.bytes:,} bytes read")
     return 0
@@ -101,23 +101,13 @@ def _take_bytes(args: argparse.Namespace) -> int:
     else:
         files = data.sources(args.paths, args.glob or "*")
     print("importing Megatron ...", flush=True)
-    with _progress(files) as advance:
-        totals = data.write_dataset(files, args.out, advance)
+    with progress_bar() as begin:
+        totals = data.write_dataset(files, args.out, begin("tokenising", _size(files)))
     print(f"wrote {args.out}.bin and .idx: {totals.documents:,} documents, {totals.tokens:,} tokens, "
           f"{totals.bytes:,} bytes of text")
     return 0
 
 
-@contextlib.contextmanager
-def _progress(files: list[Path]) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; gives the function that takes the bytes that are done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    size = sum(path.stat().st_size for path in files)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    # the stream of now, since what libraries print meanwhile is kept away
-    with Progress(*columns, console=Console(file=sys.stdout), transient=True,
-                  disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task("tokenising", total=size)
-        yield lambda count: progress.advance(task, count)
+def _size(files: Sequence[Path]) -> int:
+    """Bytes of files."""
+    return sum(path.stat().st_size for path in files)

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_hetermoe.cli.activity import Activity
 from megatron_hetermoe.cli.environment import environment
 from megatron_hetermoe.cli.output import check_output, write_plan
 from megatron_hetermoe.cli.quiet import quiet
-from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.cli.words import decided_by_plan
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, parse_flags
@@ -71,17 +71,17 @@ def run(args: argparse.Namespace) -> int:
         problems.add(f"--vocabulary is {args.vocabulary}; it must be from 1 on")
     if args.out:
         check_output("--out", Path(args.out), problems)
-    with Stages() as stages:
-        stages.enter("reading the recipe with Megatron")
+    with Activity() as activity:
+        activity.enter("reading the recipe with Megatron")
         with problems.taking():
             question = _question(args, notes)
         problems.raise_if_any()
         kinds = kinds_of(cluster, question.shape, question.precision, notes)
-        found = search(question, cluster, kinds, tell=stages.enter)
+        found = search(question, cluster, kinds, tell=activity.enter)
         if not found.best:
-            stages.enter("looking for what would fit")
+            activity.enter("looking for what would fit")
             raise UsageError(nothing_fits(question, cluster, kinds))
-        stages.enter("comparing with other ways to use these GPUs")
+        activity.enter("comparing with other ways to use these GPUs")
         alones = alone(question, cluster, kinds)
         plan = with_attention_alone(found.best[0], alones)
         answer = _answer(question, cluster, kinds, found, plan, alones, notes)

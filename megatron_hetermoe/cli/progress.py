@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-PLAN = "hetermoe plan: "  # rank 0 prints its plan as JSON after these words
-DRY_RUN = "hetermoe dry run: "  # rank 0 prints each line of a dry run's report after these words
+from megatron_hetermoe.config.log_lines import DRY_RUN, PLAN
+
 PLAIN_INTERVAL = 5.0  # seconds between lines where there is no terminal
 
 _ITERATION = re.compile(r"\biteration +(\d+)/ *(\d+) \|(.*)")

@@ -6,9 +6,9 @@ import argparse
 import re
 from pathlib import Path
 
+from megatron_hetermoe.cli.activity import Activity
 from megatron_hetermoe.cli.drawing import PICTURES, VIEWER, write_timeline
 from megatron_hetermoe.cli.output import check_output, writing
-from megatron_hetermoe.cli.stages import Stages
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.plan import Plan, read_plan
 from megatron_hetermoe.cost.cluster import Cluster, read_cluster
@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
     problems.raise_if_any()
     layout = layout_of(plan)
     roles = {rank: layout.role(rank) for rank in range(layout.world_size)}
-    with Stages() as stages:
-        step, spans = _step(folder, args.step, len(roles), stages)
-        stages.enter(f"writing {out}")
+    with Activity() as activity:
+        step, spans = _step(folder, args.step, len(roles), activity)
+        activity.enter(f"writing {out}")
         with writing(out):
             if out.suffix == ".html":
                 _write_page(out, step, spans, plan, folder, cluster, notes)
@@ -94,7 +94,7 @@ def _plan(folder: Path) -> Plan:
     return read_plan(plan_file)
 
 
-def _step(folder: Path, wanted: int | None, ranks: int, stages: Stages) -> tuple[int, list[Span]]:
+def _step(folder: Path, wanted: int | None, ranks: int, activity: Activity) -> tuple[int, list[Span]]:
     """A step's number and spans, in seconds since its first task; without a wish the shortest step's."""
     files: dict[int, list[Path]] = {}
     for path in sorted(folder.iterdir()):
@@ -110,7 +110,7 @@ def _step(folder: Path, wanted: int | None, ranks: int, stages: Stages) -> tuple
     for step, paths in steps.items():
         if wanted not in (None, step):
             continue
-        stages.enter(f"reading step {step} of {ranks} ranks")
+        activity.enter(f"reading step {step} of {ranks} ranks")
         spans = [span for path in paths for span in read_jsonl(path)]
         if shortest is None or _length(spans) < _length(shortest[1]):
             shortest = step, spans

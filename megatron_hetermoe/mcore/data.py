@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hetermoe.config.errors import Problems, UsageError
-from megatron_hetermoe.mcore.staged import Staged
+from megatron_hetermoe.mcore.dataset_files import DatasetFiles
 
 END_OF_DOCUMENT = 256
 VOCAB_SIZE = 257
@@ -94,7 +94,7 @@ def write_dataset(files: Sequence[Path], prefix: str | Path,
     numpy, builder_of = import_builder()
     staged, read = None, 0
     try:
-        staged = Staged(prefix)
+        staged = DatasetFiles(prefix)
         builder = builder_of(str(staged.bin), dtype=numpy.uint16)
         for path in files:
             text = path.read_bytes()

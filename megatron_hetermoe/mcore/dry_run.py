@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hetermoe.config.errors import UsageError
+from megatron_hetermoe.config.log_lines import DRY_RUN
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.step import TaskSeconds
 from megatron_hetermoe.mcore.session import Session
@@ -25,7 +26,6 @@ from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 STEPS = 3  # the first warms up; a step is timed from the end of its tasks to the end of the next one's
-LINE = "hetermoe dry run: "  # rank 0 prints each line of the report after these words
 _LINK_BYTES = 8 * 2**20  # of the transfer that measures the channels
 _REPEATS = 5
 _PASSES = {Pass.FORWARD: "forward", Pass.BACKWARD: "backward"}
@@ -169,7 +169,7 @@ def report(session: Session, measurements: Measurements, checks: Sequence[str]) 
     dist.gather_object(own, ranks, dst=0, group=session.control)
     if ranks is not None:
         for line in (*checks, *_table(session.plan, ranks)):
-            print(LINE + line, flush=True)
+            print(DRY_RUN + line, flush=True)
 
 
 def _table(plan: Plan, ranks: Sequence[_OfRank]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import STALL_TIMEOUT, Flags
+from megatron_hetermoe.config.log_lines import PLAN
 from megatron_hetermoe.config.plan import DELAYED, Plan
 from megatron_hetermoe.config.slow_down import parse_slow_down
 from megatron_hetermoe.mcore import dry_run, gpt, patches, prediction
@@ -202,7 +203,7 @@ def announce(session: Session) -> None:
         }
         for rank in range(layout.world_size)
     ]
-    print("hetermoe plan: " + json.dumps(
+    print(PLAN + json.dumps(
         {"schedule": plan.schedule, "wave": plan.wave, "expert_impl": session.expert_impl, "ranks": ranks}), flush=True)
 
 

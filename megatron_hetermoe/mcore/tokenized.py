@@ -23,8 +23,8 @@ from pathlib import Path
 
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.mcore.data import Totals, import_builder
+from megatron_hetermoe.mcore.dataset_files import DatasetFiles
 from megatron_hetermoe.mcore.documents import Chunk, chunks, texts
-from megatron_hetermoe.mcore.staged import Staged
 
 MOST_PROBLEMS = 20  # named in one message
 _LIBRARIES = {"HuggingFaceTokenizer": "transformers", "GPT2BPETokenizer": "transformers", "TikTokenizer": "tiktoken",
@@ -127,7 +127,7 @@ def write(job: Job, files: Sequence[Path], prefixes: Sequence[str], workers: int
     staged, documents, tokens, size = [], 0, 0, 0
     problems = Problems()
     try:
-        staged = [Staged(prefix) for prefix in prefixes]
+        staged = [DatasetFiles(prefix) for prefix in prefixes]
         builders = [IndexedDatasetBuilder(str(one.bin), dtype=dtype) for one in staged]
         with _results(job, files, workers) as results:
             for chunk_bytes, encoded, wrong in results:

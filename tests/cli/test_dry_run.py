@@ -9,12 +9,12 @@ from pathlib import Path
 from models import tiny
 from ranks import run_ranks
 
-from megatron_hetermoe.cli.progress import DRY_RUN
 from megatron_hetermoe.config.errors import Problems
 from megatron_hetermoe.config.flags import parse_flags
+from megatron_hetermoe.config.log_lines import DRY_RUN
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.step import Prediction, Step, TaskSeconds
-from megatron_hetermoe.mcore.dry_run import LINE, _OfRank, typical
+from megatron_hetermoe.mcore.dry_run import _OfRank, typical
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -36,8 +36,8 @@ def test_all_tasks_are_measured_beside_the_plan_and_nothing_is_saved(tmp_path):
     ).check()
     assert {len(steps) for steps in run.steps} == {3}
     assert not (tmp_path / "saved").exists() and not (tmp_path / "board").exists() and not any(run.evals)
-    lines = [line.removeprefix(LINE) for line in run.output[0].splitlines() if line.startswith(LINE)]
-    assert not any(LINE in output for output in run.output[1:])
+    lines = [line.removeprefix(DRY_RUN) for line in run.output[0].splitlines() if line.startswith(DRY_RUN)]
+    assert not any(DRY_RUN in output for output in run.output[1:])
     table = {line[:28].strip(): line[28:].split() for line in lines}
     # Predicted and measured, each with its unit, and their ratio.
     assert table["attention forward"][:2] == ["1.00", "ms"] and table["moved expert backward"][:2] == ["10.00", "ms"]
@@ -77,7 +77,7 @@ def test_a_pipeline_is_measured_stage_by_stage(tmp_path):
     run = run_ranks(
         ["--hetermoe", "--hetermoe-plan", str(tmp_path / "plan.json"), "--hetermoe-dry-run", *flags], 4, cwd=tmp_path
     ).check()
-    lines = [line.removeprefix(LINE) for line in run.output[0].splitlines() if line.startswith(LINE)]
+    lines = [line.removeprefix(DRY_RUN) for line in run.output[0].splitlines() if line.startswith(DRY_RUN)]
     first, second, end = (next(number for number, line in enumerate(lines) if line.startswith(start))
                           for start in ("median of a task, stage 1", "median of a task, stage 2", "step"))
     for offset, rows in ((1, lines[first + 1:second]), (101, lines[second + 1:end])):
@@ -95,10 +95,6 @@ def test_a_backward_has_its_part_of_what_w_tasks_took():
     for weights in ({first: [1.0, 1.0], second: [3.0, 3.0]}, {second: [4.0, 4.0]}):
         found = typical([_OfRank("expert", {**backward, **weights}, 0.0, 0.0)])
         assert found == [{"expert_backward": 5.0}]
-
-
-def test_the_command_reads_the_lines_that_rank_0_prints():
-    assert DRY_RUN == LINE
 
 
 def test_one_run_is_timed_for_one_purpose():

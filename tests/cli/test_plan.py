@@ -237,7 +237,7 @@ def test_a_plan_for_another_cluster_is_refused(tmp_path, ask, capsys):
 
 def test_a_search_says_what_it_does(tmp_path, ask, monkeypatch):
     said = []
-    monkeypatch.setattr(plan.Stages, "enter", lambda stages, what: said.append(what))
+    monkeypatch.setattr(plan.Activity, "enter", lambda activity, what: said.append(what))
     assert command.main(["plan", "recipe.yaml", "--cluster", cluster(tmp_path)]) == 0
     assert said[:2] == ["reading the recipe with Megatron", "listing layouts"]
     assert any(what.startswith("simulating layout 1 of at most ") for what in said)
@@ -246,8 +246,8 @@ def test_a_search_says_what_it_does(tmp_path, ask, monkeypatch):
 
 def test_the_stage_is_seen_on_a_terminal_only(tmp_path):
     """On a pseudo-terminal the line is there, and gone at the end; in a pipe there is nothing."""
-    script = ("from megatron_hetermoe.cli.stages import Stages\n"
-              "with Stages() as stages:\n    stages.enter('simulating layout 7')\n")
+    script = ("from megatron_hetermoe.cli.activity import Activity\n"
+              "with Activity() as activity:\n    activity.enter('simulating layout 7')\n")
     piped = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert piped.stderr == "" and piped.stdout == ""
     ours, theirs = pty.openpty()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_hetermoe.cli.progress import PLAN, Display, Step, Watch, describe, parse_step
+from megatron_hetermoe.cli.progress import Display, Step, Watch, describe, parse_step
 from megatron_hetermoe.cli.summary import failure, print_summary
+from megatron_hetermoe.config.log_lines import PLAN
 
 LINE = (" [2026-01-01 00:00:00.000000] iteration {:8d}/{:8d} | consumed samples: {:12d} | elapsed time per iteration "
         "(ms): {:.1f} | learning rate: 3.000000E-04 | global batch size:    16 | lm loss: {:.6E} | "

@@ -1,4 +1,4 @@
-"""Data sets that appear when they are complete: written beside, under other names, then moved."""
+"""The two files of a data set, which appear when they are complete: written beside, under other names, then moved."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 
-class Staged:
+class DatasetFiles:
     """One data set on its way to ``PREFIX.bin`` and ``PREFIX.idx``.
 
     Args:
