@@ -120,7 +120,7 @@ def test_the_table_has_medians_and_ratios():
         {**{name: value for name, value in cell("naive disaggregation").items() if name != "seconds"}, "failed": "exit codes"},
     ]
     text = bench.cells.table(measured)
-    assert "| D1 | 4096 | 2:2 |  | zebra | 6.40 | 5.00 to 8.00 | 8.00 | 1.60 | 1.60 | 0.90 | 1.10 | attention 95%, expert 50% |  |" \
+    assert "| D1 | 4096 | 2 fast, 2 slow | zebra | 6.40 | 5.00 to 8.00 | 8.00 | 1.60 | 1.60 | 0.90 | 1.10 | attention 95%, expert 50% |  |" \
         in text
     assert "pipeline, best split (1+1 stages of 2, layers 5+3) | 2.00" in text
     assert text.endswith("exit codes") and "naive" in text.splitlines()[-1]
