@@ -21,7 +21,7 @@ START, END = "<!-- messages: written by scripts/messages.py -->", "<!-- end of m
 HOLE = "…"  # what the message fills in
 
 # Functions that make sentences, which their callers add.
-MAKERS = re.compile(r"\w*_(problems?|obstacle)|nothing_fits|unmet|_other_shards")
+MAKERS = re.compile(r"\w*_(problems?|obstacle)|nothing_fits|unmet|_other_shards|distrusted")
 RAISED = {"RuntimeError", "OSError", "ValueError"}
 
 # Where a message comes from, and what it is about. A module that is not here is described by its own first line.
@@ -44,6 +44,7 @@ PARTS = {
     "cli/rank.py": "The files of `hetermoe train` and `hetermoe rank` are not as they must be, or no launcher has said which rank "
                    "this is",
     "mcore/checkpoints.py": "A checkpoint is damaged, or there is no room for one. Nothing was loaded",
+    "mcore/trust.py": "A checkpoint holds what may run a program. Nothing was loaded",
     "mcore/patches.py": "The installed Megatron is not the one that this plugin was written for",
     "mcore/numbers.py": "A number is not finite; the first layer and expert in which it was seen are named",
     "mcore/data.py": "`hetermoe data` cannot read its input or write its output",

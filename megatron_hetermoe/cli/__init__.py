@@ -1,1 +1,1 @@
-"""The commands: ``hetermoe train``, ``data``, ``convert``, ``patches``, ``trace``."""
+"""The command ``hetermoe``: ``main`` has its sub-commands, each in a file of its name."""

@@ -28,7 +28,7 @@ from megatron_hetermoe.config.errors import UsageError
 from megatron_hetermoe.config.plan import Plan, read_plan
 from megatron_hetermoe.config.saved import PLAN, TRACKER, iteration_folder
 from megatron_hetermoe.mcore.session import Session
-from megatron_hetermoe.mcore.trust import SWITCH, foreign_in_metadata, foreign_in_objects, load_weights_only
+from megatron_hetermoe.mcore.trust import distrusted, foreign_in_metadata, foreign_in_objects, load_weights_only
 
 MANIFEST = "integrity.json"  # as megatron.core.dist_checkpointing.validation writes it
 COMPLETE = "metadata.json"  # written when all tensors are
@@ -234,9 +234,7 @@ def _check_trust(folder: Path, session: Session) -> None:
         dist.all_gather_object(parts, mine, group=session.control)
         found = sorted(said for part in parts for said in part)
     if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise UsageError([f"the checkpoint {folder} holds more than data: {found[0]}{more}. Loading it could run a "
-                          f"program; if you trust its origin, set {SWITCH}=0"])
+        raise UsageError([distrusted(folder, found)])
 
 
 def _other_shards(folder: Path, args: argparse.Namespace, plan: Plan) -> str | None:

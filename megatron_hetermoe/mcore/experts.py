@@ -34,7 +34,7 @@ class HeldExperts(SequentialMLP):
         config: as for SequentialMLP.
         submodules: linear layers and activation of one expert.
         layer: from 1 on.
-        held: the experts, ascending.
+        held: the experts, ascending; at least one.
         seed: of the run.
         pg_collection: groups of this rank's pool.
         activation_again: whether the activation's output is computed again in the backward.
@@ -88,12 +88,7 @@ class HeldExperts(SequentialMLP):
                 # A replica is the same holder of another ZP group.
                 tensor.replica_id = (*tensor.replica_id[:2], self.dp_group.rank())
             sharded.update(state)
-        # Megatron reads a model's part of what it loaded, and what is empty is not there.
-        return sharded or {f"{prefix}{_NOTHING}": LocalNonpersistentObject(None)}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As any module's."""
-        return super().load_state_dict({name: value for name, value in state_dict.items() if name != _NOTHING}, strict, assign)
+        return sharded
 
 
 def _initialise(

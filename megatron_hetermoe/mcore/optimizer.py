@@ -49,7 +49,7 @@ class PooledOptimizer(ChainedOptimizer):
                     members = session.layout.m + session.layout.n
                     optimizer.data_parallel_group_idx = session.stage * members + session.member
 
-    def _share_scaler(self) -> "_AgreedScaler | None":
+    def _share_scaler(self) -> _AgreedScaler | None:
         """One loss scale for all optimizers of this rank, updated when all ranks have said what they found."""
         scaler = getattr(self.chained_optimizers[0], "grad_scaler", None)
         if scaler is None and self._session.plan.has_loss_scale:

@@ -14,6 +14,7 @@ import importlib
 import io
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ _PLAIN = {
 def load_weights_only() -> bool:
     """Has torch refuse all but weights from now on, unless the user's environment says otherwise. Returns whether."""
     return os.environ.setdefault(SWITCH, "1").lower() not in ("0", "", "false", "no", "n")
+
+
+def distrusted(folder: Path, found: Sequence[str]) -> str:
+    """The message that refuses a checkpoint, with what was found in it."""
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return (f"the checkpoint {folder} holds more than data: {found[0]}{more}. Loading it could run a program; if you trust its "
+            f"origin, set {SWITCH}=0")
 
 
 def foreign_in_metadata(folder: Path) -> str | None:

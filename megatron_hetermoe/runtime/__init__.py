@@ -1,1 +1,1 @@
-"""Executes a schedule: streams, channels, trace. Knows torch and nothing of Megatron."""
+"""Executes a schedule, and watches that all ranks do. Knows torch and nothing of Megatron."""

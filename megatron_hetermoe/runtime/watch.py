@@ -152,16 +152,16 @@ class Watch:
             return
         if beat.startswith(ENDED):
             if silent > self._limit:
-                self._accuse(peer, f"has ended with exit code {beat.removeprefix(ENDED).strip()}")
+                self._publish(peer, f"has ended with exit code {beat.removeprefix(ENDED).strip()}")
             return
         now = state(peer, self._me)
         # Read again: a rank may have ended in good order after its beat was read and before the kernel was asked.
         if now == "dead" and not self._store.get(f"beat/{rank}").startswith(ENDED.encode()):
-            self._accuse(peer, "has died: its process is gone")
+            self._publish(peer, "has died: its process is gone")
         elif silent > self._limit and now == "stopped":
-            self._accuse(peer, f"is stopped: no sign of life for {silent:.1f} s")
+            self._publish(peer, f"is stopped: no sign of life for {silent:.1f} s")
         elif silent > self._limit and now == "unknown" and not self._has_witness(peer):
-            self._accuse(peer, f"is gone: no sign of life for {silent:.1f} s")
+            self._publish(peer, f"is gone: no sign of life for {silent:.1f} s")
 
     def _has_witness(self, peer: Peer) -> bool:
         """Whether a rank of the silent one's machine still speaks, which can ask the kernel and will accuse it."""
@@ -191,9 +191,6 @@ class Watch:
         return peer is None or state(peer, self._me) != "running"
 
     # ------------------------------------------------------------------------------------------- verdicts
-
-    def _accuse(self, culprit: Peer, what: str) -> None:
-        self._publish(culprit, what)
 
     def _publish(self, culprit: Peer, what: str) -> None:
         """Names a culprit to all ranks, unless another rank has named one; then that one counts here too."""

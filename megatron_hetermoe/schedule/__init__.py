@@ -1,1 +1,1 @@
-"""Tasks and their orders, as data."""
+"""Tasks and their orders, as data, with what must hold of them."""

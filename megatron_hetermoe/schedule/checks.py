@@ -1,11 +1,13 @@
-"""What must hold of every schedule: dependencies, one order a channel, no deadlock."""
+"""What must hold of every schedule: dependencies, one order a channel, no deadlock, of one stage and of several."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
 from megatron_hetermoe.schedule.orders import Schedule, transfers_between
-from megatron_hetermoe.schedule.tasks import Stream, Task
+from megatron_hetermoe.schedule.pipeline import StageSchedule
+from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 
 
 def violations(schedule: Schedule) -> list[str]:
@@ -93,3 +95,29 @@ def _unissued(schedule: Schedule) -> list[str]:
             pass
         problems += [f"member {member} never gets to queue {queue[-1]}" for queue in queues if queue]
     return problems
+
+
+def handover_violations(stages: Sequence[StageSchedule]) -> list[str]:
+    """What keeps stages from getting through together, one sentence each, for stages that are each without fault.
+
+    The proof of progress is the strictest run: each stage issues its tasks one after the other, and a transfer between
+    two stages only when both are at it.
+    """
+    queues = [list(reversed(tuple(stage.issue_order()))) for stage in stages]
+    progress = True
+    while progress:
+        progress = False
+        waiting: dict[tuple[int, bool, Pass, int], list[Task]] = {}
+        for stage, queue in zip(stages, queues):
+            while queue and queue[-1].kind is not Kind.HANDOVER:
+                queue.pop()
+                progress = True
+            if queue:
+                waiting[(*stage.place(queue[-1]), queue[-1].direction, queue[-1].microbatch)] = queue
+        for (part, is_end, *of), queue in waiting.items():
+            other = waiting.get((part + 1, False, *of))
+            if is_end and other:
+                queue.pop()
+                other.pop()
+                progress = True
+    return [f"stage {number} is stuck before {queue[-1]}" for number, queue in enumerate(queues) if queue]

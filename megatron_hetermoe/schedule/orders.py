@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, pairwise, zip_longest
+from typing import Any
 
-from megatron_hetermoe.config.plan import DELAYED, MERGED, TOGETHER
+from megatron_hetermoe.config.plan import DELAYED, MERGED, SCHEDULES, TOGETHER
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task, dependencies
 from megatron_hetermoe.topology.placement import Placement
 
@@ -370,34 +371,42 @@ class Overlapped(Schedule):
                 yield from self._transfer(task)
 
 
-def zebra(
-    layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
+def build(
+    name: str, layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
     forward_only: bool = False, weight_gradients: str = TOGETHER, shared: frozenset[Kind] = frozenset(),
 ) -> Schedule:
-    """Zebra parallelism: a wave's microbatches go through the model together, layer by layer.
+    """The schedule that a plan names.
 
     Args:
+        name: one of ``config.plan.SCHEDULES``. Zebra: a wave's microbatches go through the model together, layer by layer.
+            Overlapped: the same, and the next wave begins meanwhile. Sequential, the paper's naive disaggregation: one
+            microbatch at a time, so one pool always waits for the other.
         layers: K.
         placement: who holds which expert.
         attention_members: M.
         microbatches: those of the step.
-        wave: R, the most microbatches on the way together; None for all. Waves are as equal as can be, since a short
-            one at the end would have the longest bubbles.
+        wave: R, the most microbatches on the way together; None for all, and 1 whatever it is for "sequential". Waves are as
+            equal as can be, since a short one at the end would have the longest bubbles.
         forward_only: no backward.
         weight_gradients: as ``Schedule.weight_gradients``.
         shared: as ``Schedule.shared``.
     """
-    waves = _waves(microbatches, wave)
-    return Schedule(layers, placement, attention_members, waves, forward_only, weight_gradients, shared)
+    assert name in SCHEDULES
+    kind = Overlapped if name == "overlapped" else Schedule
+    waves = _waves(microbatches, 1 if name == "sequential" else wave)
+    return kind(layers, placement, attention_members, waves, forward_only, weight_gradients, shared)
 
 
-def overlapped(
-    layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
-    forward_only: bool = False, weight_gradients: str = TOGETHER, shared: frozenset[Kind] = frozenset(),
+def zebra(
+    layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None, *options: Any, **named: Any
 ) -> Schedule:
-    """Zebra with overlapped waves; arguments as for ``zebra``, which it is where a step has one wave."""
-    waves = _waves(microbatches, wave)
-    return Overlapped(layers, placement, attention_members, waves, forward_only, weight_gradients, shared)
+    """``build`` of "zebra"."""
+    return build("zebra", layers, placement, attention_members, microbatches, wave, *options, **named)
+
+
+def sequential(layers: int, placement: Placement, attention_members: int, microbatches: int) -> Schedule:
+    """``build`` of "sequential"."""
+    return build("sequential", layers, placement, attention_members, microbatches, None)
 
 
 def _waves(microbatches: int, wave: int | None) -> tuple[tuple[int, ...], ...]:
@@ -405,26 +414,6 @@ def _waves(microbatches: int, wave: int | None) -> tuple[tuple[int, ...], ...]:
     count = -(-microbatches // (wave or microbatches))
     bounds = [microbatches * index // count for index in range(count + 1)]
     return tuple(tuple(range(first, last)) for first, last in pairwise(bounds))
-
-
-def sequential(
-    layers: int, placement: Placement, attention_members: int, microbatches: int, forward_only: bool = False,
-    weight_gradients: str = TOGETHER, shared: frozenset[Kind] = frozenset(),
-) -> Schedule:
-    """Naive disaggregation: one microbatch at a time, so one pool always waits for the other."""
-    return zebra(layers, placement, attention_members, microbatches, 1, forward_only, weight_gradients, shared)
-
-
-def build(
-    name: str, layers: int, placement: Placement, attention_members: int, microbatches: int, wave: int | None,
-    forward_only: bool = False, weight_gradients: str = TOGETHER, shared: frozenset[Kind] = frozenset(),
-) -> Schedule:
-    """The schedule that a plan names (``config.plan.SCHEDULES``)."""
-    if name == "sequential":
-        return sequential(layers, placement, attention_members, microbatches, forward_only, weight_gradients, shared)
-    assert name in ("zebra", "overlapped")
-    make = overlapped if name == "overlapped" else zebra
-    return make(layers, placement, attention_members, microbatches, wave, forward_only, weight_gradients, shared)
 
 
 def transfers_between(schedule: Schedule, stream: Stream, members: Sequence[int]) -> tuple[Order, ...]:

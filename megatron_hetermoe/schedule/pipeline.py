@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -155,29 +155,3 @@ class StageSchedule(Schedule):
 def is_of(task: Task, unit: Unit) -> bool:
     """Whether a task of a unit's wave is the unit's."""
     return (unit.forward if task.direction is Pass.FORWARD else unit.backward) is not None
-
-
-def handover_violations(stages: Sequence[StageSchedule]) -> list[str]:
-    """What keeps stages from getting through together, one sentence each, for stages that are each without fault.
-
-    The proof of progress is the strictest run: each stage issues its tasks one after the other, and a transfer between
-    two stages only when both are at it.
-    """
-    queues = [list(reversed(tuple(stage.issue_order()))) for stage in stages]
-    progress = True
-    while progress:
-        progress = False
-        waiting: dict[tuple[int, bool, Pass, int], list[Task]] = {}
-        for stage, queue in zip(stages, queues):
-            while queue and queue[-1].kind is not Kind.HANDOVER:
-                queue.pop()
-                progress = True
-            if queue:
-                waiting[(*stage.place(queue[-1]), queue[-1].direction, queue[-1].microbatch)] = queue
-        for (part, is_end, *of), queue in waiting.items():
-            other = waiting.get((part + 1, False, *of))
-            if is_end and other:
-                queue.pop()
-                other.pop()
-                progress = True
-    return [f"stage {number} is stuck before {queue[-1]}" for number, queue in enumerate(queues) if queue]

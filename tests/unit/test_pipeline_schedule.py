@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hetermoe.config.plan import WEIGHT_GRADIENTS
-from megatron_hetermoe.schedule.checks import violations
+from megatron_hetermoe.schedule.checks import handover_violations, violations
 from megatron_hetermoe.schedule.interleaved import InterleavedSchedule, chunk_units
 from megatron_hetermoe.schedule.numbering import Numbering
 from megatron_hetermoe.schedule.orders import zebra
-from megatron_hetermoe.schedule.pipeline import StageSchedule, Unit, handover_violations, units
+from megatron_hetermoe.schedule.pipeline import StageSchedule, Unit, units
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 from megatron_hetermoe.topology.placement import Placement
 

@@ -32,7 +32,7 @@ from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.saved import TRACKER, iteration_folder
 from megatron_hetermoe.mcore.checkpoints import damage_here
 from megatron_hetermoe.mcore.convert.model import Entry, content_metadata
-from megatron_hetermoe.mcore.trust import foreign_in_metadata, foreign_in_objects, load_weights_only
+from megatron_hetermoe.mcore.trust import distrusted, foreign_in_metadata, foreign_in_objects, load_weights_only
 
 RELEASE = "release"  # Megatron's name of a checkpoint that is of no iteration
 FILE_BYTES = 2 * 10**9  # of tensors in one file, and so in memory
@@ -254,8 +254,7 @@ def open_saved(folder: Path, iteration: int | None) -> Saved:
         foreign = foreign_in_metadata(place)
         named = [f".metadata names {foreign}"] if foreign else foreign_in_objects(place, 0, 1)
         if named:
-            raise UsageError([f"the checkpoint {place} holds more than data: {several(named)}. Loading it could run a "
-                              "program; if you trust its origin, set TORCH_FORCE_WEIGHTS_ONLY_LOAD=0"])
+            raise UsageError([distrusted(place, named)])
     metadata: Metadata = FileSystemReader(place).read_metadata()
     return Saved(place, {
         key: (tuple(stored.size), stored.properties.dtype) for key, stored in metadata.state_dict_metadata.items()
