@@ -141,7 +141,8 @@ def corrupt(what: str, rank: int, folder: Path) -> None:
             now.hit = steps[0] == STEP and str(task) == name
             call(task)
 
-        original_run(schedule, {key: (lambda task, call=call: noted(task, call)) for key, call in table.items()}, *args)
+        original_run(schedule, {key: (lambda task, call=call: noted(task, call)) for key, call in table.items()}, streams, marks,
+                     preparations)
 
     def exchange(self: Any, sends: Any = (), receives: Any = ()) -> None:
         original_exchange(self, sends, receives)
@@ -343,7 +344,7 @@ def in_tasks(stream: Stream, choose: Callable[[tuple], Any], training: bool = Tr
                     call(task)
 
                 table = {key: (lambda task, call=call: hit(task, call)) for key, call in table.items()}
-            original(schedule, table, *args)
+            original(schedule, table, streams, marks, preparations)
 
         executor.run = run
 
