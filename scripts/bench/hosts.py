@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import Ended
+from lab import Ended, wait_for
 
 from megatron_hetermoe.runtime.seen_gpu import LinearLayers
 
@@ -65,7 +64,7 @@ class Hosts:
                                  start_new_session=True)
                 for rank, host in enumerate(hosts)
             ]
-            return Ended(_wait(started, limit), [log.read_text() for log in logs])
+            return Ended(wait_for(started, limit), [log.read_text() for log in logs])
 
     def problems(self, layers: Sequence[LinearLayers]) -> list[str]:
         """None: ranks have all of a GPU."""
@@ -86,19 +85,3 @@ def environments(hosts: Sequence[str]) -> list[dict[str, str]]:
     for rank, host in enumerate(hosts):
         found.append({**same, "RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(hosts[:rank].count(host))})
     return found
-
-
-def _wait(started: Sequence[subprocess.Popen], limit: float) -> list[int | None]:
-    """The exit codes, when all have ended or the time is over."""
-    end = time.monotonic() + limit
-    try:
-        for process in started:
-            process.wait(timeout=max(0.0, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        pass
-    codes = [process.poll() for process in started]
-    for process, code in zip(started, codes):
-        if code is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return codes

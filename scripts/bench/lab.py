@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -83,18 +84,26 @@ def run(
             )
             for index, rank in enumerate(ranks)
         ]
-        codes: list[int | None] = []
-        try:
-            for process in processes:
-                codes.append(process.wait(timeout=limit))
-        except subprocess.TimeoutExpired:
-            codes = [process.poll() for process in processes]
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-        return Ended(codes, [log.read_text() for log in logs])
+        return Ended(wait_for(processes, limit), [log.read_text() for log in logs])
+
+
+def wait_for(processes: Sequence[subprocess.Popen], limit: float) -> list[int | None]:
+    """The exit codes when all have ended or so many seconds are over, None for those that are killed then. Each leads a
+    process group; whatever ends the wait, none is left."""
+    end = time.monotonic() + limit
+    codes: list[int | None] = []
+    try:
+        for process in processes:
+            process.wait(timeout=max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        codes = [process.poll() for process in processes]
+        for process, code in zip(processes, codes):
+            if code is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return codes
 
 
 def wrong_shares(ranks: Sequence[Rank], layers: Sequence[LinearLayers]) -> list[str]:
