@@ -26,6 +26,8 @@ from megatron_hetermoe.simulator.host import BUSY, WAY_OUT
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from megatron_hetermoe.config.shape import ModelShape
     from megatron_hetermoe.cost.cluster import Cluster, Kind
     from megatron_hetermoe.cost.curves import Notes
@@ -207,13 +209,38 @@ def _answer(
 
 def _print(answer: dict[str, Any], args: argparse.Namespace) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
+    console.print(_plan_table(answer))
+    console.print(_others_table(answer))
+    for one in answer["left_out"]:
+        console.print(f"left out: {one['gpus']} GPUs of {one['pool']}: {one['reason']}")
+    search = answer["search"]
+    console.print(f"{search['considered']} layouts considered, {search['fitting']} fit, "
+                  f"{search['simulated']} simulated")
+    if max(answer["queueing"].values()) >= BUSY:
+        console.print(f"hosts may be what a step takes: {WAY_OUT}", highlight=False)
+    for note in answer["notes"]:
+        console.print(f"note: {note}", highlight=False)
+    if args.out:
+        console.print(f"written to {args.out}", highlight=False, soft_wrap=True)
+        for what, words in (("the step, task by task", ["simulate", args.out, "--cluster", args.cluster]),
+                            ("to train it", train_words(args, answer["flags"]))):
+            console.print(f"{what}: hetermoe {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _word(answer: dict[str, Any]) -> str:
+    """What a prediction is called: one that rests on data sheets is an estimate."""
+    return "estimated" if answer["plan"]["predicted"]["estimated"] else "predicted"
+
+
+def _plan_table(answer: dict[str, Any]) -> Table:
+    """The plan, and what to expect of it."""
+    from rich.table import Table
+
     plan, predicted = answer["plan"], answer["plan"]["predicted"]
-    word = "estimated" if predicted["estimated"] else "predicted"
     table = Table(title=f"plan: {plan['layout']}", title_justify="left", show_header=False)
-    table.add_row(f"step ({word})",
+    table.add_row(f"step ({_word(answer)})",
                   f"{predicted['step_seconds']:.3f} s, {predicted['tokens_per_second']:,.0f} tokens/s")
     table.add_row("microbatches", f"{plan['step']['microbatches']} a rank, {plan['wave']} on the way together"
                                   f"{', waves overlapped' if plan['schedule'] == 'overlapped' else ''}; "
@@ -235,8 +262,14 @@ def _print(answer: dict[str, Any], args: argparse.Namespace) -> None:
     if answer["assignment"]["gather_and_squeeze_seconds"]:
         gain = answer["assignment"]["gather_and_squeeze_seconds"] / answer["assignment"]["seconds"]
         table.add_row("against the paper's placement", f"{gain:.3f} times as fast")
-    console.print(table)
-    table = Table("what else", "tokens/s", f"of the plan ({word})", title_justify="left")
+    return table
+
+
+def _others_table(answer: dict[str, Any]) -> Table:
+    """What else these GPUs could do, beside the plan."""
+    from rich.table import Table
+
+    table = Table("what else", "tokens/s", f"of the plan ({_word(answer)})", title_justify="left")
     rows = [(f"runner-up: {one['layout']}, wave {one['wave']}", one["tokens_per_second"])
             for one in answer["runners_up"]]
     rows += [(f"--micro-batch-size {size}: {one['layout']}, wave {one['wave']}", one["tokens_per_second"])
@@ -246,23 +279,9 @@ def _print(answer: dict[str, Any], args: argparse.Namespace) -> None:
     rows += [(f"a node of {name} lost: {one['layout'] if one else 'nothing fits'}", one and one["tokens_per_second"])
              for name, one in answer["after_losing_a_node"].items()]
     for name, value in rows:
-        share = f"{value / predicted['tokens_per_second']:.2f}" if value else "does not fit"
+        share = f"{value / answer['plan']['predicted']['tokens_per_second']:.2f}" if value else "does not fit"
         table.add_row(name, f"{value:,.0f}" if value else "", share)
-    console.print(table)
-    for one in answer["left_out"]:
-        console.print(f"left out: {one['gpus']} GPUs of {one['pool']}: {one['reason']}")
-    search = answer["search"]
-    console.print(f"{search['considered']} layouts considered, {search['fitting']} fit, "
-                  f"{search['simulated']} simulated")
-    if max(answer["queueing"].values()) >= BUSY:
-        console.print(f"hosts may be what a step takes: {WAY_OUT}", highlight=False)
-    for note in answer["notes"]:
-        console.print(f"note: {note}", highlight=False)
-    if args.out:
-        console.print(f"written to {args.out}", highlight=False, soft_wrap=True)
-        for what, words in (("the step, task by task", ["simulate", args.out, "--cluster", args.cluster]),
-                            ("to train it", train_words(args, answer["flags"]))):
-            console.print(f"{what}: hetermoe {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
+    return table
 
 
 def train_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:
