@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_hetermoe.config.errors import Problems
+from megatron_hetermoe.schedule.tasks import Task
 
 STEP, REDUCE, OPTIMIZER = "step", "reduce", "optimizer"  # a stream for what is no task, and what is there
 STREAMS = ("compute", "out", "back", "stages", STEP)  # rows of a rank in a viewer, top to bottom
@@ -51,6 +53,10 @@ class Span:
         return replace(self, start=self.start + seconds, end=self.end + seconds, queued=queued)
 
 
+_NAMES = {field.name for field in fields(Span)}
+_NEEDED = {field.name for field in fields(Span) if field.default is MISSING}
+
+
 def write_jsonl(spans: Iterable[Span], path: str | Path) -> None:
     """Writes one JSON object a line, with the fields of Span."""
     with Path(path).open("w", encoding="utf-8") as file:
@@ -66,20 +72,29 @@ def read_jsonl(path: str | Path) -> list[Span]:
     """
     problems = Problems()
     spans = []
-    names = {field.name for field in fields(Span)}
-    needed = {field.name for field in fields(Span) if field.default is MISSING}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
             values = None
-        if isinstance(values, dict) and needed <= values.keys() <= names:
+        if _is_span(values):
             queued = values.get("queued")
             spans.append(Span(**{**values, "tokens": tuple(values.get("tokens", ())), "queued": queued and tuple(queued)}))
         else:
-            problems.add(f"{path}, line {number} is not a span with {', '.join(sorted(needed))}: record the trace anew")
+            problems.add(f"{path}, line {number} is not a span with {', '.join(sorted(_NEEDED))}: record the trace anew")
     problems.raise_if_any()
     return spans
+
+
+def _is_span(values: Any) -> bool:
+    """Whether a JSON value has the fields of a Span, with what may be in them."""
+    if not isinstance(values, dict) or not _NEEDED <= values.keys() <= _NAMES:
+        return False
+    task, tokens, queued = values["task"], values.get("tokens", []), values.get("queued")
+    return values["stream"] in STREAMS and isinstance(task, str) and (task in (REDUCE, OPTIMIZER) or Task.parse(task) is not None) \
+        and isinstance(tokens, list) and (queued is None or isinstance(queued, list) and len(queued) == 2) \
+        and all(isinstance(one, (int, float)) for one in (
+            values["rank"], values["start"], values["end"], values.get("sent", 0), *tokens, *(queued or ())))
 
 
 def write_chrome(

@@ -29,10 +29,14 @@ def test_a_span_that_is_moved_stays_as_it_is():
 
 
 def test_lines_that_are_no_spans_are_named(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"rank": 0}\nnonsense\n')
+    good = {"rank": 0, "stream": "out", "task": "DF_1,1", "start": 0.5, "end": 0.6}
+    wrong = [{"rank": 0}, *({**good, **one} for one in (
+        {"start": "x"}, {"task": "XX"}, {"stream": "none"}, {"tokens": 3}, {"tokens": ["a"]}, {"queued": [1.0]}, {"sent": None}))]
+    lines = [*map(json.dumps, wrong), "nonsense", "\udcff"]
+    (tmp_path / "t.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     with pytest.raises(UsageError) as error:
         read_jsonl(tmp_path / "t.jsonl")
-    assert len(error.value.problems) == 2
+    assert len(error.value.problems) == len(lines)
 
 
 def test_the_chrome_trace_has_a_process_a_rank_and_microseconds(tmp_path):
