@@ -30,7 +30,7 @@ MOST_PROBLEMS = 20  # named in one message
 _LIBRARIES = {"HuggingFaceTokenizer": "transformers", "GPT2BPETokenizer": "transformers", "TikTokenizer": "tiktoken",
               "SentencePieceTokenizer": "sentencepiece", "GPTSentencePieceTokenizer": "sentencepiece",
               "Llama2Tokenizer": "sentencepiece"}
-_FILES = {"tokenizer_model": ("TikTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")}
+_OF_A_FILE = ("TikTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ def tokenizer_arguments(of_recipe: Sequence[str], flags: Sequence[str]) -> argpa
         problems.add("--tokenizer-type NullTokenizer needs --vocab-size")
     for name in ("tokenizer_model", "vocab_file", "merge_file"):
         path, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        is_file = args.tokenizer_type in _FILES.get(name, ()) or name != "tokenizer_model"
+        is_file = name != "tokenizer_model" or args.tokenizer_type in _OF_A_FILE  # others may have a name on a hub
         if path and is_file and not Path(path).is_file():
             problems.add(f"{flag}: {path} is not there")
-        elif not path and args.tokenizer_type in _FILES.get(name, ()):
-            problems.add(f"--tokenizer-type {args.tokenizer_type} needs {flag}")
+    if args.tokenizer_type in _OF_A_FILE and not args.tokenizer_model:
+        problems.add(f"--tokenizer-type {args.tokenizer_type} needs --tokenizer-model")
     problems.raise_if_any()
     args.rank = 1  # the rank that logs is 0
     args.pad_vocab_size = False
