@@ -50,7 +50,9 @@ class Copies:
     def _sum(self, copies: torch.Tensor) -> torch.Tensor:
         if not len(self.starts):
             return copies
-        return embedding_bag(self.by_row, copies, self.starts, mode="sum")
+        # torch's kernel for the CPU rounds a half of bf16 away from zero; all else, the GPU's too, rounds it to even.
+        addends = copies.float() if copies.dtype is torch.bfloat16 and not copies.is_cuda else copies
+        return embedding_bag(self.by_row, addends, self.starts, mode="sum").to(copies.dtype)
 
 
 class _Expanded(torch.autograd.Function):

@@ -35,6 +35,14 @@ def test_half_precision_is_summed_in_fp32():
     assert copies.summed(torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)).item() == 258
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_is_rounded_to_even(dtype):
+    """A sum of two numbers has such a half as its last bit in one case of nine or so."""
+    pairs = torch.randn(100, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    copies = Copies.of(torch.arange(100, dtype=torch.int32).repeat_interleave(2), 100)
+    assert torch.equal(copies.summed(pairs.view(200, 8)), pairs[:, 0] + pairs[:, 1])
+
+
 def test_what_is_not_finite_stays_in_its_row():
     outputs = torch.ones(7, 2)
     outputs[2] = torch.nan
