@@ -39,7 +39,7 @@ from hosts import Hosts
 from measure import Machine, Shares, measure
 from paper_models import MODELS, STEPS, VOCABULARY, model_flags, model_shape, words
 from prices import Prices, measured_in, price, take_profiles
-from systems import FAST, NAMES, PIPELINE, PLANNED, SLOW, System, pipelined, planned, systems
+from systems import EVERYTHING, FAST, NAMES, PIPELINE, PLANNED, SLOW, System, pipelined, planned, systems
 
 from megatron_hetermoe.cli.emulate import linear_layers
 
@@ -47,6 +47,7 @@ BUDGET = 530  # seconds
 _WHY_NOT = {
     PIPELINE: "stock Megatron has as many ranks in each stage, and a whole number of microbatches",
     **dict.fromkeys(PLANNED, "no plan fits into --memory-gb"),
+    EVERYTHING: "waves overlap where a step has two microbatches, and --memory-gb has room for them",
 }
 
 

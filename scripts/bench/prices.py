@@ -11,7 +11,7 @@ import bound
 import yaml
 from lab import Ended
 from measure import Machine
-from systems import FAST, KERNELS, PIPELINE, SLOW, equal_stages
+from systems import ASYM_EA, EVERYTHING, FAST, KERNELS, OWN_LAYOUT, PIPELINE, SLOW, equal_stages
 from throttle import longer
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER, Plan
@@ -119,7 +119,10 @@ def price(
     kinds = kinds_of(cluster, shape, precision, notes)
     question = Question(shape, precision, micro_batch, batch, vocabulary, ("none",), (False,), weight_gradients=(TOGETHER, MERGED))
     by_kind = _by_kind(question, cluster, kinds)
-    found = {"zebra, Asym-EA": _priced(by_kind), "zebra, planned": next(iter(search(question, cluster, kinds).best), None)}
+    found = {
+        ASYM_EA: _priced(by_kind, "zebra", by_kind.wave), EVERYTHING: _priced(by_kind, "overlapped", _half(by_kind)),
+        OWN_LAYOUT: next(iter(search(question, cluster, kinds).best), None),
+    }
     chosen = {name: priced for name, priced in found.items() if priced is not None}
     group, tokens = by_kind.group, batch * shape.sequence
     merged = group.amortised(group.step.microbatches)
@@ -180,8 +183,14 @@ def _by_kind(question: Question, cluster: Cluster, kinds: dict[str, Kind]) -> Op
                 if (*option.attention, *option.expert) == wanted and option.groups == 1)
 
 
-def _priced(option: Option) -> Priced | None:
-    """With as many microbatches on the way as fit, and the placement that is fastest then; None if nothing fits."""
-    limits = option.limits(option.wave, weight_gradients=MERGED)[0]
-    assignment = balance(option.group, limits, option.wave, weight_gradients=MERGED) if option.wave else None
-    return assignment and Priced(option, option.wave, assignment, option.tokens / assignment.seconds, MERGED)
+def _priced(option: Option, schedule: str, wave: int) -> Priced | None:
+    """With so many microbatches on the way, 0 where none fit, and the placement that is fastest then; None if nothing fits."""
+    limits = option.limits(wave, schedule, MERGED)[0]
+    assignment = balance(option.group, limits, wave, schedule=schedule, weight_gradients=MERGED) if wave else None
+    return assignment and Priced(option, wave, assignment, option.tokens / assignment.seconds, MERGED, schedule)
+
+
+def _half(option: Option) -> int:
+    """A step's microbatches in two waves, or in more where these do not fit; 0 for a step of one."""
+    total = option.group.step.microbatches
+    return min(option.wave, -(-total // 2)) if total > 1 else 0

@@ -86,8 +86,9 @@ def systems(fast: int, slow: int, ours: Sequence[str] = ()) -> dict[str, System]
 
 
 PIPELINE = "pipeline, best split"
-# Planned when profiles are there: the placement for attention on the fast pool, and the planner's own choice of layout.
-PLANNED = ("zebra, Asym-EA", "zebra, planned")
+# Planned when profiles are there: the placement for attention on the fast pool; the same with all that schedules can do,
+# overlapped waves beside the W tasks that it has anyway; and the planner's own choice of layout.
+PLANNED = ASYM_EA, EVERYTHING, OWN_LAYOUT = ("zebra, Asym-EA", "zebra, everything", "zebra, planned")
 NAMES = (*systems(1, 1), PIPELINE, *PLANNED)
 
 
