@@ -90,7 +90,7 @@ def test_the_network(tmp_path):
     old = {**pool, "kind": "V100-SXM2", "gpus_per_node": 2, "memory_gb": 16}
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("# mine\n" + yaml.safe_dump({"pools": {"new": pool, "old": old}}, sort_keys=False))
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "3"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command = ["profile", "--network", "--cluster", cluster, "--out", tmp_path / "measured.yaml"]
     ended = hetermoe(*command, launcher=launcher)
     assert ended.returncode == 0, ended.stderr

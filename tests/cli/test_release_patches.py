@@ -106,7 +106,7 @@ def test_a_real_checkout_under_torchrun_alone(tmp_path):
     assert apply.main([str(tmp_path)]) == 0
     flags = ["--hetermoe", "--hetermoe-attention-ranks", "1", "--hetermoe-expert-ranks", "1", *tiny(train_iters=2)]
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "pretrain_gpt.py", *flags], cwd=tmp_path,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain_gpt.py", *flags], cwd=tmp_path,
         env={**os.environ, "HETERMOE_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )
     assert run.returncode == 0 and "iteration        2/       2" in run.stdout, run.stdout + run.stderr

@@ -111,7 +111,7 @@ def test_a_checkout_shadows_the_installed_megatron(tmp_path):
 
 def test_under_torchrun(tmp_path):
     """One command for each rank; and a script that has the two lines, without any command of ours."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     entry = tmp_path / "hetermoe"
     entry.write_text(f'#!/bin/sh\nexec {shlex.join(HETERMOE)} "$@"\n')
     entry.chmod(0o755)
