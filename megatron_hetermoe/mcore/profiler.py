@@ -39,6 +39,7 @@ from megatron_hetermoe.mcore.pretrain import model_provider
 from megatron_hetermoe.mcore.session import Session
 from megatron_hetermoe.mcore.tasks import AttentionTasks, ExpertTasks, StepInputs
 from megatron_hetermoe.runtime.copies import Copies
+from megatron_hetermoe.runtime.device import is_gpu
 from megatron_hetermoe.runtime.graphs import graphs_for
 from megatron_hetermoe.runtime.roll_call import started_here
 from megatron_hetermoe.runtime.streams import Queued, streams_for
@@ -250,7 +251,7 @@ class _Clock:
         self._computed: dict[tuple[int, Pass], list[float]] = {}
         self._queued: dict[tuple[int, Pass], list[float]] = {}
         self._streams = streams_for(device, self._observe)
-        self._is_gpu = torch.empty(0, device=device).is_cuda
+        self._is_gpu = is_gpu(device)
         self._ahead = self._counts = False
 
     def turns(self, repeats: int) -> Iterator[None]:
@@ -426,7 +427,7 @@ class _Experts(_Part):
 
 def _allocated() -> float:
     """Bytes of tensors on the GPU; 0 on the CPU."""
-    return float(torch.cuda.memory_allocated()) if torch.empty(0, device=torch.cuda.current_device()).is_cuda else 0.0
+    return float(torch.cuda.memory_allocated()) if is_gpu(torch.device(torch.cuda.current_device())) else 0.0
 
 
 def _optimizer_seconds(

@@ -141,7 +141,7 @@ class _Run:
             self.progress.finish(_Prepared(task))
 
     def _fail(self, stream: Stream, task: Task, error: BaseException) -> None:
-        error.add_note(f"in task {task} on stream {stream.value}")
+        error.add_note(f"in task {self.marks.in_model(task)} on stream {stream.value}")
         self.progress.fail(error)
 
 

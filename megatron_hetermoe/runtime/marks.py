@@ -49,6 +49,10 @@ class Marks:
         """A stream has no further task."""
         self._tasks.pop(stream, None)
 
+    def in_model(self, task: Task) -> Task:
+        """A task with the model's number for its layer."""
+        return self.numbering.in_model(task) if self.numbering else task
+
     def awaited(self) -> str:
         """What this rank waits for and since when: while tasks run, that of the channel that stands still longest."""
         phase, since = self._phase
@@ -56,7 +60,7 @@ class Marks:
         if not tasks:
             return f"the end of: {phase}, since {_clock(since)}"
         stream, (task, since) = next((item for item in tasks if item[0] is not Stream.COMPUTE), tasks[0])
-        task = self.numbering.in_model(task) if self.numbering else task
+        task = self.in_model(task)
         return (f"task {task} ({_KINDS[task.kind]} {_PASSES[task.direction]}, layer {task.layer}, microbatch {task.microbatch + 1}) "
                 f"on stream {stream.value} in {phase}, since {_clock(since)}")
 

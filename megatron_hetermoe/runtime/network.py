@@ -64,7 +64,7 @@ def measure_queueing(
     Returns:
         The longest of all members' times.
     """
-    if not torch.empty(0, device=device).is_cuda:
+    if not is_gpu(device):
         return [0.0] * MOST_TENSORS
     found = []
     for tensors in range(1, MOST_TENSORS + 1):

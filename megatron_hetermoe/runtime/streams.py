@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_hetermoe.runtime.channels import blocks
+from megatron_hetermoe.runtime.device import is_gpu
 from megatron_hetermoe.schedule.tasks import Stream, Task
 
 Queued = tuple[float, float] | None  # when the host began and ended to queue a task of a GPU
@@ -127,6 +128,5 @@ class CudaStreams:
 
 
 def streams_for(device: torch.device, observe: Observer | None = None) -> HostStreams | CudaStreams:
-    """The streams of a device. A tensor is asked, since on the CPU platform devices are called CUDA's."""
-    is_gpu = torch.empty(0, device=device).is_cuda
-    return CudaStreams(device, observe) if is_gpu else HostStreams(observe)
+    """The streams of a device."""
+    return CudaStreams(device, observe) if is_gpu(device) else HostStreams(observe)

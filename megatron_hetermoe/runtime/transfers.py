@@ -17,6 +17,7 @@ import torch
 
 from megatron_hetermoe.runtime.channels import Channel, Message
 from megatron_hetermoe.runtime.copies import Copies, by_expert, empty_labels, from_labels
+from megatron_hetermoe.runtime.device import is_gpu
 from megatron_hetermoe.runtime.recorder import Recorder
 from megatron_hetermoe.runtime.selfcheck import Checksums
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Task
@@ -141,7 +142,7 @@ class Transfers:
         self._announced: dict[tuple[int, int], tuple[tuple[TransferSizes, ...], torch.dtype]] = {}
         self._leaving: dict[tuple[int, int], tuple[SizesLater, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         # Buffers are made on a channel's stream and freed by compute, which the allocator must know.
-        self._compute = torch.cuda.current_stream() if self._empty(0).is_cuda else None
+        self._compute = torch.cuda.current_stream() if is_gpu(self.device) else None
 
     def table(self) -> dict[tuple[Kind, Pass], Callable[[Task], None]]:
         """What the executor calls for D and C tasks."""
@@ -369,10 +370,8 @@ class Transfers:
             announced = header.tolist()
             if announced[:_HEADER_FIELDS] != [*expected, probs_dtype]:
                 raise RuntimeError(
-                    f"member {self.member} awaits layer {task.layer}, microbatch {task.microbatch + 1} as "
-                    f"{self.hidden} wide {self.dtype} with probabilities in {_DTYPES[probs_dtype]}, but member {owner} "
-                    f"sends layer {announced[0]}, microbatch {announced[1] + 1}, {announced[2]} wide "
-                    f"{_DTYPES[announced[3]]} with {_DTYPES[announced[4]]}"
+                    f"member {self.member} awaits {_in_words([*expected, probs_dtype])}, but member {owner} sends "
+                    f"{_in_words(announced)}"
                 )
         rows, counts = zip(*((number, of) for number, *of in (header[_HEADER_FIELDS:].tolist() for header in headers)))
         places = range(len(self._sharers))
@@ -389,6 +388,13 @@ class Transfers:
                 f"member {self.member} has {tensor.shape[0]} rows of {tensor.dtype} as {what} for {task}, "
                 f"its peers await {rows} of {dtype}"
             )
+
+
+def _in_words(header: Sequence[int]) -> str:
+    """A header, for a message; also one that was damaged on its way."""
+    layer, microbatch, hidden, *dtypes = header[:_HEADER_FIELDS]
+    tokens, probs = (str(_DTYPES[dtype]) if dtype in range(len(_DTYPES)) else f"type {dtype}" for dtype in dtypes)
+    return f"layer {layer} of its stage, microbatch {microbatch + 1}, {hidden} wide {tokens} with probabilities in {probs}"
 
 
 def _sizes(state: Routed, part: int) -> list[int]:

@@ -64,7 +64,7 @@ class Setting(NamedTuple):
 
 def setting(cell: dict) -> Setting:
     """The one of a cell."""
-    return Setting(cell["model"], cell["length"], tuple(cell["ranks"]), cell["batch"], cell["micro_batch"], cell.get("gbps"))
+    return Setting(cell["model"], cell["length"], tuple(cell["ranks"]), cell["batch"], cell.get("micro_batch", 1), cell.get("gbps"))
 
 
 def compared(cells: Iterable[dict]) -> list[dict]:
@@ -75,7 +75,7 @@ def compared(cells: Iterable[dict]) -> list[dict]:
     """
     by_training: dict[tuple, list[dict]] = {}
     for cell in cells:
-        by_training.setdefault((cell["model"], cell["length"], cell["batch"], cell["micro_batch"]), []).append(cell)
+        by_training.setdefault((cell["model"], cell["length"], cell["batch"], cell.get("micro_batch", 1)), []).append(cell)
     return [_checked(cell, _reference(alike)) for alike in by_training.values() for cell in alike]
 
 

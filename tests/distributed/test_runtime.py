@@ -15,7 +15,7 @@ from megatron_hetermoe.runtime import executor
 from megatron_hetermoe.runtime.channels import Channel, blocks
 from megatron_hetermoe.runtime.copies import by_expert, from_labels, labels_of
 from megatron_hetermoe.runtime.streams import HostStreams
-from megatron_hetermoe.runtime.transfers import Routed, Transfers, TransferSizes
+from megatron_hetermoe.runtime.transfers import Routed, Transfers, TransferSizes, _in_words
 from megatron_hetermoe.schedule.orders import zebra
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream
 from megatron_hetermoe.topology.placement import Placement
@@ -178,14 +178,19 @@ def disagree(rank: int, world: int, what: str):
 
 @pytest.mark.parametrize(
     "what, said",
-    [("dtype", "member 0 sends layer 1, microbatch 1, 4 wide torch.float64"),
-     ("width", "member 0 sends layer 1, microbatch 1, 5 wide"),
+    [("dtype", "member 0 sends layer 1 of its stage, microbatch 1, 4 wide torch.float64"),
+     ("width", "member 0 sends layer 1 of its stage, microbatch 1, 5 wide"),
      ("rows", "member 0 has 3 rows of torch.float32 as tokens for DF_1,1, its peers await 4")],
 )
 def test_both_ends_check_size_and_type(what, said):
     with pytest.raises(RanksFailed) as caught:
         run_function(disagree, 4, what)
     assert said in str(caught.value)
+
+
+def test_a_damaged_header_is_said_in_words():
+    assert _in_words([1, 0, 8, 99, -1, 4, 4]) == \
+        "layer 1 of its stage, microbatch 1, 8 wide type 99 with probabilities in type -1"
 
 
 def test_a_failing_task_stops_the_run_and_is_named():
