@@ -77,6 +77,11 @@ class Schedule:
 
     def member(self, member: int) -> MemberSchedule:
         """The orders of one member's streams; those of a holder, where several ranks are one."""
+        streams = self.streams_of(member)
+        return MemberSchedule(streams, self._waits(streams), self._issued_before(streams))
+
+    def streams_of(self, member: int) -> dict[Stream, Order]:
+        """The tasks of each of a member's streams, in order, without what they wait for."""
         holds = self.placement.layers_of(member)
         is_attention = member < self.attention_members
         computes = tuple(
@@ -95,7 +100,7 @@ class Schedule:
         }
         if handovers := tuple(task for task in transfers if task.stream is Stream.STAGES):
             streams[Stream.STAGES] = handovers
-        return MemberSchedule(streams, self._waits(streams), self._issued_before(streams))
+        return streams
 
     def tasks_of(self, member: int) -> frozenset[Task]:
         """One member's tasks, in no order."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_hetermoe.schedule.orders import MemberSchedule, Schedule, build
+from megatron_hetermoe.schedule.orders import Order, Schedule, build
 from megatron_hetermoe.schedule.tasks import Kind, Pass, Stream, Task
 from megatron_hetermoe.topology.placement import Placement
 
 PRICED = tuple(Task(kind, way, 1, 0) for kind in (Kind.ATTENTION, Kind.EXPERT, Kind.DISPATCH, Kind.COMBINE)
                for way in (Pass.FORWARD, Pass.BACKWARD))  # one for each kind and pass that has prices of its own
+
+Operation = tuple[Kind, int, int, int, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Program:
         results: how many there are.
     """
 
-    operations: tuple[tuple[Kind, int, int, int, tuple[int, ...], tuple[int, ...]], ...]
+    operations: tuple[Operation, ...]
     results: int
 
 
@@ -35,8 +37,9 @@ def compile_program(
 ) -> Program:
     """Compiles the order of a member that has all tasks. All others' are this one without what they do not have, so
     they run on it with masks."""
-    member = _of_group(schedule, layers, moe_layers, microbatches, wave, 0).member(0)
-    return _compiled(_topological(member), member.waits.__getitem__)
+    of_group = _of_group(schedule, layers, moe_layers, microbatches, wave, 0)
+    waits = _waits(of_group)
+    return _compiled(_topological(of_group.streams_of(0), waits), waits)
 
 
 @lru_cache(maxsize=64)
@@ -46,8 +49,9 @@ def compile_queueing(
     """The same in the order in which hosts queue tasks, which is another where attention ranks hold experts, as
     ``on_attention`` says (``Schedule.issue_order``)."""
     of_group = _of_group(schedule, layers, moe_layers, microbatches, wave, 0 if on_attention else 1)
-    members = [of_group.member(member) for member in ((0,) if on_attention else (0, 1))]
-    return _compiled(_queueing_order(of_group, members), of_group.dependencies)
+    waits = _waits(of_group)
+    computes = [of_group.streams_of(member)[Stream.COMPUTE] for member in ((0,) if on_attention else (0, 1))]
+    return _compiled(_queueing_order(computes, waits), waits)
 
 
 def _of_group(
@@ -58,49 +62,55 @@ def _of_group(
     return build(schedule, layers, held, 1, microbatches, wave)
 
 
-def _compiled(tasks: Iterable[Task], waits_of: Callable[[Task], tuple[Task, ...]]) -> Program:
+def _waits(of_group: Schedule) -> dict[Task, Order]:
+    """What each task of the ZP group waits for, tasks as they are issued."""
+    return {task: of_group.dependencies(task) for task in of_group.issue_order()}
+
+
+def _compiled(tasks: Iterable[Task], waits: Mapping[Task, Order]) -> Program:
     index: dict[Task, int] = {}
     which = {(of.kind, of.direction): number for number, of in enumerate(PRICED)}
-    operations = []
+    on_compute = [of.stream is Stream.COMPUTE for of in PRICED]
+    operations: list[Operation] = []
     for number, task in enumerate(tasks):
         index[task] = number
-        waits = waits_of(task)
-        transfers = tuple(index[wait] for wait in waits if wait.stream is not Stream.COMPUTE)
+        sort = which[task.kind, task.direction]
+        before = [index[wait] for wait in waits[task]]
+        transfers = tuple(other for other in before if not on_compute[operations[other][1]])
         # An A task's other waits are on its own stream and before it; a transfer's are what it carries.
-        computed = tuple(index[wait] for wait in waits if wait.stream is Stream.COMPUTE) \
-            if task.stream is not Stream.COMPUTE else ()
-        operations.append((task.kind, which[task.kind, task.direction], task.layer - 1, number, transfers, computed))
+        computed = () if on_compute[sort] else tuple(other for other in before if on_compute[operations[other][1]])
+        operations.append((task.kind, sort, task.layer - 1, number, transfers, computed))
     return Program(tuple(operations), len(index))
 
 
-def _topological(member: MemberSchedule) -> Iterator[Task]:
+def _topological(streams: Mapping[Stream, Order], waits: Mapping[Task, Order]) -> Iterator[Task]:
     """All streams merged, each in its order, every task after what it waits for."""
-    at = dict.fromkeys(member.streams, 0)
+    at = dict.fromkeys(streams, 0)
     done: set[Task] = set()
     progress = True
     while progress:
         progress = False
-        for stream, order in member.streams.items():
-            while at[stream] < len(order) and done.issuperset(member.waits[order[at[stream]]]):
+        for stream, order in streams.items():
+            while at[stream] < len(order) and done.issuperset(waits[order[at[stream]]]):
                 task = order[at[stream]]
                 done.add(task)
                 at[stream] += 1
                 progress = True
                 yield task
-    assert len(done) == sum(map(len, member.streams.values()))
+    assert len(done) == sum(map(len, streams.values()))
 
 
-def _queueing_order(of_group: Schedule, members: Iterable[MemberSchedule]) -> Iterator[Task]:
+def _queueing_order(computes: Iterable[Order], waits: Mapping[Task, Order]) -> Iterator[Task]:
     """Transfers one after the other as they are issued, and a member's compute tasks each as soon as what it waits for is
     queued: so a host that waits for the sizes of a dispatch has nothing else that it could queue."""
-    computes = [deque(member.streams[Stream.COMPUTE]) for member in members]
+    orders = [deque(order) for order in computes]
     queued: set[Task] = set()
-    for transfer in (None, *(task for task in of_group.issue_order() if task.stream is not Stream.COMPUTE)):
+    for transfer in (None, *(task for task in waits if task.stream is not Stream.COMPUTE)):
         if transfer is not None:
             queued.add(transfer)
             yield transfer
-        for order in computes:
-            while order and queued.issuperset(of_group.dependencies(order[0])):
+        for order in orders:
+            while order and queued.issuperset(waits[order[0]]):
                 queued.add(order[0])
                 yield order.popleft()
-    assert not any(computes)
+    assert not any(orders)
