@@ -118,26 +118,28 @@ def _run(
 
     maximum = np.maximum
     clock = np.zeros(counts.shape[1:])  # of each compute stream
+    clock_of_owners = clock[:owners]
     channels = {Stream.OUT: np.zeros(counts.shape[2]), Stream.BACK: np.zeros(counts.shape[2])}
     streams = [of.stream for of in PRICED]
     ends: list[np.ndarray | None] = [None] * program.results
     sent: dict[int, np.ndarray] = {}
     always = [bool(layer.all()) for layer in counts]
+    # All arrays are small, so what a step takes is the number of operations on them: they are done in place.
     for kind, which, layer, number, transfers, computed in program.operations:
         price = prices[which][layer]
         if kind is Kind.ATTENTION:
-            start = clock[:owners]
             for transfer in transfers:
-                start = maximum(start, ends[transfer])
-            clock[:owners] = end = start + price
-            ends[number] = _last(end)
+                maximum(clock_of_owners, ends[transfer], out=clock_of_owners)
+            clock_of_owners += price
+            ends[number] = _last(clock_of_owners)
         elif kind is Kind.EXPERT:
-            end = clock
+            end = clock if always[layer] else clock.copy()
             for transfer in transfers:
-                end = maximum(end, ends[transfer])
-            end = end + price
+                maximum(end, ends[transfer], out=end)
+            end += price
             ends[number] = _last(end)
-            clock = end if always[layer] else maximum(clock, end)
+            if end is not clock:
+                maximum(clock, end, out=clock)
         else:
             start = channels[streams[which]]
             for other in (*transfers, *computed):
@@ -160,38 +162,43 @@ def _run_queued(
 
     maximum = np.maximum
     clock, host = np.zeros(takes.shape[1:]), np.zeros(takes.shape[1:])
+    clock_of_owners, host_of_owners = clock[:owners], host[:owners]
     channels = {Stream.OUT: np.zeros(takes.shape[2]), Stream.BACK: np.zeros(takes.shape[2])}
     streams, sized = [of.stream for of in PRICED], [waits_for_sizes(of) for of in PRICED]
     ends: list[np.ndarray | None] = [None] * program.results
     sent: dict[int, np.ndarray] = {}
     never = [None if layer.all() else np.where(layer, 0.0, -np.inf) for layer in takes]
+    # All arrays are small, so what a step takes is the number of operations on them: they are done in place.
     for kind, which, layer, number, transfers, computed in program.operations:
-        price = prices[which][layer]
+        price, queueing = prices[which][layer], hosts[which][layer]
         if kind is Kind.ATTENTION:
-            host[:owners] += hosts[which][layer]
-            start = maximum(clock[:owners], host[:owners])
+            host_of_owners += queueing
+            maximum(clock_of_owners, host_of_owners, out=clock_of_owners)
             for transfer in transfers:
-                start = maximum(start, ends[transfer])
-            clock[:owners] = end = start + price
-            ends[number] = _last(end)
+                maximum(clock_of_owners, ends[transfer], out=clock_of_owners)
+            clock_of_owners += price
+            ends[number] = _last(clock_of_owners)
         elif kind is Kind.EXPERT:
-            host += hosts[which][layer]
+            host += queueing
             end = maximum(clock, host)
             for transfer in transfers:
-                end = maximum(end, ends[transfer])
-            end = end + price
+                maximum(end, ends[transfer], out=end)
+            end += price
             ends[number] = _last(end)
-            clock = maximum(clock, end)
+            maximum(clock, end, out=clock)
         else:
             absent = never[layer]
             if sized[which]:
-                known = ends[computed[0]]  # of its A task
+                known = ends[computed[0]]  # of its A task, whose owners' hosts all take part
                 maximum(host, known if absent is None else known + absent, out=host)
-            host += hosts[which][layer]
-            start = maximum(channels[streams[which]], _last(host if absent is None else host + absent))
+                computed = ()
+            host += queueing
+            start = _last(host if absent is None else host + absent)
+            maximum(start, channels[streams[which]], out=start)
             for other in (*transfers, *computed):
-                start = maximum(start, ends[other])
-            channels[streams[which]] = ends[number] = sent[layer] = start + price
+                maximum(start, ends[other], out=start)
+            start += price
+            channels[streams[which]] = ends[number] = sent[layer] = start
     return clock, sent
 
 
