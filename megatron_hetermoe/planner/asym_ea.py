@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER
@@ -261,9 +262,29 @@ def _longer(group: GroupCosts, experts: np.ndarray, schedule: str, wave: int, wa
     """Seconds, [candidates], of so many waves of that size; what is beyond a few microbatches as long as the last ones."""
     short, longer = _SEARCH_MICROBATCHES // 2, _SEARCH_MICROBATCHES
     if wave <= longer:
-        return step_seconds(group, experts, schedule, wave, wave * waves)
-    first, second = (step_seconds(group, experts, schedule, size, size * waves) for size in (short, longer))
+        return _simulated(group, experts, schedule, wave, wave * waves)
+    first, second = (_simulated(group, experts, schedule, size, size * waves) for size in (short, longer))
     return second + (second - first) / (longer - short) * (wave - longer)
+
+
+@lru_cache(maxsize=4)
+def _known_steps(group: GroupCosts) -> dict[tuple[str, int, int, bytes], float]:
+    """Seconds of the steps of a ZP group that were simulated, by schedule, wave, microbatches and experts: a search tries one
+    wave after the other, and simulates the same few microbatches of all long ones."""
+    return {}
+
+
+def _simulated(group: GroupCosts, experts: np.ndarray, schedule: str, wave: int, microbatches: int) -> np.ndarray:
+    """``step_seconds``, which simulates what is not known."""
+    import numpy as np
+
+    known = _known_steps(group)
+    keys = [(schedule, wave, microbatches, one.tobytes()) for one in experts]
+    new = [index for index, key in enumerate(keys) if key not in known]
+    if new:
+        seconds = step_seconds(group, experts[new], schedule, wave, microbatches)
+        known.update(zip((keys[index] for index in new), seconds.tolist()))
+    return np.array([known[key] for key in keys])
 
 
 @dataclass(frozen=True)
@@ -373,7 +394,7 @@ class _Search:
             fits = feasible(experts, self._limits, self._schedule)
             self._known.update(dict.fromkeys(new, float("inf")))
             if fits.any():
-                seconds = step_seconds(self._group, experts[fits], self._schedule, self._wave, self._microbatches)
+                seconds = _simulated(self._group, experts[fits], self._schedule, self._wave, self._microbatches)
                 chosen = [moved for moved, fit in zip(new, fits) if fit]
                 self._known.update(zip(chosen, map(float, seconds)))
         return np.array([self._known[moved] for moved in candidates])

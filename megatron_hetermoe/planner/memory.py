@@ -6,6 +6,7 @@ Where a profile has measured figures they replace the arithmetic here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER
 from megatron_hetermoe.cost.group import BYTES, GRADIENT_BYTES, GroupCosts
@@ -83,44 +84,76 @@ def member_memory(
         imbalance: rows that the member's experts get, over those of balanced routing.
         weight_gradients: as in a plan.
     """
-    shape, step = group.shape, group.step
-    figures = group.seats[member].kind.memory_figures
-    dense = group.dense if member < group.attention_members else 0.0
-    routed = experts * shape.expert_weights / group.expert_tensor
-    state = _MOMENTS + (_MASTER if BYTES[group.precision] < 4 else 0)
-    shares = (group.groups * group.copies, group.groups) if step.distributed_optimizer else (1, 1)
-    rows = group.expert_tokens * imbalance
-    activations = wave * experts * rows * expert_row_bytes(group, member)
-    transient = 0.0
-    if experts:
-        # The layer at hand: gradients of its outputs, of its inputs and inside one expert.
-        per_layer = -(-experts // len(shape.moe_layers))
-        size = BYTES[group.precision]
+    return _MemoryOfMember(group, member, imbalance, weight_gradients).of(experts, wave)
+
+
+class _MemoryOfMember:
+    """``member_memory`` for any number of experts and microbatches: a search asks for some of each member, so what depends on
+    neither is worked out once."""
+
+    def __init__(self, group: GroupCosts, member: int, imbalance: float, weight_gradients: str):
+        shape, size = group.shape, BYTES[group.precision]
+        self._group, self._moe_layers, self._size = group, len(shape.moe_layers), size
+        self._dense = group.dense if member < group.attention_members else 0.0
+        self._state = _MOMENTS + (_MASTER if size < 4 else 0)
+        self._shares = (group.groups * group.copies, group.groups) if group.step.distributed_optimizer else (1, 1)
+        self._rows = group.expert_tokens * imbalance
+        self._row_bytes = expert_row_bytes(group, member)
         copied = group.expert_tensor > 1  # addends of the tokens of all ranks that share the experts
-        transient = rows * size * ((3 + copied) * per_layer * shape.hidden + 4 * shape.expert_ffn / group.expert_tensor)
-        if weight_gradients == MERGED:
-            transient += wave * per_layer * rows * _row_bytes_until_weights(group)
-    if dense:
-        tokens = group.rank_tokens
-        activations += wave * tokens * shape.layers * attention_token_bytes(group, member)
-        # Keys and values of a whole sequence, of which a rank has a part itself.
-        keys = tokens * shape.key_value_width * BYTES[group.precision]
-        activations += wave * shape.layers * (group.context - 1) * keys * (step.recompute == "none")
+        self._layer_row, self._expert_row = (3 + copied) * shape.hidden, 4 * shape.expert_ffn / group.expert_tensor
+        self._until_weights = _row_bytes_until_weights(group) if weight_gradients == MERGED else 0
+        self._token_bytes = attention_token_bytes(group, member) if self._dense else 0.0
+        self._overhead = group.seats[member].kind.memory_figures.get("overhead", OVERHEAD)
+
+    def of(self, experts: int, wave: float) -> Memory:
+        """Bytes with so many (layer, expert) pairs and microbatches on their way."""
+        group, dense = self._group, self._dense
+        routed = experts * group.shape.expert_weights / group.expert_tensor
+        activations, transient = wave * experts * self._rows * self._row_bytes, 0.0
+        if experts:
+            # The layer at hand: gradients of its outputs, of its inputs and inside one expert.
+            per_layer = -(-experts // self._moe_layers)
+            transient = self._rows * self._size * (self._layer_row * per_layer + self._expert_row)
+            transient += wave * per_layer * self._rows * self._until_weights
+        if dense:
+            activations += wave * self._kept
+            transient = max(transient, self._head_or_permuted) + self._gathered
+        return Memory(
+            weights=(dense + routed) * self._size,
+            gradients=(dense + routed) * GRADIENT_BYTES[group.precision],
+            optimizer=self._state * (dense / self._shares[0] + routed / self._shares[1]),
+            activations=activations, transient=transient, overhead=self._overhead,
+        )
+
+    @cached_property
+    def _keys(self) -> float:
+        """Of keys and values of a whole sequence, of which a rank has a part itself."""
+        return self._group.rank_tokens * self._group.shape.key_value_width * self._size
+
+    @cached_property
+    def _kept(self) -> float:
+        """What an attention rank keeps of a microbatch."""
+        group, shape = self._group, self._group.shape
+        keys = (group.context - 1) * self._keys * (group.step.recompute == "none")
         # Of what predicts a further token: a later one's embedding and the hidden state, as they come and normed, and the
         # result, which the head gets.
-        activations += wave * tokens * shape.mtp_layers * 5 * shape.hidden * BYTES[group.precision]
-        # Logits with their gradient, in the weights' type and in fp32, or the permuted tokens of a layer.
-        logits = tokens * step.vocabulary * 2 * (BYTES[group.precision] + 4) * (1 + shape.mtp_layers) * group.ends
-        permuted = 4 * tokens * most_rows(group) * shape.hidden * BYTES[group.precision]
-        # Ranks that share a microbatch gather its tokens, or keys and values of a sequence, and the gradients of these.
-        gathered = 2 * (group.tensor - 1) * tokens * shape.hidden * BYTES[group.precision] + 2 * (group.context - 1) * keys
-        transient = max(transient, logits, permuted) + gathered
-    return Memory(
-        weights=(dense + routed) * BYTES[group.precision],
-        gradients=(dense + routed) * GRADIENT_BYTES[group.precision],
-        optimizer=state * (dense / shares[0] + routed / shares[1]),
-        activations=activations, transient=transient, overhead=figures.get("overhead", OVERHEAD),
-    )
+        further = shape.mtp_layers * 5 * shape.hidden * self._size
+        return shape.layers * (group.rank_tokens * self._token_bytes + keys) + group.rank_tokens * further
+
+    @cached_property
+    def _head_or_permuted(self) -> float:
+        """Logits with their gradient, in the weights' type and in fp32, or the permuted tokens of a layer."""
+        group, tokens = self._group, self._group.rank_tokens
+        heads = (1 + group.shape.mtp_layers) * group.ends
+        return max(tokens * group.step.vocabulary * 2 * (self._size + 4) * heads,
+                   4 * tokens * most_rows(group) * group.shape.hidden * self._size)
+
+    @cached_property
+    def _gathered(self) -> float:
+        """Ranks that share a microbatch gather its tokens, or keys and values of a sequence, and the gradients of these."""
+        group = self._group
+        tokens = (group.tensor - 1) * group.rank_tokens * group.shape.hidden * self._size
+        return 2 * tokens + 2 * (group.context - 1) * self._keys
 
 
 def most_imbalance(group: GroupCosts, experts: int) -> float:
@@ -210,10 +243,10 @@ def attention_token_bytes(group: GroupCosts, member: int) -> float:
 
 def most_experts(group: GroupCosts, member: int, wave: float, weight_gradients: str = TOGETHER) -> int:
     """The most (layer, expert) pairs that fit on a member; -1 when not even none does."""
-    limit = usable(group, member)
+    limit, memory = usable(group, member), _MemoryOfMember(group, member, IMBALANCE, weight_gradients)
 
     def total(experts: int) -> float:
-        return member_memory(group, member, experts, wave, weight_gradients=weight_gradients).total
+        return memory.of(experts, wave).total
 
     low, high = 0, group.shape.experts * len(group.shape.moe_layers)
     if (high_total := total(high)) <= limit:
