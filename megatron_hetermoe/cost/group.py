@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from megatron_hetermoe.config.shape import ModelShape, together
 from megatron_hetermoe.config.step import Step
-from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Kind, Link
+from megatron_hetermoe.cost.cluster import Cluster, ClusterPool, Kind
 from megatron_hetermoe.cost.work import (
     Numbers, Work, attention_work, crossing_share, dense_parameters, embedding_work, feed_forward_work, head_work,
     projection_width,
@@ -428,10 +428,11 @@ class GroupCosts:
         """[member, link], bytes a second."""
         import numpy as np
 
-        def links(pool: ClusterPool) -> list[Link]:
-            return [pool.intra, pool.intra, pool.rank_inter, pool.rank_inter]
-
-        return np.array([[link.bandwidth for link in links(seat.pool)] for seat in self.seats])
+        known = {}
+        for name, pool in {seat.pool.name: seat.pool for seat in self.seats}.items():
+            intra, inter = pool.intra.bandwidth, pool.rank_inter.bandwidth
+            known[name] = intra, intra, inter, inter
+        return np.array([known[seat.pool.name] for seat in self.seats])
 
     @cached_property
     def _holder_shares(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER
@@ -314,7 +315,8 @@ class _Search:
         self._sizes = (m, group.members - m)
         self._classes = tuple(_classes(group, limits, role) for role in (range(m), range(m, group.members)))
         self._shares: dict[int, list[tuple[int, ...]]] = {}
-        self._rows: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
+        self._moe_layers = frozenset(group.shape.moe_layers)
+        self._rows: dict[tuple[int, bool, tuple[int, ...]], tuple[list[int], tuple[int, ...]]] = {}
         self._known: dict[tuple[int, ...], float] = {}
 
     def family(self) -> list[tuple[int, ...]]:
@@ -344,21 +346,23 @@ class _Search:
         another rank in each layer, so that no rank gets more than its part of memory and time."""
         import numpy as np
 
-        shape = self._group.shape
-        moe = frozenset(shape.moe_layers)
-        every = [one for classes in self._classes for one in classes]
-        rows, turns = [], (0,) * len(every)
+        rows, turns = [], (0,) * sum(map(len, self._classes))
         for layer, count in enumerate(moved, start=1):
-            rest = shape.experts - count if layer in moe else 0
-            shares = self._share(0, count) + self._share(1, rest)
-            if (count, rest, turns) not in self._rows:
-                row = [0] * self._group.members
-                for one, number, turn in zip(every, shares, turns):
-                    self._deal(one, number, turn, row)
-                self._rows[count, rest, turns] = row
-            rows.append(self._rows[count, rest, turns])
-            turns = tuple((turn + number) % len(one.members) for one, turn, number in zip(every, turns, shares))
+            key = count, layer in self._moe_layers, turns
+            if key not in self._rows:
+                self._rows[key] = self._row(*key)
+            row, turns = self._rows[key]
+            rows.append(row)
         return np.array(rows, int)
+
+    def _row(self, count: int, has_experts: bool, turns: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:
+        """A layer's experts by member, so many of them on attention ranks, and whose turns the next layer's are."""
+        rest = self._group.shape.experts - count if has_experts else 0
+        shares, row, following = self._share(0, count) + self._share(1, rest), [0] * self._group.members, []
+        for one, number, turn in zip(chain.from_iterable(self._classes), shares, turns):
+            self._deal(one, number, turn, row)
+            following.append((turn + number) % len(one.members))
+        return row, tuple(following)
 
     def _share(self, role: int, number: int) -> tuple[int, ...]:
         """How many of a layer's experts each class of a role gets: one by one, to the class that would be done first

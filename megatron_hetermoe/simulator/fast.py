@@ -57,7 +57,7 @@ def step_seconds(
         takes = counts > 0
         takes[:, :owners] = True
         hosts = [_host_prices(group, counts, takes, tracks[:owners], tracks, of) for of in PRICED]
-        clock, sent = _run_queued(compile_queueing(*order, bool(on_attention.any())), prices, hosts, takes, owners)
+        clock, sent = _run_queued(compile_queueing(*order, bool(on_attention.any())), prices, hosts, counts, owners)
     else:
         clock, sent = _run(compile_program(*order), prices, counts, owners)
     for layer, end in sent.items():  # a member reduces its gradients after all its tasks, transfers among them
@@ -119,8 +119,8 @@ def _run(
     maximum = np.maximum
     clock = np.zeros(counts.shape[1:])  # of each compute stream
     clock_of_owners = clock[:owners]
-    channels = {Stream.OUT: np.zeros(counts.shape[2]), Stream.BACK: np.zeros(counts.shape[2])}
-    streams = [of.stream for of in PRICED]
+    channels = [np.zeros(counts.shape[2]) for _ in range(2)]
+    streams = [int(of.stream is Stream.BACK) for of in PRICED]
     ends: list[np.ndarray | None] = [None] * program.results
     sent: dict[int, np.ndarray] = {}
     always = [bool(layer.all()) for layer in counts]
@@ -149,25 +149,30 @@ def _run(
 
 
 def _run_queued(
-    program: Program, prices: list[list[np.ndarray]], hosts: list[list[np.ndarray]], takes: np.ndarray, owners: int
+    program: Program, prices: list[list[np.ndarray]], hosts: list[list[np.ndarray]], counts: np.ndarray, owners: int
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """As ``_run``, where a task starts no earlier than each host that takes part has queued it, of which each queues its own one
     after the other in the program's order; a dispatch when its sizes are known.
 
     Args:
         hosts: for each of PRICED, by layer, as of ``_host_prices``.
-        takes: as there.
     """
     import numpy as np
 
     maximum = np.maximum
-    clock, host = np.zeros(takes.shape[1:]), np.zeros(takes.shape[1:])
+    clock, host = np.zeros(counts.shape[1:]), np.zeros(counts.shape[1:])
     clock_of_owners, host_of_owners = clock[:owners], host[:owners]
-    channels = {Stream.OUT: np.zeros(takes.shape[2]), Stream.BACK: np.zeros(takes.shape[2])}
-    streams, sized = [of.stream for of in PRICED], [waits_for_sizes(of) for of in PRICED]
+    first = 0 if counts[:, :owners].any() else owners  # track that holds experts
+    clock_of_holders, host_of_holders = clock[first:], host[first:]
+    channels = [np.zeros(counts.shape[2]) for _ in range(2)]
+    streams, sized = [int(of.stream is Stream.BACK) for of in PRICED], [waits_for_sizes(of) for of in PRICED]
     ends: list[np.ndarray | None] = [None] * program.results
     sent: dict[int, np.ndarray] = {}
-    never = [None if layer.all() else np.where(layer, 0.0, -np.inf) for layer in takes]
+    always = [bool(layer[first:].all()) for layer in counts]
+    never = [None if layer[owners:].all() else np.where(layer > 0, 0.0, -np.inf) for layer in counts]
+    for absent in never:
+        if absent is not None:
+            absent[:owners] = 0.0
     # All arrays are small, so what a step takes is the number of operations on them: they are done in place.
     for kind, which, layer, number, transfers, computed in program.operations:
         price, queueing = prices[which][layer], hosts[which][layer]
@@ -179,13 +184,14 @@ def _run_queued(
             clock_of_owners += price
             ends[number] = _last(clock_of_owners)
         elif kind is Kind.EXPERT:
-            host += queueing
-            end = maximum(clock, host)
+            host_of_holders += queueing[first:]
+            end = maximum(clock_of_holders, host_of_holders, out=clock_of_holders if always[layer] else None)
             for transfer in transfers:
                 maximum(end, ends[transfer], out=end)
-            end += price
+            end += price[first:]
             ends[number] = _last(end)
-            maximum(clock, end, out=clock)
+            if end is not clock_of_holders:
+                maximum(clock_of_holders, end, out=clock_of_holders)
         else:
             absent = never[layer]
             if sized[which]:
