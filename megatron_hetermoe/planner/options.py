@@ -154,11 +154,12 @@ class Option:
         when a microbatch has come through the stages before (with virtual stages through a part of them, which is not
         counted) and ends when its gradients have gone back."""
         known: dict[tuple, float] = {}
+        sent = _channel_seconds(self.group)  # of a layer of any stage
         microbatches, before, slowest = self.group.step.microbatches, 0.0, 0.0
         for group in self.stages:
             key = group.begins, group.ends, group.shape
             if key not in known:
-                known[key] = _microbatch_bound(group) * microbatches + max(
+                known[key] = _microbatch_bound(group, sent) * microbatches + max(
                     group.optimizer(members[0], 0) for members in group.alike.values())
             slowest = max(slowest, before + known[key])
             before += 0.0 if group.chunks else min(sum(map(sum, group.attention[members[0]])) for (is_attention, _), members in group.alike.items()
@@ -223,15 +224,15 @@ def _shortfall(group: GroupCosts) -> float:
     return lacking + shape.experts * min(count * one for count, one in zip(ranks, pair))
 
 
-def _microbatch_bound(group: GroupCosts) -> float:
+def _microbatch_bound(group: GroupCosts, sent: float) -> float:
     """Seconds that a microbatch takes at least: no ramp, all work spread perfectly, the channels' bytes of the
-    experts that attention ranks cannot take, and what an attention rank's host queues without experts."""
+    experts that attention ranks cannot take, and what an attention rank's host queues without experts. ``sent`` is what
+    ``_channel_seconds`` says."""
     attention = {members: [sum(pair) for pair in zip(*group.attention[members[0]])]
                  for (is_attention, _), members in group.alike.items() if is_attention}
     worst = sum(max(layer) for layer in zip(*attention.values()))
     speeds = [1 / sum(pair) if sum(pair) else float("inf") for pair in group.expert]
     m, experts, layers = group.attention_members, group.shape.experts, len(group.shape.moe_layers)
-    sent = _channel_seconds(group)
     queueing = _queueing_seconds(group)
     if group.expert_tensor > 1:  # attention ranks hold no expert
         return max(experts * layers / sum(speeds[m:]), worst, sent * layers, queueing)
