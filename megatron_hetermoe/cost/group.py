@@ -91,6 +91,14 @@ def _parts_of(shape: ModelShape, begins: bool, ends: bool) -> tuple[_Parts, ...]
     return tuple(map(parts, range(1, shape.layers + 2)))
 
 
+@lru_cache(maxsize=256)
+def _distinct_parts(chunks: tuple[tuple[ModelShape, bool, bool], ...]) -> tuple[tuple[_Parts, ...], tuple[int, ...]]:
+    """What A tasks of these chunks are made of, each sort once, and the sort of each task."""
+    parts = [one for chunk in chunks for one in _parts_of(*chunk)]
+    distinct = tuple(dict.fromkeys(parts))
+    return distinct, tuple(map(distinct.index, parts))
+
+
 @lru_cache(maxsize=4096)
 def _priced_parts(
     kind: Kind, shape: ModelShape, micro_batch: int, vocabulary: int, recompute: str, parts: _Parts
@@ -250,9 +258,9 @@ class GroupCosts:
 
     def _of_layers(self, price: Callable[[_Parts], _Price]) -> list[_Price]:
         """The price of A_1 to A_{K+1}, of each chunk: each once of those that are made of the same parts."""
-        parts = [one for chunk in self._chunks for one in _parts_of(*chunk)]
-        known = {one: price(one) for one in set(parts)}
-        return [known[one] for one in parts]
+        distinct, numbers = _distinct_parts(self._chunks)
+        known = [price(one) for one in distinct]
+        return [known[number] for number in numbers]
 
     def expert_weights(self, member: int, microbatches: int = 1) -> float:
         """What a W task of a member takes of an expert's backward on its tokens of so many microbatches, in seconds.

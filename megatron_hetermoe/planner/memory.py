@@ -5,8 +5,8 @@ Where a profile has measured figures they replace the arithmetic here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER
 from megatron_hetermoe.cost.group import BYTES, GRADIENT_BYTES, GroupCosts
@@ -19,8 +19,7 @@ _COPY = 4 + 4 + 8 + 8  # bytes of an expert's row: its probability; which row it
 _MASTER = 4  # bytes a parameter: the fp32 copy beside half-precision weights
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes of one rank.
 
     Attributes:

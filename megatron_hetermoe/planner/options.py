@@ -179,29 +179,29 @@ class Option:
 
     def limits(self, wave: int, schedule: str = "zebra", weight_gradients: str = TOGETHER) -> tuple[Limits, ...]:
         """What fits in each stage, which has as many waves on the way as there are stages from it on."""
-        key = wave, schedule, weight_gradients
+        return tuple(self._limits_of(stage, wave, schedule, weight_gradients) for stage in range(len(self.stages)))
+
+    def _limits_of(self, stage: int, wave: int, schedule: str = "zebra", weight_gradients: str = TOGETHER) -> Limits:
+        key, group = (stage, wave, schedule, weight_gradients), self.stages[stage]
         if key not in self._limits:
-            microbatches = self.group.step.microbatches
-            self._limits[key] = tuple(
-                limits_of(group, in_flight(schedule, wave, microbatches, group.shape.layers, self.ahead(stage)), weight_gradients)
-                for stage, group in enumerate(self.stages)
-            )
+            flying = in_flight(schedule, wave, group.step.microbatches, group.shape.layers, self.ahead(stage))
+            self._limits[key] = limits_of(group, flying, weight_gradients)
         return self._limits[key]
 
     @cached_property
-    def _limits(self) -> dict[tuple[int, str, str], tuple[Limits, ...]]:
+    def _limits(self) -> dict[tuple[int, int, str, str], Limits]:
         """Those that were asked for: a search asks for some of them several times."""
         return {}
 
     def fits(self, wave: int) -> bool:
         """Whether all experts find room with that many microbatches on their way."""
-        return all(_hold(group, limits, range(group.members)) for group, limits in zip(self.stages, self.limits(wave)))
+        return all(_hold(group, self._limits_of(stage, wave), range(group.members)) for stage, group in enumerate(self.stages))
 
     @property
     def has_room(self) -> bool:
         """Whether the expert ranks hold all experts with all of a step's microbatches on their way."""
-        return all(_hold(group, limits, range(self.m, group.members))
-                   for group, limits in zip(self.stages, self.limits(self.group.step.microbatches)))
+        return all(_hold(group, self._limits_of(stage, self.group.step.microbatches), range(self.m, group.members))
+                   for stage, group in enumerate(self.stages))
 
     def shortfall(self) -> float:
         """Bytes that all ranks of a group together lack, with one microbatch on its way; negative if it fits."""

@@ -84,23 +84,28 @@ class Schedule:
         """The tasks of each of a member's streams, in order, without what they wait for."""
         holds = self.placement.layers_of(member)
         is_attention = member < self.attention_members
-        computes = tuple(
-            task
-            for task in self._compute_order()
-            if (is_attention if task.kind is Kind.ATTENTION else task.layer in holds)
-        )
         transfers = tuple(
             task for task in self._transfer_order()
             if is_attention or task.kind is not Kind.HANDOVER and task.layer in holds
         )
         streams = {
-            Stream.COMPUTE: computes,
+            Stream.COMPUTE: self.computes_of(member),
             Stream.OUT: tuple(task for task in transfers if task.stream is Stream.OUT),
             Stream.BACK: tuple(task for task in transfers if task.stream is Stream.BACK),
         }
         if handovers := tuple(task for task in transfers if task.stream is Stream.STAGES):
             streams[Stream.STAGES] = handovers
         return streams
+
+    def computes_of(self, member: int) -> Order:
+        """The tasks of a member's compute stream, in order."""
+        holds = self.placement.layers_of(member)
+        is_attention = member < self.attention_members
+        return tuple(
+            task
+            for task in self._compute_order()
+            if (is_attention if task.kind is Kind.ATTENTION else task.layer in holds)
+        )
 
     def tasks_of(self, member: int) -> frozenset[Task]:
         """One member's tasks, in no order."""

@@ -50,7 +50,7 @@ def compile_queueing(
     ``on_attention`` says (``Schedule.issue_order``)."""
     of_group = _of_group(schedule, layers, moe_layers, microbatches, wave, 0 if on_attention else 1)
     waits = _waits(of_group)
-    computes = [of_group.streams_of(member)[Stream.COMPUTE] for member in ((0,) if on_attention else (0, 1))]
+    computes = [of_group.computes_of(member) for member in ((0,) if on_attention else (0, 1))]
     return _compiled(_queueing_order(computes, waits), waits)
 
 
