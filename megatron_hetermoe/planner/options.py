@@ -194,10 +194,10 @@ class Option:
         return {}
 
     def fits(self, wave: int) -> bool:
-        """Whether all experts find room with that many microbatches on their way."""
-        return all(_hold(group, self._limits_of(stage, wave), range(group.members)) for stage, group in enumerate(self.stages))
+        """Whether all experts find room with that many microbatches of a step on their way."""
+        return self.has_room or all(_hold(group, self._limits_of(stage, wave), range(group.members)) for stage, group in enumerate(self.stages))
 
-    @property
+    @cached_property
     def has_room(self) -> bool:
         """Whether the expert ranks hold all experts with all of a step's microbatches on their way."""
         return all(_hold(group, self._limits_of(stage, self.group.step.microbatches), range(self.m, group.members))

@@ -1,13 +1,12 @@
 """What makes planning fast changes no plan: the fast path is a plain walk over a schedule, in floats, one member at a time."""
 
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from pricing import PRECISION, cluster, profile, shape
+from test_bench import modules
 from test_hosts import FREE, HOST_SECONDS, a_random_case
 
 from megatron_hetermoe.cost.cluster import kinds_of
@@ -22,8 +21,7 @@ from megatron_hetermoe.simulator.fast import step_seconds
 from megatron_hetermoe.simulator.program import PRICED, compile_program, compile_queueing
 from megatron_hetermoe.simulator.queueing import waits_for_sizes
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
-import planning_time  # noqa: E402
+planning_time = modules("planning_time").planning_time
 
 
 def walked_seconds(group, counts, schedule="zebra", wave=None, microbatches=None):
@@ -77,7 +75,7 @@ def some_placements(rng, counts, m, number):
 @pytest.mark.parametrize("hosts_count", [True, False])
 def test_the_fast_path_is_a_plain_walk(hosts_count):
     rng = random.Random(11)
-    for _ in range(60):
+    for _ in range(40):
         priced, counts, name, wave = a_random_case(rng)
         priced = replace(priced, hosts_count=hosts_count)
         many = some_placements(rng, counts, priced.attention_members, rng.choice([0, 1, 6]))
@@ -87,7 +85,7 @@ def test_the_fast_path_is_a_plain_walk(hosts_count):
 
 def test_a_step_takes_as_long_whatever_was_asked_before():
     rng = random.Random(12)
-    for _ in range(30):
+    for _ in range(20):
         priced, counts, name, wave = a_random_case(rng)
         priced = replace(priced, step=replace(priced.step, microbatches=3 * priced.step.microbatches))
         many = some_placements(rng, counts, priced.attention_members, 4)
