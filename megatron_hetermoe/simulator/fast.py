@@ -123,6 +123,7 @@ def _run(
     streams = [int(of.stream is Stream.BACK) for of in PRICED]
     ends: list[np.ndarray | None] = [None] * program.results
     sent: dict[int, np.ndarray] = {}
+    last_of_owners, last = _last(owners), _last(len(clock))
     always = [bool(layer.all()) for layer in counts]
     # All arrays are small, so what a step takes is the number of operations on them: they are done in place.
     for kind, which, layer, number, transfers, computed in program.operations:
@@ -131,18 +132,18 @@ def _run(
             for transfer in transfers:
                 maximum(clock_of_owners, ends[transfer], out=clock_of_owners)
             clock_of_owners += price
-            ends[number] = _last(clock_of_owners)
+            ends[number] = last_of_owners(clock_of_owners)
         elif kind is Kind.EXPERT:
             end = clock if always[layer] else clock.copy()
             for transfer in transfers:
                 maximum(end, ends[transfer], out=end)
             end += price
-            ends[number] = _last(end)
+            ends[number] = last(end)
             if end is not clock:
                 maximum(clock, end, out=clock)
         else:
             start = channels[streams[which]]
-            for other in (*transfers, *computed):
+            for other in computed:
                 start = maximum(start, ends[other])
             channels[streams[which]] = ends[number] = sent[layer] = start + price
     return clock, sent
@@ -168,11 +169,9 @@ def _run_queued(
     streams, sized = [int(of.stream is Stream.BACK) for of in PRICED], [waits_for_sizes(of) for of in PRICED]
     ends: list[np.ndarray | None] = [None] * program.results
     sent: dict[int, np.ndarray] = {}
+    last_of_owners, last_of_holders, last = _last(owners), _last(len(clock_of_holders)), _last(len(clock))
     always = [bool(layer[first:].all()) for layer in counts]
-    never = [None if layer[owners:].all() else np.where(layer > 0, 0.0, -np.inf) for layer in counts]
-    for absent in never:
-        if absent is not None:
-            absent[:owners] = 0.0
+    never = _absences(counts, owners)
     # All arrays are small, so what a step takes is the number of operations on them: they are done in place.
     for kind, which, layer, number, transfers, computed in program.operations:
         price, queueing = prices[which][layer], hosts[which][layer]
@@ -182,14 +181,14 @@ def _run_queued(
             for transfer in transfers:
                 maximum(clock_of_owners, ends[transfer], out=clock_of_owners)
             clock_of_owners += price
-            ends[number] = _last(clock_of_owners)
+            ends[number] = last_of_owners(clock_of_owners)
         elif kind is Kind.EXPERT:
             host_of_holders += queueing[first:]
             end = maximum(clock_of_holders, host_of_holders, out=clock_of_holders if always[layer] else None)
             for transfer in transfers:
                 maximum(end, ends[transfer], out=end)
             end += price[first:]
-            ends[number] = _last(end)
+            ends[number] = last_of_holders(end)
             if end is not clock_of_holders:
                 maximum(clock_of_holders, end, out=clock_of_holders)
         else:
@@ -199,22 +198,36 @@ def _run_queued(
                 maximum(host, known if absent is None else known + absent, out=host)
                 computed = ()
             host += queueing
-            start = _last(host if absent is None else host + absent)
+            start = last(host if absent is None else host + absent)
             maximum(start, channels[streams[which]], out=start)
-            for other in (*transfers, *computed):
+            for other in computed:
                 maximum(start, ends[other], out=start)
             start += price
             channels[streams[which]] = ends[number] = sent[layer] = start
     return clock, sent
 
 
-def _last(ends: np.ndarray) -> np.ndarray:
-    """The greatest of [tracks, candidates], [candidates]: of few tracks, which is usual, without what a reduction costs."""
+def _absences(counts: np.ndarray, owners: int) -> list[np.ndarray | None]:
+    """By layer what, added to its hosts' times, [tracks, candidates], leaves out those that have no part in its transfers: minus
+    infinity for holders of other layers; None where all take part."""
     import numpy as np
 
-    if len(ends) == 1:
-        return ends[0].copy()  # the clock is changed in place
-    return np.maximum(ends[0], ends[1]) if len(ends) == 2 else np.maximum.reduce(ends)
+    found: list[np.ndarray | None] = []
+    for layer in counts:
+        absent = np.where(layer > 0, 0.0, -np.inf)
+        absent[:owners] = 0.0
+        found.append(absent if absent.any() else None)
+    return found
+
+
+def _last(rows: int) -> Callable[[np.ndarray], np.ndarray]:
+    """What finds the greatest of [rows, candidates], [candidates] in an array of its own: of few rows, which is usual, without
+    what a reduction costs."""
+    import numpy as np
+
+    if rows == 1:
+        return lambda ends: ends[0].copy()
+    return (lambda ends: np.maximum(ends[0], ends[1])) if rows == 2 else np.maximum.reduce
 
 
 def _each(held_by: np.ndarray, price: Callable[[int, int], float]) -> np.ndarray:

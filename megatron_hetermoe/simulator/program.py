@@ -22,8 +22,8 @@ class Program:
     """A schedule as operations in an order in which each comes after all that it waits for.
 
     Attributes:
-        operations: kind, which of PRICED it is, layer from 0 on, index of the result, indexes of the transfers and of the E
-            tasks waited for.
+        operations: kind, which of PRICED it is, layer from 0 on, index of the result, indexes of the transfers that a
+            compute task waits for, and of the compute task whose result a transfer carries.
         results: how many there are.
     """
 
@@ -75,10 +75,11 @@ def _compiled(tasks: Iterable[Task], waits: Mapping[Task, Order]) -> Program:
     for number, task in enumerate(tasks):
         index[task] = number
         sort = which[task.kind, task.direction]
-        before = [index[wait] for wait in waits[task]]
-        transfers = tuple(other for other in before if not on_compute[operations[other][1]])
-        # An A task's other waits are on its own stream and before it; a transfer's are what it carries.
-        computed = () if on_compute[sort] else tuple(other for other in before if on_compute[operations[other][1]])
+        before = tuple(index[wait] for wait in waits[task])
+        transfers, computed = (), before
+        if on_compute[sort]:
+            # What else it waits for is on its own stream and before it.
+            transfers, computed = tuple(other for other in before if not on_compute[operations[other][1]]), ()
         operations.append((task.kind, sort, task.layer - 1, number, transfers, computed))
     return Program(tuple(operations), len(index))
 
