@@ -195,7 +195,8 @@ class Option:
 
     def fits(self, wave: int) -> bool:
         """Whether all experts find room with that many microbatches of a step on their way."""
-        return self.has_room or all(_hold(group, self._limits_of(stage, wave), range(group.members)) for stage, group in enumerate(self.stages))
+        return self.has_room or all(_hold(group, self._limits_of(stage, wave), range(group.members))
+                                    for stage, group in enumerate(self.stages))
 
     @cached_property
     def has_room(self) -> bool:
