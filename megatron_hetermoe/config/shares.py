@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_hetermoe.config.errors import Problems
 
 ROLES = ("attention", "expert")
-EXAMPLE = "attention=2x25%,expert=2x20%"
+EXAMPLE = "attention=2x26%,expert=2x24%"  # in which an H200 computes right (docs/one-gpu.md)
 _PART = re.compile(r"(?P<role>[^=]*)=(?P<ranks>[0-9]{1,6})x(?P<percent>[0-9]{1,6})%?")
 
 

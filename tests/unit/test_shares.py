@@ -21,8 +21,8 @@ def parsed(text: str) -> tuple[Shares | None, str]:
 
 
 def test_the_example():
-    assert parsed(EXAMPLE) == (Shares({"attention": 2, "expert": 2}, {"attention": 25, "expert": 20}), "")
-    assert parsed(EXAMPLE)[0].by_rank == (25, 25, 20, 20)
+    assert parsed(EXAMPLE) == (Shares({"attention": 2, "expert": 2}, {"attention": 26, "expert": 24}), "")
+    assert parsed(EXAMPLE)[0].by_rank == (26, 26, 24, 24)
 
 
 @given(st.permutations(["attention", "expert"]), st.integers(1, 5), st.integers(1, 5), st.integers(1, 10), st.sampled_from("% "))
