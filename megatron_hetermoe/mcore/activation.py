@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import silu
+
+from megatron_hetermoe.runtime.device import has_kernels
 
 _MADE_AGAIN = "hetermoe_made_again"
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -103,7 +106,9 @@ def kept(rows: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def activation_of(config: TransformerConfig, function: Callable[..., Any], bias: torch.Tensor | None = None) -> Activation:
-    """What Megatron does between an expert's two products, by Megatron: of [rows, inner] and scales, [rows].
+    """What Megatron does between an expert's two products: of [rows, inner] and scales, [rows].
+
+    It is done by Megatron, but for its fused SwiGLU where a device has a kernel of ours (``runtime.kernels``).
 
     Args:
         config: the expert's.
@@ -113,7 +118,21 @@ def activation_of(config: TransformerConfig, function: Callable[..., Any], bias:
     between = SimpleNamespace(
         config=config, activation_func=function, linear_fc1=_NoProduct(bias), linear_fc2=_NoProduct(None)
     )
-    return lambda inner, scale: MLP.forward(between, inner, scale)[0]
+
+    def activate(inner: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        if bias is None and _is_fused_swiglu(config, function) and has_kernels(inner.device):
+            from megatron_hetermoe.runtime import kernels
+
+            return kernels.scaled_swiglu(inner, scale)
+        return MLP.forward(between, inner, scale)[0]
+
+    return activate
+
+
+def _is_fused_swiglu(config: TransformerConfig, function: Callable[..., Any]) -> bool:
+    """Whether ``MLP.forward`` has one function for SwiGLU and scale, which keeps its input as it is."""
+    return (config.bias_activation_fusion and config.gated_linear_unit and function is silu
+            and not config.use_te_activation_func and not config.activation_func_fp8_input_store)
 
 
 def _activated(

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import get_capacity, permute, unpermute
+from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_hetermoe.runtime.copies import labels_of
+from megatron_hetermoe.runtime.copies import Copies, labels_of
 from megatron_hetermoe.runtime.transfers import TransferSizes
 from megatron_hetermoe.topology.placement import Placement
 
@@ -24,13 +24,13 @@ class DispatchState:
     Attributes:
         sizes: tells what goes to each holder of the layer, ascending.
         labels: [copies, words], of each copy the row with the holder and the probability, as ``runtime.transfers.Routed`` has it.
-        mapping: for each row, the token that it is.
+        rows: of each token, for the holders that it goes to.
         hidden_shape: of the layer's input, [sequence, batch, hidden].
     """
 
     sizes: Callable[[], TransferSizes] | None = None
     labels: torch.Tensor | None = None
-    mapping: torch.Tensor | None = None
+    rows: Copies | None = None
     hidden_shape: torch.Size | None = None
 
     def count(self, totals: torch.Tensor, experts_of_holder: Sequence[int]) -> None:
@@ -80,7 +80,7 @@ class AsymmetricDispatcher(MoETokenDispatcher):
         """Sorts tokens by holder, each there once, and their probabilities by holder, then by the holder's local expert.
 
         How many rows there are is known on the device only, so there is room for as many as there may be: behind those that
-        are sent are others, whose gradients must be 0.
+        are sent are others, of whose gradients those of probabilities must be 0.
 
         Args:
             tokens: [sequence, batch, hidden].
@@ -96,17 +96,14 @@ class AsymmetricDispatcher(MoETokenDispatcher):
         copies = routed.new_zeros(len(self._experts_of_holder), len(routing_map), dtype=torch.int32)
         crossing = copies.index_add(0, self._holder, routed.int()) > 0  # [holders, tokens]
         most = self._most_copies(len(routing_map))
-        rows, _, state.mapping, *_ = permute(
-            tokens.reshape(-1, tokens.shape[-1]), crossing.t(), num_out_tokens=min(most, crossing.numel()),
-            fused=self.config.moe_permute_fusion,
-        )
+        state.rows = Copies.where(crossing, min(most, crossing.numel()))
         row = crossing.cumsum(dim=1, dtype=torch.int32)  # [holders, tokens], each holder's from 1 on
         state.count(torch.cat([routed.sum(dim=1), row[:, -1]]), self._experts_of_holder)
         chosen = routed.view(-1).argsort(descending=True, stable=True)[:most]
         index = (row - 1).index_select(0, self._holder).view(-1).index_select(0, chosen)
         probs = probs.t().index_select(0, self._order).view(-1).index_select(0, chosen)
         state.labels = labels_of(index, probs.detach())
-        return rows, probs
+        return state.rows.expanded(tokens.reshape(-1, tokens.shape[-1])), probs
 
     def _most_copies(self, tokens: int) -> int:
         """The most copies that there may be of so many tokens."""
@@ -135,10 +132,8 @@ class AsymmetricDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sums each token's outputs of all holders, [rows, hidden], into the layer's shape, [sequence, batch, hidden]."""
-        state, fused = self._state, self.config.moe_permute_fusion
-        shape = torch.Size((state.hidden_shape[:-1].numel(), state.hidden_shape[-1]))
-        mapping = state.mapping if fused else state.mapping[:len(hidden_states)]
-        return unpermute(hidden_states, mapping, restore_shape=shape, fused=fused).view(state.hidden_shape)
+        state = self._state
+        return state.rows.first(len(hidden_states)).summed(hidden_states).view(state.hidden_shape)
 
 
 def _sizes_on_host(totals: torch.Tensor, experts_of_holder: Sequence[int]) -> Callable[[], TransferSizes]:

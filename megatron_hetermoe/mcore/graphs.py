@@ -202,7 +202,7 @@ class _Part:
             setattr(node.layer_state, name, node.detach(value))
         for name, value in self._constant.items():
             setattr(node.layer_state, name, value)
-        state.mapping, state.hidden_shape = self._state.mapping, self._state.hidden_shape
+        state.rows, state.hidden_shape = self._state.rows, self._state.hidden_shape
         state.labels = self._state.labels.clone()  # as what else is sent
         state.count(self._state.totals, self._state.experts_of_holder)
         return tokens, probs

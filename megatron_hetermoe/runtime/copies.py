@@ -1,27 +1,30 @@
 """Rows of which several experts get a copy: the copies of each row, and the sum of what experts make of them.
 
 A token crosses to a holder once, as a row there, whichever number of the holder's experts it goes to. Copies are made where
-the experts are, and summed there. Each of the two is the other one's backward.
+the experts are, and summed there. Rows are copies too, of a token, which goes to several holders. Each of the two is the
+other one's backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn.functional import embedding_bag
 
+from megatron_hetermoe.runtime.device import has_kernels
+
 
 @dataclass(frozen=True)
 class Copies:
-    """Which row each copy is of. Every row has at least one.
+    """Which row each copy is of.
 
     Attributes:
-        source: [copies], int32, the row.
-        by_row: [copies], int64, the copies in the order of their rows.
-        starts: [rows], int64, where those of each row begin in ``by_row``.
+        source: [copies], int32 or int64, the row.
+        by_row: [at least copies], int64, the copies in the order of their rows; what is behind them is the number of some copy.
+        starts: [rows + 1], int64, where those of each row begin in ``by_row``, and the last one's end.
     """
 
     source: torch.Tensor
@@ -32,8 +35,34 @@ class Copies:
     def of(cls, source: torch.Tensor, rows: int) -> Copies:
         """From ``source`` and the number of rows. The host does not wait for the device."""
         ordered, by_row = source.sort(stable=True)
-        every = torch.arange(rows, dtype=source.dtype, device=source.device)
+        every = torch.arange(rows + 1, dtype=source.dtype, device=source.device)
         return cls(source, by_row, torch.searchsorted(ordered, every))
+
+    @classmethod
+    def where(cls, goes: torch.Tensor, most: int) -> Copies:
+        """A copy of each row for each place that it goes to, sorted by place, then by row. How many there are is known on the
+        device alone, and the host does not wait for it: behind those that there are, ``source`` has others, of row 0, of which
+        no sum has a part.
+
+        Args:
+            goes: [places, rows], True where a row goes to a place.
+            most: copies to make room for; no more are True.
+        """
+        number = goes.view(-1).cumsum(dim=0).sub_(1)  # of each copy
+        of_row = goes.cumsum(dim=0)
+        starts = torch.cat([number.new_zeros(1), of_row[-1].cumsum(dim=0)])
+        place = (starts[:-1] + of_row - 1).view(-1)
+        is_copy, rows = goes.view(-1), torch.arange(goes.shape[1], device=goes.device).expand_as(goes).reshape(-1)
+
+        def put(values: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+            # One more, for all that is no copy.
+            return values.new_zeros(most + 1).scatter_(0, torch.where(is_copy, at, most), values)[:most]
+
+        return cls(put(rows, number), put(number, place), starts)
+
+    def first(self, copies: int) -> Copies:
+        """Of so many copies, which are all that there are."""
+        return replace(self, source=self.source[:copies])
 
     def expanded(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, width] to [copies, width]."""
@@ -44,37 +73,41 @@ class Copies:
         same."""
         return _Summed.apply(copies, self)
 
-    def _expand(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.index_select(0, self.source)
-
-    def _sum(self, copies: torch.Tensor) -> torch.Tensor:
-        if not len(self.starts):
-            return copies
-        # torch's kernel for the CPU rounds a half of bf16 away from zero; all else, the GPU's too, rounds it to even.
-        addends = copies.float() if copies.dtype is torch.bfloat16 and not copies.is_cuda else copies
-        return embedding_bag(self.by_row, addends, self.starts, mode="sum").to(copies.dtype)
-
 
 class _Expanded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, copies: Copies) -> torch.Tensor:
-        ctx.copies = copies
-        return copies._expand(rows)
+        ctx.save_for_backward(copies.by_row, copies.starts)
+        return rows.index_select(0, copies.source)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.copies._sum(grad.contiguous()), None
+        return _sum(grad, *ctx.saved_tensors), None
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outputs: torch.Tensor, copies: Copies) -> torch.Tensor:
-        ctx.copies = copies
-        return copies._sum(outputs)
+        ctx.save_for_backward(copies.source)
+        return _sum(outputs, copies.by_row, copies.starts)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.copies._expand(grad), None
+        return grad.index_select(0, *ctx.saved_tensors), None
+
+
+def _sum(copies: torch.Tensor, by_row: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """As ``Copies.summed``, without a graph."""
+    if has_kernels(copies.device):
+        from megatron_hetermoe.runtime import kernels
+
+        return kernels.summed(copies.contiguous(), by_row, starts)
+    if not len(copies):
+        return copies.new_zeros(len(starts) - 1, *copies.shape[1:])
+    # torch's kernel for the CPU rounds a half of bf16 away from zero; all else, the GPU's too, rounds it to even.
+    addends = copies.float() if copies.dtype is torch.bfloat16 and not copies.is_cuda else copies
+    # A last bag has what is behind the last row's copies.
+    return embedding_bag(by_row, addends.contiguous(), starts, mode="sum")[:-1].to(copies.dtype)
 
 
 def labels_of(rows: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:

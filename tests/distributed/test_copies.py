@@ -49,6 +49,31 @@ def test_what_is_not_finite_stays_in_its_row():
     assert Copies.of(SOURCE, ROWS).summed(outputs).isfinite().all(dim=1).tolist() == [True, False, True, True]
 
 
+@pytest.mark.parametrize("places, rows, most", [(3, 7, 14), (1, 5, 5), (4, 1, 4), (2, 6, 12), (3, 4, 6)])
+def test_where_rows_go(places, rows, most):
+    """By place, then by row; what is in the room that is left has no part in sums."""
+    goes = torch.rand(places, rows, generator=torch.Generator().manual_seed(rows)) < 0.4
+    expected = goes.nonzero()[:, 1]
+    there = len(expected)
+    copies = Copies.where(goes, most)
+    assert len(copies.source) == most and torch.equal(copies.source[:there], expected)
+    given = torch.randn(rows, 3, requires_grad=True)
+    grad = torch.full((most, 3), torch.nan)
+    grad[:there] = torch.randn(there, 3)
+    copies.expanded(given).backward(grad)
+    torch.testing.assert_close(given.grad, torch.zeros(rows, 3).index_add_(0, expected, grad[:there]))
+    outputs = grad[:there].clone().requires_grad_()
+    summed = copies.first(there).summed(outputs)
+    torch.testing.assert_close(summed, given.grad)
+    summed.backward(given.detach())
+    assert torch.equal(outputs.grad, given.detach()[expected])
+
+
+def test_a_row_that_goes_nowhere():
+    copies = Copies.where(torch.zeros(2, 3, dtype=torch.bool), 4)
+    assert torch.equal(copies.first(0).summed(torch.empty(0, 5)), torch.zeros(3, 5))
+
+
 def test_no_rows():
     copies = Copies.of(SOURCE[:0], 0)
     rows = torch.empty(0, 2, requires_grad=True)
@@ -88,5 +113,5 @@ def test_one_kernel_each():
     with Count() as counting:
         summed = copies.summed(copies.expanded(rows))
         summed.backward(torch.ones(ROWS, 2))
-    kernels = [name for name in counting.seen if name not in ("detach", "ones")]
+    kernels = [name for name in counting.seen if name not in ("detach", "ones", "empty", "slice")]
     assert [name.removesuffix("_forward_only") for name in kernels] == ["index_select", "_embedding_bag"] * 2
