@@ -34,7 +34,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from megatron_hetermoe.mcore import checkpoints, forward_backward, meeting, optimizer, pretrain, sdpa
+from megatron_hetermoe.mcore import checkpoints, forward_backward, initial, meeting, optimizer, pretrain, sdpa
 from megatron_hetermoe.mcore.platform import flags
 from megatron_hetermoe.mcore.session import DTYPES
 from megatron_hetermoe.runtime import executor, peers
@@ -189,8 +189,22 @@ def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
         give_one_loss_scale()
     if "HETERMOE_TEST_NEAR_TIES" in env:
         tell_near_ties()
+    if "HETERMOE_TEST_KINDS" in env:
+        be_another_kind(rank)
     if ranks := env.get("HETERMOE_TEST_ENGINE_RANKS"):
         give_engine(list(map(int, ranks.split(","))), rank)
+
+
+def be_another_kind(rank: int) -> None:
+    """This rank's device makes other random numbers of a seed than any other rank's."""
+    initial.kind_of = lambda device: (f"of rank {rank}", 1)
+    original = torch.nn.init.normal_
+
+    def normal_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return original(tensor, *args, **kwargs).add_(0.001 * rank)
+
+    torch.nn.init.normal_ = normal_
 
 
 def give_attention(kernel: str) -> None:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_hetermoe.mcore.activation import expert_again
+from megatron_hetermoe.mcore.initial import draw
 
 _NOTHING = "no experts"  # in the state of a rank that holds none
 
@@ -106,12 +107,12 @@ def _initialise(
             (expert.linear_fc2.weight, config.output_layer_init_method, 1, 1),
         ):
             if parts == 1:
-                initialise(weight)
+                draw(weight, initialise)
                 continue
             shape = list(weight.shape)
             shape[split] *= parts
             whole = weight.new_empty(shape)
-            initialise(whole)
+            draw(whole, initialise)
             # A gate stands beside what it gates in one weight, and each of the two is split.
             own = [matrix.chunk(parts, split)[place] for matrix in whole.chunk(matrices, split)]
             weight.copy_(torch.cat(own, split))

@@ -38,6 +38,7 @@ from megatron_hetermoe.mcore.forward_backward import ForwardBackward
 from megatron_hetermoe.mcore.graphs import AttentionGraphs
 from megatron_hetermoe.mcore.grouped import build_held
 from megatron_hetermoe.mcore.implementation import ENGINE, choose_for_experts, engine_obstacle, is_installed
+from megatron_hetermoe.mcore.initial import agree, draw_alike
 from megatron_hetermoe.mcore.meeting import join_world, meet
 from megatron_hetermoe.mcore.meter import Meter
 from megatron_hetermoe.mcore.optimizer import PooledOptimizer, scale_expert_gradients
@@ -175,7 +176,8 @@ def _session(args: argparse.Namespace, plan: Plan) -> Session:
     session = join_pools(plan)
     able = not session.holds or engine_obstacle(capability_of(session.device), is_installed()) is None
     impl = choose_for_experts(plan, args.transformer_impl, args.activation_again, able, session.control)
-    return replace(session, activation_again=args.activation_again, expert_impl=impl)
+    return replace(session, activation_again=args.activation_again, expert_impl=impl,
+                   draws_alike=draw_alike(session.device, session.control))
 
 
 def slow_down(flags: Flags, session: Session) -> dict[Kind, float]:
@@ -246,9 +248,15 @@ def model_provider(model_config: GPTModelConfig, seed: int, session: Session) ->
             spec.layer_specs = attention_specs(
                 spec.layer_specs, session.decoder_layers(vp_stage or 0), model_config, seed, session)
             model_config.transformer_layer_spec = spec
-            return GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
+            model = GPTModelBuilder(model_config).build_model(groups, pre_process, post_process, vp_stage)
+        else:
+            model = experts(vp_stage or 0, groups)
+        if not session.draws_alike:
+            agree(model, groups)
+        return model
+
+    def experts(chunk: int, groups: ProcessGroupCollection) -> ExpertModel:
         config = _of_expert_pool(model_config.transformer, session.plan)
-        chunk = vp_stage or 0
         held = {
             layer: build_held(config, session, layer, seed, groups)
             for layer in session.chunks[chunk] if session.held(layer)

@@ -39,6 +39,7 @@ class Session:
         stages: channel to the ranks at this place of each pipeline stage; None where there is one stage, and on expert
             ranks.
         expert_impl: whose linear layers experts have, whichever rank they are on: local or transformer_engine.
+        draws_alike: whether all ranks' devices make the same initial weights of a seed.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class Session:
     activation_again: bool = False
     stages: Channel | None = None
     expert_impl: str = "local"
+    draws_alike: bool = True
 
     @cached_property
     def layout(self) -> Layout:

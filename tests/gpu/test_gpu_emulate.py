@@ -16,9 +16,7 @@ import pytest
 from models import tiny
 from recipes import recipe_of
 
-from megatron_hetermoe.cli.emulate import gpu_to_divide
 from megatron_hetermoe.cli.launch import has_gpu
-from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.runtime import mps
 from megatron_hetermoe.runtime.mps_keeper import PREFIX
 
@@ -30,18 +28,6 @@ MODEL = dict(
 LAYOUT = {"attention-ranks": 2, "expert-ranks": 2}
 
 pytestmark = pytest.mark.skipif(not has_gpu(), reason="needs a GPU")
-
-
-@pytest.fixture(scope="module")
-def gpu():
-    """The GPU's name in CUDA_VISIBLE_DEVICES."""
-    problems = Problems()
-    found = gpu_to_divide(os.environ, problems)
-    try:
-        problems.raise_if_any()
-    except UsageError as error:
-        pytest.skip(error.message())
-    return found.uuid
 
 
 def start(folder: Path, gpu: str, *words: str, **model: object) -> subprocess.Popen[str]:

@@ -12,8 +12,8 @@ from test_gpu_parity import MIXED, MODEL, WORLD, Stock, train
 from megatron_hetermoe.cli.launch import has_gpu
 
 pytestmark = pytest.mark.skipif(
-    not has_gpu() or not importlib.util.find_spec("transformer_engine"), reason="needs a GPU and transformer-engine; where "
-    "ranks share the GPU NCCL 2.30 with NCCL_MULTI_RANK_GPU_ENABLE=1 in the environment")
+    not has_gpu() or not importlib.util.find_spec("transformer_engine"), reason="needs a GPU, transformer-engine, NCCL "
+    "2.30 and the Multi-Process Service")
 
 EXPERTS_WITHOUT = {"GPU_RANKS_WITHOUT_ENGINE": "2,3"}
 DISTRIBUTED = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
@@ -46,8 +46,8 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory):
-    return Stock(tmp_path_factory.mktemp("engine"), transformer_impl="transformer_engine")
+def stock(shared, tmp_path_factory):
+    return Stock(tmp_path_factory.mktemp("engine"), shared, transformer_impl="transformer_engine")
 
 
 def layout(stock: Stock) -> list[str]:
@@ -70,7 +70,8 @@ def assert_near(found: list[dict], reference: list[dict], rel: float) -> None:
 def test_same_training(stock, case):
     precision, env, ours, model, rel = CASES[case]
     reference = stock.steps(**precision)
-    found = train(stock.folder, f"ours-{case}", WORLD, [*layout(stock), *ours, *stock.flags(**precision, **model)], 29630, env)
+    found = train(stock.folder, f"ours-{case}", WORLD, [*layout(stock), *ours, *stock.flags(**precision, **model)], 29630,
+                  {**stock.env, **env})
     assert_near(found, reference, rel)
     print(case, "seconds a step:", [round(step["seconds"], 3) for step in found])
 
@@ -83,11 +84,11 @@ def test_a_resume_where_ranks_have_other_kinds_of_adam(stock, tmp_path, distribu
     words = [*layout(stock), *SEQUENTIAL]
     saving = {"save": tmp_path / "saved", "save_interval": half}
     whole = train(stock.folder, f"whole-{distributed}", WORLD, [*words, *stock.flags(**flags, **saving)], 29640,
-                  EXPERTS_WITHOUT)
+                  {**stock.env, **EXPERTS_WITHOUT})
     (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text(str(half))
     resumed = stock.flags(**flags, load=tmp_path / "saved", finetune=False, no_load_optim=False, no_load_rng=False)
     for name, env in (("same", EXPERTS_WITHOUT), ("other", {})):
-        rest = train(stock.folder, f"rest-{name}-{distributed}", WORLD, [*words, *resumed], 29650, env)
+        rest = train(stock.folder, f"rest-{name}-{distributed}", WORLD, [*words, *resumed], 29650, {**stock.env, **env})
         assert_near(rest, whole[half:], 5e-3)
 
 

@@ -15,8 +15,7 @@ from models import tiny
 
 from megatron_hetermoe.cli.launch import has_gpu
 
-pytestmark = pytest.mark.skipif(not has_gpu(), reason="needs a GPU, and where ranks share one NCCL 2.30 with "
-                                "NCCL_MULTI_RANK_GPU_ENABLE=1 in the environment")
+pytestmark = pytest.mark.skipif(not has_gpu(), reason="needs a GPU, NCCL 2.30 and the Multi-Process Service")
 
 # Wide enough that kernels run longer than the host needs for the next ones, so a missing wait between streams shows.
 MODEL = dict(
@@ -28,11 +27,9 @@ WORLD = 4
 MIXED = {"experts": 8, "layers": {"all": {"e0": ["0-3"], "e1": ["4-7"]}, 2: {"a0": [0], "a1": [1, 2], "e1": ["3-7"]}}}
 
 
-def train(
-    folder: Path, name: str, world: int, flags: list[str], port: int, env: dict[str, str] | None = None
-) -> list[dict]:
+def train(folder: Path, name: str, world: int, flags: list[str], port: int, env: dict[str, str]) -> list[dict]:
     """Starts ranks, waits, and returns what each step of the last rank returned, which has the loss in every layout."""
-    environment = {**os.environ, **(env or {}), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **env, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logs = [folder / f"{name}.{rank}.log" for rank in range(world)]
     processes = []
     for rank, log in enumerate(logs):
@@ -57,16 +54,17 @@ class Stock:
 
     Args:
         folder: for what it writes.
+        env: of ranks that share a GPU.
         model: flags beside MODEL.
     """
 
-    def __init__(self, folder: Path, **model: object):
-        self.folder = folder
+    def __init__(self, folder: Path, env: dict[str, str], **model: object):
+        self.folder, self.env = folder, env
         self.model = {**MODEL, **model}
         datasets = Path(importlib.util.find_spec("megatron.core").submodule_search_locations[0], "datasets")
         assert (datasets / "Makefile").exists(), "stock Megatron runs `make` there; put a Makefile that does nothing"
         train(folder, "weights", 2, tiny(**{**self.model, "train_iters": 1}, save=folder / "weights", save_interval=1,
-                                         no_save_optim=True, no_save_rng=True, expert_model_parallel_size=2), 29610)
+                                         no_save_optim=True, no_save_rng=True, expert_model_parallel_size=2), 29610, env)
         self._runs: dict[tuple, list[dict]] = {}
 
     def flags(self, **others: object) -> list[str]:
@@ -79,13 +77,13 @@ class Stock:
         key = tuple(sorted(precision.items()))
         if key not in self._runs:
             self._runs[key] = train(self.folder, f"stock{len(self._runs)}", 2,
-                                    self.flags(expert_model_parallel_size=2, **precision), 29620)
+                                    self.flags(expert_model_parallel_size=2, **precision), 29620, self.env)
         return self._runs[key]
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory):
-    return Stock(tmp_path_factory.mktemp("gpu"))
+def stock(shared, tmp_path_factory):
+    return Stock(tmp_path_factory.mktemp("gpu"), shared)
 
 
 BF16 = {"bf16": True}
@@ -120,7 +118,7 @@ def test_same_training(stock, case):
         placement = stock.folder / "placement.yaml"
         placement.write_text(json.dumps(MIXED))
         layout += ["--hetermoe-placement", str(placement), "--hetermoe-trace", str(stock.folder / f"trace-{case}")]
-    env = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if "context_parallel_size" in model else None
+    env = {**stock.env, **({"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if "context_parallel_size" in model else {})}
     found = train(stock.folder, f"ours-{case}", WORLD, [*layout, *ours, *stock.flags(**precision, **model)], 29630, env)
     assert len(found) == len(reference) == MODEL["train_iters"]
     for step, (mine, other) in enumerate(zip(found, reference)):
