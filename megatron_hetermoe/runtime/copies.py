@@ -22,9 +22,9 @@ class Copies:
     """Which row each copy is of.
 
     Attributes:
-        source: [copies], int32 or int64, the row.
-        by_row: [at least copies], int64, the copies in the order of their rows; what is behind them is the number of some copy.
-        starts: [rows + 1], int64, where those of each row begin in ``by_row``, and the last one's end.
+        source: [copies], int32, the row.
+        by_row: [at least copies], the copies in the order of their rows; what is behind them is the number of some copy.
+        starts: [rows + 1], of by_row's type, where those of each row begin there, and the last one's end.
     """
 
     source: torch.Tensor
@@ -48,15 +48,16 @@ class Copies:
             goes: [places, rows], True where a row goes to a place.
             most: copies to make room for; no more are True.
         """
-        number = goes.view(-1).cumsum(dim=0).sub_(1)  # of each copy
-        of_row = goes.cumsum(dim=0)
-        starts = torch.cat([number.new_zeros(1), of_row[-1].cumsum(dim=0)])
+        narrow = torch.int32
+        number = goes.view(-1).cumsum(dim=0, dtype=narrow) - 1  # of each copy
+        of_row = goes.cumsum(dim=0, dtype=narrow)
+        starts = torch.cat([of_row.new_zeros(1), of_row[-1].cumsum(dim=0, dtype=narrow)])
         place = (starts[:-1] + of_row - 1).view(-1)
-        is_copy, rows = goes.view(-1), torch.arange(goes.shape[1], device=goes.device).expand_as(goes).reshape(-1)
+        rows = torch.arange(goes.shape[1], dtype=narrow, device=goes.device).expand_as(goes).reshape(-1)
 
         def put(values: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
             # One more, for all that is no copy.
-            return values.new_zeros(most + 1).scatter_(0, torch.where(is_copy, at, most), values)[:most]
+            return values.new_zeros(most + 1).scatter_(0, torch.where(goes.view(-1), at, most).long(), values)[:most]
 
         return cls(put(rows, number), put(number, place), starts)
 

@@ -83,7 +83,9 @@ def run(
     # Daemons, since after a failure one may stay blocked in a transfer whose peer is gone.
     channels = [
         threading.Thread(target=target, args=(stream,), name=f"hetermoe-{stream.value}{beside}", daemon=True)
-        for target, beside in ((of_member.follow, ""), (of_member.prepare, "-ahead")) for stream in transfers
+        for target, beside, streams_of in (
+            (of_member.follow, "", transfers), (of_member.prepare, "-ahead", filter(of_member.prepares, transfers)))
+        for stream in streams_of
     ]
     with _taking_turns():
         for thread in channels:
@@ -124,6 +126,10 @@ class _Run:
                 return
             self.progress.finish(task)
         self.marks.end(stream)
+
+    def prepares(self, stream: Stream) -> bool:
+        """Whether any of a stream's tasks has a preparation."""
+        return any((task.kind, task.direction) in self.preparations for task in self.schedule.streams[stream])
 
     def prepare(self, stream: Stream) -> None:
         """Runs the preparations of a stream's tasks."""
