@@ -37,7 +37,7 @@ def model_flags(
     bare = (
         "group-query-attention", "swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights", precision,
         "mock-data", "no-create-attention-mask-in-dataloader", "no-persist-layer-norm", "no-masked-softmax-fusion",
-        "no-gradient-accumulation-fusion", "no-rope-fusion", "no-check-for-nan-in-loss-and-grad",
+        "no-gradient-accumulation-fusion", "no-rope-fusion", "no-check-for-nan-in-loss-and-grad", "overlap-grad-reduce",
         "cross-entropy-loss-fusion",
     )
     # Megatron would begin with 2^32 and skip steps until it has come down.
