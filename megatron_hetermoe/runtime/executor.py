@@ -26,29 +26,49 @@ class _Prepared(NamedTuple):
     task: Task
 
 
+class _Waiter:
+    """A thread that waits for some things to be done."""
+
+    def __init__(self, missing: set[Task | _Prepared]):
+        self.missing = missing
+        self.wake = threading.Event()
+
+
 class _Progress:
-    """What is done, shared by the streams of one run."""
+    """What is done, shared by the streams of one run. A thread is woken when all that it waits for is done, and not before:
+    each one that wakes takes the interpreter's lock from the one that queues kernels."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._done: set[Task | _Prepared] = set()
+        self._waiters: set[_Waiter] = set()
         self._failure: BaseException | None = None
 
     def wait_for(self, tasks: tuple[Task | _Prepared, ...]) -> bool:
         """Blocks until the tasks are done; False when another stream failed, so that no more should start."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._done.issuperset(tasks))
-            return self._failure is None
+        with self._lock:
+            missing = set(tasks) - self._done
+            if not missing or self._failure:
+                return self._failure is None
+            waiter = _Waiter(missing)
+            self._waiters.add(waiter)
+        waiter.wake.wait()
+        return self._failure is None
 
     def finish(self, task: Task | _Prepared) -> None:
-        with self._changed:
+        with self._lock:
             self._done.add(task)
-            self._changed.notify_all()
+            for waiter in tuple(self._waiters):
+                waiter.missing.discard(task)
+                if not waiter.missing:
+                    self._waiters.remove(waiter)
+                    waiter.wake.set()
 
     def fail(self, error: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             self._failure = self._failure or error
-            self._changed.notify_all()
+            for waiter in self._waiters:
+                waiter.wake.set()
 
     def raise_failure(self) -> None:
         if self._failure:
