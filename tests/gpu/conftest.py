@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from gpu_sharing import sharing
 
 from megatron_hetermoe.cli.emulate import gpu_to_divide
 from megatron_hetermoe.config.errors import Problems, UsageError
-from megatron_hetermoe.runtime import mps
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,6 @@ def gpu() -> str:
 
 @pytest.fixture(scope="module")
 def shared(gpu, tmp_path_factory) -> Iterator[dict[str, str]]:
-    """The environment of ranks that share the GPU. Without the service they have it in turns, and NCCL, whose kernels wait for
-    each other, comes to no end."""
-    with mps.Service(gpu, tmp_path_factory.mktemp("service")) as service:
-        yield {**mps.defaults(os.environ), **service.variables}
+    """``sharing`` for a module's tests."""
+    with sharing(gpu, tmp_path_factory.mktemp("service")) as environment:
+        yield environment

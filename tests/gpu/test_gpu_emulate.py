@@ -1,4 +1,4 @@
-"""``hetermoe train --emulate`` on a GPU: the losses of ranks that take turns on all of it, and nothing left behind."""
+"""``hetermoe train --emulate`` on a GPU: the losses of ranks that each have all of it, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from gpu_sharing import sharing
 from models import tiny
 from recipes import recipe_of
 
 from megatron_hetermoe.cli.launch import has_gpu
-from megatron_hetermoe.runtime import mps
 from megatron_hetermoe.runtime.mps_keeper import PREFIX
 
 ROOT = Path(__file__).parents[2]
@@ -30,21 +31,19 @@ LAYOUT = {"attention-ranks": 2, "expert-ranks": 2}
 pytestmark = pytest.mark.skipif(not has_gpu(), reason="needs a GPU")
 
 
-def start(folder: Path, gpu: str, *words: str, **model: object) -> subprocess.Popen[str]:
+def start(folder: Path, env: Mapping[str, str], *words: str, **model: object) -> subprocess.Popen[str]:
     """Starts ``hetermoe train`` of the model in a folder; ``logs`` there has the ranks' output."""
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(recipe_of(tiny(**{**MODEL, **model}), LAYOUT))
-    # Without shares ranks may be several on a GPU too, which they then have in turns.
-    environment = {**mps.defaults(os.environ), **os.environ, "CUDA_VISIBLE_DEVICES": gpu,
-                   "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {**os.environ, **env, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_hetermoe", "train", "recipe.yaml", "--keep-logs", "logs", *words], cwd=folder,
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def losses(folder: Path, gpu: str, *words: str, **model: object) -> list[float]:
+def losses(folder: Path, env: Mapping[str, str], *words: str, **model: object) -> list[float]:
     """Of all steps but the first two: what the log gives for them is an average."""
-    output = start(folder, gpu, *words, **model)
+    output = start(folder, env, *words, **model)
     said = output.communicate(timeout=500)[0]
     logs = "".join(log.read_text() for log in folder.glob("logs/rank*.log"))
     assert output.returncode == 0, said + logs[-5000:]
@@ -70,17 +69,18 @@ def services() -> set[str]:
     ("attention=2x25%,expert=2x20%", {"bf16": True}, ["--hetermoe-experts", "grouped"], 5e-3),
 ], ids=["fp32", "bf16-grouped"])
 def test_shares_change_no_loss(tmp_path, gpu, shares, model, words, rel):
+    with sharing(gpu, tmp_path / "service") as env:
+        whole = losses(tmp_path / "whole", env, "--", *words, **model)
     before = services()
-    whole = losses(tmp_path / "whole", gpu, "--", *words, **model)
-    divided = losses(tmp_path / "divided", gpu, "--emulate", shares, "--", *words, **model)
+    divided = losses(tmp_path / "divided", {"CUDA_VISIBLE_DEVICES": gpu}, "--emulate", shares, "--", *words, **model)
     assert divided == pytest.approx(whole, rel=rel)
     assert services() == before
 
 
 @pytest.mark.parametrize("victim", ["rank", "command", "killed command"])
 def test_nothing_is_left_and_the_next_run_starts(tmp_path, gpu, victim):
-    before = services()
-    process = start(tmp_path, gpu, "--emulate", "attention=2x25%,expert=2x25%", train_iters=100_000)
+    before, env = services(), {"CUDA_VISIBLE_DEVICES": gpu}
+    process = start(tmp_path, env, "--emulate", "attention=2x25%,expert=2x25%", train_iters=100_000)
     deadline = time.monotonic() + 240
     while "iteration " not in "".join(log.read_text() for log in tmp_path.glob("logs/rank*.log")):
         assert process.poll() is None, process.communicate()[0]
@@ -96,7 +96,7 @@ def test_nothing_is_left_and_the_next_run_starts(tmp_path, gpu, victim):
     while services() - before and time.monotonic() < deadline:  # a killed command waits for nothing
         time.sleep(0.2)
     assert services() == before
-    assert losses(tmp_path, gpu, "--emulate", "attention=2x25%,expert=2x25%")
+    assert losses(tmp_path, env, "--emulate", "attention=2x25%,expert=2x25%")
 
 
 def _rank(parent: int, rank: int) -> int:
