@@ -13,8 +13,9 @@ from systems import FAST, SLOW
 EP = "EP, all ranks"
 # How far losses may be apart, as a share, at any step: bf16 rounds to 2^-8 or 0.4%. Cells add up the same numbers in other
 # orders, so logits differ by one rounding; the loss is a mean over all tokens, where most of that cancels, but what the optimizer
-# makes of it grows from step to step, and near a tie a token goes to another expert. tests/gpu holds bf16 to the same.
-SPREAD = 5e-3
+# makes of it grows from step to step, and near a tie a token goes to another expert. On an H200 cells were 0.1 to 0.7% apart at the
+# ninth step, where the loss has come from 10.6 to 0.5; where experts began with other weights 1.3 and 17%.
+SPREAD = 1e-2
 
 
 def read(path: Path) -> list[dict]:
