@@ -42,11 +42,10 @@ from megatron_hetermoe.runtime.channels import Channel
 from megatron_hetermoe.runtime.marks import Marks
 from megatron_hetermoe.schedule.tasks import Pass, Stream
 from megatron_hetermoe.topology.order import Started
-from ranks import NEAR_TIE
+import near_ties
 
 SLOW = 5.0  # seconds; longer than the time-out of the tests
 LATE = 0.3  # seconds
-NEAR = 2.0**-21  # of a score: four units of the last place in fp32
 STEP = 2  # the training step in which tasks are hit; the first one may be slow for reasons of its own
 
 
@@ -187,10 +186,12 @@ def install_all(env: Mapping[str, str], rank: int, folder: Path) -> None:
         give_experts(DTYPES[precision])
     if "HETERMOE_TEST_ONE_LOSS_SCALE" in env:
         give_one_loss_scale()
-    if "HETERMOE_TEST_NEAR_TIES" in env:
-        tell_near_ties()
     if "HETERMOE_TEST_KINDS" in env:
         be_another_kind(rank)
+    if to := env.get("HETERMOE_TEST_NOTE_TIES"):
+        near_ties.note(Path(to), rank)
+    if whose := env.get("HETERMOE_TEST_TAKE_TIES"):
+        near_ties.take_over(Path(whose), rank)
     if ranks := env.get("HETERMOE_TEST_ENGINE_RANKS"):
         give_engine(list(map(int, ranks.split(","))), rank)
 
@@ -255,30 +256,6 @@ def give_one_loss_scale() -> None:
         return found_inf
 
     ChainedOptimizer.prepare_grads = prepare_grads
-
-
-def tell_near_ties() -> None:
-    """Prints where routers, in training, choose among scores that are within rounding of each other: of experts for a token, or
-    of tokens for an expert's capacity. Other kernels, or sums in another order, may choose otherwise."""
-    routing, topk = TopKRouter.routing, torch.topk
-
-    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        def choose(scores: torch.Tensor, k: int, dim: int = -1, **others: Any) -> Any:
-            """The last that is chosen beside the first that is not."""
-            if scores.is_floating_point() and k < scores.shape[dim]:
-                last, first = topk(scores.detach(), k + 1, dim).values.narrow(dim, k - 1, 2).unbind(dim)
-                apart = ((last - first) / last.abs())[last != 0]  # which of those without a score fill a capacity is no matter
-                if apart.numel() and apart.min() < NEAR:
-                    print(f"{NEAR_TIE}, step {get_args().curr_iteration}, layer {self.layer_number}: {apart.min():.1e}", flush=True)
-            return topk(scores, k, dim, **others)
-
-        torch.topk = choose if self.training else topk
-        try:
-            return routing(self, *args, **kwargs)
-        finally:
-            torch.topk = topk
-
-    TopKRouter.routing = watched
 
 
 def give_engine(ranks: Sequence[int], rank: int) -> None:

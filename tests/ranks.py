@@ -26,7 +26,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # this process imports torch too, and the r
 TESTS = Path(__file__).parent
 TAIL = 4000  # characters of a rank's output in a failure
 TERMINATE = "TEST_TERMINATE"  # "rank:step" in the environment: that rank then gets SIGTERM after so many steps
-NEAR_TIE = "near tie"  # begins a line of a rank's output: fault_injection.tell_near_ties
 GRACE = 20.0  # seconds the other ranks have to end once one has failed
 
 _context = multiprocessing.get_context("forkserver")

@@ -105,6 +105,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
                     found.setdefault(value[0], []).append(value[1:])
     for precision, values in found.items():
         loss, norm, *_ = map(max, zip(*values))
+        taken = sum(value[4] for value in values)
         share = max(max(value[0] / value[2], value[1] / value[3]) for value in values)
         terminalreporter.write_line(f"matrix, {precision}: {len(values)} combinations; largest differences {loss:.1e} of the "
                                     f"loss, {norm:.1e} of the gradient norm; at most {share:.2f} of what is allowed")
+        if taken:
+            terminalreporter.write_line(f"matrix, {precision}: {taken} choices of routers within rounding would have been others")
