@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,13 +19,14 @@ from megatron_hetermoe.topology.layout import ATTENTION, EXPERT, Layout, layout_
 _SHARED_GLOBALS = {"_global_process_group_list"}
 
 
-def join_pools(plan: Plan) -> Session:
+def join_pools(plan: Plan, timeout_minutes: int) -> Session:
     """Makes all process groups of a run and leaves Megatron with those of this rank's pool.
 
     Creating a group is collective over the world, so every rank makes those of both pools, in the same order.
 
     Args:
         plan: the layout to build.
+        timeout_minutes: after which what a group waits for counts as lost.
 
     Returns:
         This rank's session.
@@ -32,19 +35,21 @@ def join_pools(plan: Plan) -> Session:
     rank = dist.get_rank()
     assert dist.get_world_size() == layout.world_size
     device = torch.device(torch.cuda.current_device())
-    control = dist.new_group(backend="gloo")
+    # Megatron's function keeps a list of groups, by which it changes their timeouts later on.
+    make_group = partial(parallel_state.create_group, timeout=timedelta(minutes=timeout_minutes))
+    control = make_group(range(layout.world_size), backend="gloo")
     out = back = None
     options = nccl_options() if dist.get_backend() == "nccl" else None
     for ranks in layout.zp_groups():
         pairs = [
-            (dist.new_group(ranks, pg_options=options), dist.new_group(ranks, backend="gloo")) for _ in range(2)
+            (make_group(ranks, pg_options=options), make_group(ranks, backend="gloo")) for _ in range(2)
         ]
         if rank in ranks:
             out, back = (Channel(*pair, ranks, layout.member_of(rank)) for pair in pairs)
             for payload, _ in pairs:
                 # Makes the communicator, which members that send or receive nothing at first would not.
                 dist.all_reduce(torch.zeros(1, device=device), group=payload)
-    stages = _stages(layout, rank, device) if layout.stages > 1 else None
+    stages = _stages(layout, rank, device, make_group) if layout.stages > 1 else None
     own: dict[str, object] = {}
     blank = _parallel_state()
     for role in (ATTENTION, EXPERT):
@@ -61,6 +66,7 @@ def join_pools(plan: Plan) -> Session:
             expert_model_parallel_size=len(experts),
             expert_tensor_parallel_size=len(layout.expert_tensor_parallel(role)[0]),
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout_minutes,
         )
         if role == layout.role(rank):
             own = _parallel_state()
@@ -71,11 +77,13 @@ def join_pools(plan: Plan) -> Session:
     return Session(plan, rank, control, out, back, device, stages=stages)
 
 
-def _stages(layout: Layout, rank: int, device: torch.device) -> Channel | None:
+def _stages(
+    layout: Layout, rank: int, device: torch.device, make_group: Callable[..., dist.ProcessGroup]
+) -> Channel | None:
     """The channel along this rank's pipeline; all ranks call it."""
     own = None
     for ranks in layout.pipeline_parallel(ATTENTION):
-        pair = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")
+        pair = make_group(ranks), make_group(ranks, backend="gloo")
         if rank in ranks:
             own = Channel(*pair, ranks, ranks.index(rank))
             dist.all_reduce(torch.zeros(1, device=device), group=pair[0])  # makes the communicator

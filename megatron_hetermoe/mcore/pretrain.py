@@ -173,7 +173,7 @@ def _train(
 
 def _session(args: argparse.Namespace, plan: Plan) -> Session:
     """This rank's, with what all ranks have to agree on of their devices."""
-    session = join_pools(plan)
+    session = join_pools(plan, args.distributed_timeout_minutes)
     able = not session.holds or engine_obstacle(capability_of(session.device), is_installed()) is None
     impl = choose_for_experts(plan, args.transformer_impl, args.activation_again, able, session.control)
     return replace(session, activation_again=args.activation_again, expert_impl=impl,
