@@ -36,8 +36,9 @@ PARTS = {
     "planner/resolve.py": "Flags, recipe, plan and the number of ranks that were started contradict each other. All ranks "
                           "find the same, before any of them meets another",
     "planner/advice.py": "The planner finds no layout; the second line says what would fit",
-    "mcore/arguments.py": "Megatron's flags ask for what a disaggregated run does not do, or for a batch that the layout "
-                          "cannot divide",
+    "mcore/arguments.py": "Megatron's flags contradict each other or the plan, or ask for a batch that the layout cannot "
+                          "divide",
+    "mcore/unsupported.py": "Megatron's flags ask for what a disaggregated run does not do",
     "mcore/script.py": "A training script asks Megatron for what a disaggregated run does not do. No process group exists "
                        "yet",
     "script.py": "A training script was not found, has the two lines too far down, or has trained nothing",

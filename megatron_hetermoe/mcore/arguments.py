@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -28,86 +27,12 @@ from megatron_hetermoe.mcore.graphs import FLAG as GRAPHS
 from megatron_hetermoe.mcore.graphs import graph_problems
 from megatron_hetermoe.mcore.implementation import ENGINE, expert_obstacle, without_engine
 from megatron_hetermoe.mcore.platform import cpu
-from megatron_hetermoe.mcore.recompute import SELECTIVE
 from megatron_hetermoe.mcore.session import DTYPES
-from megatron_hetermoe.mcore.stages import UNSUPPORTED_STAGES, can_be_staged, stage_layers, virtual_stages
+from megatron_hetermoe.mcore.stages import can_be_staged, stage_layers, virtual_stages
+from megatron_hetermoe.mcore.unsupported import check_supported as check_flags
+from megatron_hetermoe.mcore.unsupported import spell_out, supersede, superseded
 from megatron_hetermoe.planner.resolve import Parallelism, resolve
 from megatron_hetermoe.topology.layout import EXPERT, layout_of
-
-
-def _not_recomputed(args: argparse.Namespace) -> bool:
-    return args.recompute_granularity == "selective" and not SELECTIVE.issuperset(args.recompute_modules or ())
-
-
-_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
-
-# What a disaggregated run does not do: the flag, whether the arguments ask for it, and the way out.
-_UNSUPPORTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] = (
-    ("--tensor-model-parallel-size above 1 without --sequence-parallel",
-     lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
-     "add it; Megatron does not train a mixture of experts without it either"),
-    ("--transformer-impl inference_optimized", lambda args: args.transformer_impl == "inference_optimized",
-     "use transformer_engine, or local"),
-    ("--tensor-model-parallel-size above 1 with --transformer-impl local on a GPU",
-     lambda args: args.tensor_model_parallel_size > 1 and args.transformer_impl == "local" and not cpu.needed(),
-     "use transformer_engine; torch's norms know no sequence parallelism, in stock Megatron too"),
-    ("tensor or context parallelism on GPUs with CUDA_DEVICE_MAX_CONNECTIONS other than 1",
-     lambda args: max(args.tensor_model_parallel_size, args.context_parallel_size) > 1
-     and os.environ.get(_CONNECTIONS) != "1" and not cpu.needed(),
-     f"export {_CONNECTIONS}=1 for all ranks; Megatron asks for it on GPUs before Blackwell, and pools may be of both"),
-    ("--tp-comm-overlap", lambda args: args.tp_comm_overlap, "leave it out: the schedule overlaps"),
-    *UNSUPPORTED_STAGES,
-    ("--hierarchical-context-parallel-sizes",
-     lambda args: getattr(args, "hierarchical_context_parallel_sizes", None), "leave it out"),
-    ("--mtp-use-repeated-layer", lambda args: args.mtp_use_repeated_layer and args.mtp_num_layers,
-     "leave it out: each further token has a layer of its own"),
-    ("--mtp-detach-heads", lambda args: args.mtp_detach_heads and args.mtp_num_layers, "leave it out"),
-    ("--recompute-modules of what is not there", _not_recomputed, f"choose from {', '.join(sorted(SELECTIVE))}"),
-    ("--moe-shared-expert-overlap", lambda args: args.moe_shared_expert_overlap,
-     "leave it out: a shared expert runs on the attention ranks"),
-    ("--moe-latent-size", lambda args: getattr(args, "moe_latent_size", None), "leave it out"),
-    ("--overlap-moe-expert-parallel-comm", lambda args: args.overlap_moe_expert_parallel_comm,
-     "leave it out: the schedule overlaps"),
-    ("--delay-wgrad-compute", lambda args: args.delay_wgrad_compute, "leave it out"),
-    ("--fp8-format", lambda args: args.fp8, "leave it out"),
-    ("--fp4-format", lambda args: getattr(args, "fp4", None), "leave it out"),
-    ("CUDA graphs", lambda args: getattr(args, "cuda_graph_impl", "none") != "none", "use --cuda-graph-impl none, and "
-     f"{GRAPHS} in its place"),
-    ("--use-megatron-fsdp", lambda args: args.use_megatron_fsdp, "leave it out"),
-    ("--use-torch-fsdp2", lambda args: args.use_torch_fsdp2, "leave it out"),
-    ("--num-distributed-optimizer-instances above 1", lambda args: args.num_distributed_optimizer_instances > 1,
-     "set it to 1"),
-    ("--ckpt-format other than torch_dist", lambda args: args.ckpt_format != "torch_dist", "use torch_dist"),
-    ("--distrib-optim-fully-reshardable-mem-efficient",
-     lambda args: getattr(args, "distrib_optim_fully_reshardable_mem_efficient", False), "leave it out"),
-    ("--cpu-offloading-num-layers", lambda args: getattr(args, "cpu_offloading_num_layers", 0),
-     "leave it out: use --recompute-granularity full"),
-    ("--fine-grained-activation-offloading", lambda args: getattr(args, "fine_grained_activation_offloading", False),
-     "leave it out: use --recompute-granularity full"),
-    ("--optimizer-cpu-offload", lambda args: getattr(args, "optimizer_cpu_offload", False),
-     "leave it out: --use-distributed-optimizer divides the optimizer's state among ranks"),
-    ("--moe-router-padding-for-quantization",
-     lambda args: getattr(args, "moe_router_padding_for_quantization", False)
-     or getattr(args, "moe_router_padding_for_fp8", False), "leave it out"),
-    ("--log-max-attention-logit", lambda args: getattr(args, "log_max_attention_logit", False), "leave it out"),
-    ("--moe-use-upcycling", lambda args: args.moe_use_upcycling, "convert the checkpoint with stock Megatron first"),
-    ("--use-checkpoint-args", lambda args: args.use_checkpoint_args, "give the model's flags"),
-    ("--yaml-cfg", lambda args: args.yaml_cfg, "give flags, or a recipe"),
-    ("--spec", lambda args: args.spec, "leave it out: layers are Megatron's own"),
-    ("--inprocess-restart", lambda args: args.inprocess_restart, "leave it out: let the launcher start all ranks again"),
-    ("--rampup-batch-size", lambda args: args.rampup_batch_size,
-     f"Megatron does not read it any more; {GROWING} TOKENS:SEQUENCES,... in place of --global-batch-size does that"),
-    (f"{GROWING} beside --decrease-batch-size-if-needed",
-     lambda args: args.step_batch_size_schedule and args.decrease_batch_size_if_needed, "leave one out"),
-    ("--optimizer other than adam and sgd", lambda args: args.optimizer not in ("adam", "sgd"), "use adam or sgd"),
-)
-
-# Flags of every recipe that the layout decides: what to set them to, and what to say.
-_SUPERSEDED = {
-    "--expert-model-parallel-size": "the expert ranks of a ZP group hold the experts",
-    "--moe-token-dispatcher-type": "the asymmetric dispatcher carries tokens",
-    "--moe-grouped-gemm": "--hetermoe-experts says how experts run",
-}
 
 
 @dataclass(frozen=True)
@@ -142,14 +67,10 @@ def disaggregated_arguments(
     args = parse(rest, problems, asked)
     plan = _resolved(args, flags, args.world_size, problems)
     problems.raise_if_any()
-    superseded = [f"hetermoe: {flag} is superseded: {reason}" for flag, reason in _SUPERSEDED.items()
-                  if any(word == flag or word.startswith(f"{flag}=") for word in rest)]
-    if args.tensor_model_parallel_size > 1 and args.expert_tensor_parallel_size is None:
-        superseded.append("hetermoe: experts are not split as attention is: --expert-tensor-parallel-size says how "
-                          "many expert ranks share one")
+    lines = superseded(rest, args, gathers_keys=args.transformer_impl == "local" and _by_torch(plan))
     _validate(args, plan, problems, asked)
     if args.rank == 0:
-        for line in superseded:
+        for line in lines:
             print(line, flush=True)
     return args, plan
 
@@ -184,9 +105,8 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
             _check_step(args, plan, problems)
         if plan.context_parallel > 1 and plan.attention_kernel == "megatron" and args.transformer_impl == "local":
             problems.add("--hetermoe-attention megatron knows no context parallelism: leave it out")
-        if args.reset_attention_mask and args.transformer_impl == "local" and _by_torch(plan):
-            problems.add("--reset-attention-mask is not supported with torch's attention kernels, which see the whole "
-                         "sequence: leave it out, or use --hetermoe-attention megatron")
+        if args.transformer_impl == "local" and _by_torch(plan):
+            _check_kernels(args, problems)
         if plan.weight_gradients == DELAYED and args.transformer_impl == ENGINE and args.add_bias_linear \
                 and args.overlap_grad_reduce:
             # Such a bias has its gradient with those of activations, once for several microbatches that W tasks report.
@@ -214,11 +134,21 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
 
 def _check_supported(args: argparse.Namespace, problems: Problems) -> None:
     """What a disaggregated run does not do, and data that it does not read."""
-    for name, asked, way_out in _UNSUPPORTED:
-        if asked(args):
-            problems.add(f"{name} is not supported with --hetermoe: {way_out}")
+    check_flags(args, problems)
     with problems.taking():
         check_args(args)
+
+
+def _check_kernels(args: argparse.Namespace, problems: Problems) -> None:
+    """What torch's attention kernels, which attend to all that came before, do not do."""
+    for asked, flag in (
+        (args.reset_attention_mask, "--reset-attention-mask"),
+        (args.window_size, "--window-size"),
+        (args.softmax_type != "vanilla", f"--softmax-type {args.softmax_type}"),
+    ):
+        if asked:
+            problems.add(f"{flag} is not supported with torch's attention kernels, which see the whole sequence: leave it "
+                         "out, or use --hetermoe-attention megatron")
 
 
 def _by_torch(plan: Plan) -> bool:
@@ -273,10 +203,13 @@ def parse(rest: Sequence[str], problems: Problems, asked: Asked) -> argparse.Nam
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return parse_args(asked.extra_args_provider)
+            args = parse_args(asked.extra_args_provider)
     except SystemExit as exit_:
         if not exit_.code:
             raise  # --help
+    else:
+        spell_out(args)
+        return args
     # It exits at its first fault. All are wanted, and making the parser again takes a second.
     for fault in _faults(rest, asked, said.getvalue()):
         problems.add(f"Megatron does not accept these flags: {fault}")
@@ -483,8 +416,7 @@ def _check_router(args: argparse.Namespace, problems: Problems) -> None:
 def _validate(args: argparse.Namespace, plan: Plan, problems: Problems, asked: Asked) -> None:
     """Megatron's own validation, which takes the world to be the ranks that have data: the attention ranks."""
     world_size, args.world_size = args.world_size, plan.attention_ranks
-    args.expert_model_parallel_size, args.moe_token_dispatcher_type, args.moe_grouped_gemm = 1, "alltoall", False
-    args.expert_tensor_parallel_size = 1  # of attention ranks; the expert pool's is the plan's
+    supersede(args)
     # Megatron does it inside transformer-engine's grouped experts only, and refuses it without them.
     args.activation_again = activation_again(args)
     without_engine(args)
