@@ -60,7 +60,7 @@ def prepared(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]
     flags, rest = parse_flags(argv, problems)
     if problems and not flags.enabled:
         problems.raise_if_any()
-    from megatron_hetermoe.mcore.platform import cpu
+    from megatron_hetermoe.mcore.platform import compiler, cpu
     from megatron_hetermoe.mcore.platform.flags import for_cpu
 
     if cpu.needed():
@@ -69,9 +69,21 @@ def prepared(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]
         if os.environ.get("RANK", "0") == "0":
             for line in changes:
                 print(line, flush=True)
-    elif flags.slow_down is not None:
+        return flags, rest
+    if flags.slow_down is not None:
         problems.add("--hetermoe-slow-down is for ranks without a GPU, whose tasks wait: leave it out")
+    why = compiler.choose(rest, _capability()) if flags.enabled else ""
+    if why and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"hetermoe: --disable-jit-fuser is on: {why}, for which torch's compiler is not made; "
+              f"{compiler.SWITCH}=0 has it try", flush=True)
     return flags, rest
+
+
+def _capability() -> tuple[int, int]:
+    """The compute capability of this rank's GPU."""
+    import torch
+
+    return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def leave() -> None:

@@ -80,6 +80,9 @@ _MODELS: tuple[Refused, ...] = (
     *_given("--moe-shared-expert-overlap", way_out="leave it out: a shared expert runs on the attention ranks"),
     *_given("--moe-latent-size", "--moe-expert-rank-capacity-factor", "--moe-paged-stash", "--moe-mlp-glu-interleave-size",
             "--moe-single-grouped-weight", "--moe-single-grouped-bias"),
+    ("--mlp-chunks-for-training above 1", lambda args: args.mlp_chunks_for_training > 1,
+     "leave it out: use --recompute-granularity full"),
+    *_given("--use-te-activation-func"),
     *_given("--moe-use-upcycling", way_out="convert the checkpoint with stock Megatron first"),
 )
 
