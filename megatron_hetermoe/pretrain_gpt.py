@@ -72,18 +72,11 @@ def prepared(argv: Sequence[str], problems: Problems) -> tuple[Flags, list[str]]
         return flags, rest
     if flags.slow_down is not None:
         problems.add("--hetermoe-slow-down is for ranks without a GPU, whose tasks wait: leave it out")
-    why = compiler.choose(rest, _capability()) if flags.enabled else ""
+    why = compiler.choose(rest, compiler.capability_here()) if flags.enabled else ""
     if why and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"hetermoe: --disable-jit-fuser is on: {why}, for which torch's compiler is not made; "
               f"{compiler.SWITCH}=0 has it try", flush=True)
     return flags, rest
-
-
-def _capability() -> tuple[int, int]:
-    """The compute capability of this rank's GPU."""
-    import torch
-
-    return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def leave() -> None:

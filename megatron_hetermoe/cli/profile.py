@@ -100,7 +100,7 @@ def _measure(args: argparse.Namespace, flags: Flags, rest: Sequence[str], proble
     from rich.console import Console
     from rich.progress import Progress
 
-    from megatron_hetermoe.mcore.platform import cpu
+    from megatron_hetermoe.mcore.platform import compiler, cpu
     from megatron_hetermoe.mcore.platform.flags import for_cpu
 
     on_cpu = cpu.needed()
@@ -110,6 +110,8 @@ def _measure(args: argparse.Namespace, flags: Flags, rest: Sequence[str], proble
             rest, changes = for_cpu(rest)
         rest += ["--distributed-backend", "gloo"]
         print(*changes, sep="\n", end="\n" * bool(changes), flush=True)
+    else:
+        compiler.choose(rest, compiler.capability_here())  # as its ranks do
     with Progress(console=Console(stderr=True), transient=True) as progress, quiet():
         task = progress.add_task("importing Megatron", total=None)
         import torch

@@ -1,7 +1,7 @@
 """Whether Megatron's small functions are compiled: not on Volta, nor where ``--disable-jit-fuser`` is given.
 
 Megatron decorates activations, norms and parts of the router with torch.compile as it is imported, which is before it has
-read its flags. So what the flag asks for is asked of torch, and before that import. Needs neither torch nor
+read its flags. So what the flag asks for is asked of torch, and before that import. Nothing here imports
 Megatron.
 """
 
@@ -29,3 +29,10 @@ def choose(argv: Sequence[str], capability: tuple[int, int]) -> str:
         return ""
     os.environ[SWITCH] = "1"
     return "" if _FLAG in argv else f"this GPU has compute capability {capability[0]}.{capability[1]}"
+
+
+def capability_here() -> tuple[int, int]:
+    """The compute capability of this rank's GPU."""
+    import torch
+
+    return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
