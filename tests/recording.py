@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.machinery
 import inspect
 import json
 import os
@@ -92,6 +93,16 @@ def record_steps(path: Path) -> None:
         def __getattr__(self, name):
             return lambda *args, **kwargs: None
 
+    def to_wandb(values, step):
+        for name, value in values.items():
+            file.write(json.dumps({"kind": "scalar", "name": f"wandb/{name}", "step": int(step), "value": float(value)}) + "\n")
+
+    # W&B's, which is not installed either.
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.config = types.SimpleNamespace(update=lambda values: None)
+    wandb.init, wandb.log, wandb.finish = lambda **kwargs: None, to_wandb, lambda: None
+    sys.modules["wandb"] = wandb
     sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=Writer)
     training.training_log = wrapped(training.training_log, log)
     training.setup_model_and_optimizer = wrapped(training.setup_model_and_optimizer, model)

@@ -70,6 +70,8 @@ _MODELS: tuple[Refused, ...] = (
     *_given("--experimental-attention-variant", "--hybrid-layer-pattern", "--hybrid-override-pattern",
             "--mtp-hybrid-override-pattern", "--heterogeneous-layers-config-path",
             "--heterogeneous-layers-config-encoded-json"),
+    ("--position-embedding-type mrope", lambda args: args.position_embedding_type == "mrope",
+     "use rope; its positions are those of images too"),
     *_given("--spec", way_out="leave it out: layers are Megatron's own"),
     ("--apply-layernorm-1p with --transformer-impl local",
      lambda args: args.layernorm_zero_centered_gamma and args.transformer_impl == "local",
@@ -118,6 +120,7 @@ _TRAINING: tuple[Refused, ...] = (
     (f"{GROWING} beside --decrease-batch-size-if-needed",
      lambda args: args.step_batch_size_schedule and args.decrease_batch_size_if_needed, "leave one out"),
     ("--optimizer other than adam and sgd", lambda args: args.optimizer not in ("adam", "sgd"), "use adam or sgd"),
+    *_given("--iterations-to-skip", way_out="leave it out: expert ranks read no data that they could skip"),
     *_given("--log-max-attention-logit", "--perform-rl-step", "--logits-save-dir", "--logits-load-dir"),
 )
 
