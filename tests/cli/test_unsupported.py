@@ -10,7 +10,7 @@ LAYOUT = ["--hetermoe", "--hetermoe-attention-ranks", "2", "--hetermoe-expert-ra
 
 
 def _refused_by_name(rank: int, world: int) -> dict[str, str]:
-    """What is said against each flag that stands in the table as it is written, given alone with a value that it takes."""
+    """What is said against each flag of the table that is refused by itself, given alone with a value that it takes."""
     import argparse
 
     from megatron.training.arguments import add_megatron_arguments
@@ -19,19 +19,28 @@ def _refused_by_name(rank: int, world: int) -> dict[str, str]:
     from megatron_hetermoe.mcore.unsupported import UNSUPPORTED, check_supported
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    said = {}
-    for flag in dict.fromkeys(name.split()[0] for name, _, _ in UNSUPPORTED if name.startswith("--")):
+
+    def words(flag: str, *named: str) -> list[str]:
+        """The flag with a value: what the table names, or the last choice, or one that suits its type."""
         action = parser._option_string_actions[flag]
-        value = action.choices[-1] if action.choices else "2" if action.type in (int, float, None) else "x"
-        words = [flag, *[str(value)] * (action.nargs if isinstance(action.nargs, int) else 1)]
+        if action.choices:
+            choices = [str(choice) for choice in reversed(action.choices)]
+            value = next(word for word in [*named, *choices] if word in choices and not ("other" in named and word in named))
+        else:
+            value = "2" if action.type in (int, float, None) else "x"
+        return [flag, *[value] * (action.nargs if isinstance(action.nargs, int) else 1)]
+
+    said = {}
+    for flag, *named in (name.split() for name, _, _ in UNSUPPORTED if name.startswith("--")):
         further = ["--mtp-num-layers", "1"] if flag.startswith("--mtp") else []
         problems = Problems()
-        check_supported(parser.parse_args([*tiny(), *words, *further]), problems)
+        check_supported(parser.parse_args([*tiny(), *words(flag, *named), *further]), problems)
         try:
             problems.raise_if_any()
-            said[flag] = ""
         except UsageError as error:
             said[flag] = str(error)
+        else:
+            said.setdefault(flag, "")
     return said
 
 
