@@ -126,7 +126,7 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
     _check_divisible(args, problems)
     _check_warm_up(args, problems)
     _check_router(args, problems)
-    if not (args.eval_interval or args.full_validation or args.skip_train):
+    if not (args.eval_interval or args.skip_train):
         problems.add("--eval-interval is missing: Megatron counts evaluations with it, without any too; add it, beside "
                      "--eval-iters 0 for none")
     return plan

@@ -121,6 +121,8 @@ _TRAINING: tuple[Refused, ...] = (
      lambda args: args.step_batch_size_schedule and args.decrease_batch_size_if_needed, "leave one out"),
     ("--optimizer other than adam and sgd", lambda args: args.optimizer not in ("adam", "sgd"), "use adam or sgd"),
     *_given("--iterations-to-skip", way_out="leave it out: expert ranks read no data that they could skip"),
+    *_given("--full-validation", "--multiple-validation-sets",
+            way_out="leave it out: --eval-iters says how much, expert ranks know no data set's length"),
     *_given("--log-max-attention-logit", "--perform-rl-step", "--logits-save-dir", "--logits-load-dir"),
 )
 

@@ -9,8 +9,8 @@ every change ``test_precision.py`` looks at these. All is chosen greedily, so it
 and the same ones on every machine.
 
 **Adding.** An option is one line in ``AXES``: its name, and its flags with underscores, those of ``--hetermoe`` too. What
-cannot stand together is one line in ``EXCLUSIONS``. An axis in ``LATER`` leaves the rows of the others as they were, numbers
-too, and has rows of its own behind them.
+cannot stand together is one line in ``EXCLUSIONS``. An axis in ``LATER`` leaves the rows of those before it as they were,
+numbers too, and has rows of its own behind them.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ AXES: dict[str, dict[str, dict[str, object]]] = {
                     "global_batch_size": None, "eval_global_batch_size": 24},
     },
     "further tokens": {"none": {}, "1": {"mtp_num_layers": 1}, "2": {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}},
+    "sequences at once": {"1": {}, "2": {"micro_batch_size": 2}},
 }
-LATER = ("further tokens",)
+LATER = ("further tokens", "sequences at once")
 
 FP32 = "fp32"
 DEVIATION = "deviation"  # under which a test reports: precision, of losses and norms what was found and what may be
@@ -202,6 +203,8 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion({"context": ("2",), "balancing": ("sinkhorn",)}, "whole sequences are balanced", refused=False),
     Exclusion({"further tokens": ("1", "2"), "positions": ("learned",)}, "not supported with learned_absolute"),
     Exclusion({"further tokens": ("1", "2"), "context": ("2",)}, "a loss is a mean over the ranks' means", refused=False),
+    Exclusion({"ranks": ("4+2",), "tensor": ("1",), "context": ("1",), "sequences at once": ("2",)},
+              "does not divide by micro batch size"),
     Exclusion({"ranks": ("1+2", "3+2"), "precision": _HALF}, _ONE_SIZE, refused=False),
     Exclusion({"ranks": ("2+2", "2+1", "2+3"), "context": ("2",), "precision": _HALF}, _ONE_SIZE, refused=False),
     Exclusion({"balancing": ("global", "several"), "precision": _HALF},
@@ -269,9 +272,15 @@ def allowed(row: Mapping[str, str]) -> bool:
 def rows() -> tuple[Row, ...]:
     """The whole matrix."""
     without = {axis: next(iter(AXES[axis])) for axis in LATER}
-    first = [{**row, **without, "precision": FP32} for row in all_pairs([axis for axis in AXES if axis not in LATER])]
-    later = [{**row, "precision": FP32} for row in all_pairs(AXES, first)]
-    return (*first, *_in_half(first), *later)
+    axes = [axis for axis in AXES if axis not in LATER]
+    there = [{**row, **without, "precision": FP32} for row in all_pairs(axes)]
+    found = [*there, *_in_half(there)]
+    for axis in LATER:
+        axes.append(axis)
+        later = [{**without, **row, "precision": FP32} for row in all_pairs(axes, there)]
+        there += later
+        found += later
+    return tuple(found)
 
 
 def all_pairs(axes: Iterable[str], there: Iterable[Row] = ()) -> list[Row]:
