@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
+from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
 from megatron_hetermoe.config.batches import FLAG as GROWING
 from megatron_hetermoe.config.batches import scheduled_batches
@@ -424,7 +425,10 @@ def _validate(args: argparse.Namespace, plan: Plan, problems: Problems, asked: A
         args.recompute_modules = [module for module in args.recompute_modules if module != "moe_act"]
     try:
         validate_args(args, dict(asked.args_defaults))
-        core_transformer_config_from_args(args)  # has checks of its own, which would come after the ranks have met
+        # These have checks of their own, which would come after the ranks have met.
+        core_transformer_config_from_args(args)
+        get_megatron_optimizer_config(args)
+        get_megatron_ddp_config(args)
     except (AssertionError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         problems.add(f"Megatron does not accept these flags: {str(error) or _assertion(error)}")
     problems.raise_if_any()

@@ -101,7 +101,7 @@ _MEMORY: tuple[Refused, ...] = (
     *_given("--checkpoint-activations", way_out="use --recompute-granularity full"),
     *_given("--cpu-offloading-num-layers", "--fine-grained-activation-offloading",
             way_out="leave it out: use --recompute-granularity full"),
-    *_given("--optimizer-cpu-offload",
+    *_given("--optimizer-cpu-offload", "--use-precision-aware-optimizer",
             way_out="leave it out: --use-distributed-optimizer divides the optimizer's state among ranks"),
     ("CUDA graphs", lambda args: args.cuda_graph_impl != "none", "use --cuda-graph-impl none, and "
      f"{GRAPHS} in its place"),
@@ -123,6 +123,7 @@ _TRAINING: tuple[Refused, ...] = (
     *_given("--iterations-to-skip", way_out="leave it out: expert ranks read no data that they could skip"),
     *_given("--full-validation", "--multiple-validation-sets",
             way_out="leave it out: --eval-iters says how much, expert ranks know no data set's length"),
+    *_given("--log-straggler", way_out="use --hetermoe-trace in its place"),
     *_given("--log-max-attention-logit", "--perform-rl-step", "--logits-save-dir", "--logits-load-dir"),
 )
 

@@ -91,6 +91,7 @@ def checked():
         "softmax": tiny(context_parallel_size=2, softmax_type="off-by-one"),
         "old name": tiny(recompute_activations=True, recompute_modules=["mlp", "gdn_norm_out"]),
         "norm": tiny(apply_layernorm_1p=True),
+        "gradients": tiny(main_grads_dtype="bf16"),
     }
     (said,) = run_function(_checked, 1, [[*LAYOUT, *argv] for argv in cases.values()])
     return dict(zip(cases, said, strict=True))
@@ -117,3 +118,7 @@ def test_flags_count_by_their_older_names(checked):
 
 def test_norms_that_torch_lacks(checked):
     assert "--apply-layernorm-1p with --transformer-impl local is not supported" in checked["norm"]
+
+
+def test_what_megatrons_configurations_check_is_found_before_ranks_meet(checked):
+    assert "Megatron does not accept these flags: main_grads_dtype can only be fp32" in checked["gradients"]
