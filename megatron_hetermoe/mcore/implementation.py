@@ -25,7 +25,7 @@ LOCAL, ENGINE = "local", "transformer_engine"  # Megatron's names of them
 _ENGINE_CAPABILITY = (8, 0)  # Ampere
 
 # Kernels of dense parts that are transformer-engine's, which Megatron looks for on every rank.
-_ENGINE_KERNELS = ("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion", "te_rng_tracker")
+_ENGINE_KERNELS = ("apply_rope_fusion", "moe_router_fusion", "te_rng_tracker")
 
 
 def is_installed() -> bool:

@@ -154,7 +154,8 @@ _SUPERSEDED = {
         ("--moe-enable-deepep", "--moe-flex-dispatcher-backend", "--moe-flex-dispatcher-num-sms", "--moe-deepep-num-sms",
          "--moe-hybridep-num-sms", "--moe-hybridep-num-blocks-permute", "--moe-hybridep-num-blocks-unpermute",
          "--moe-hybridep-num-sms-preprocessing", "--moe-hybridep-pad-uneven-dispatch-inputs",
-         "--moe-permute-fusion-into-hybridep", "--moe-ncclep-static-shape", "--moe-ncclep-zero-copy"), _CARRIES),
+         "--moe-permute-fusion-into-hybridep", "--moe-permute-fusion", "--moe-ncclep-static-shape",
+         "--moe-ncclep-zero-copy"), _CARRIES),
     "--high-priority-a2a-comm-stream": "transfers have streams of their own",
     **dict.fromkeys(
         ("--use-ring-exchange-p2p", "--pipeline-model-parallel-comm-backend", "--no-overlap-p2p-communication",
@@ -163,7 +164,7 @@ _SUPERSEDED = {
 # What Megatron's validation sees of them, where it would want what they go with.
 _AS_IF = {
     "moe_token_dispatcher_type": "alltoall", "expert_model_parallel_size": 1, "moe_grouped_gemm": False,
-    "moe_enable_deepep": False, "moe_permute_fusion_into_hybridep": False,
+    "moe_enable_deepep": False, "moe_permute_fusion": False, "moe_permute_fusion_into_hybridep": False,
     "moe_hybridep_pad_uneven_dispatch_inputs": False, "moe_ncclep_static_shape": False, "moe_ncclep_zero_copy": False,
     "use_ring_exchange_p2p": False, "overlap_p2p_comm_warmup_flush": False,
     "expert_tensor_parallel_size": 1,  # of attention ranks; the expert pool's is the plan's
