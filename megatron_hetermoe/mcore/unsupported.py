@@ -114,7 +114,7 @@ _TRAINING: tuple[Refused, ...] = (
     *_given("--distrib-optim-fully-reshardable-mem-efficient"),
     *_given("--use-checkpoint-args", way_out="give the model's flags"),
     *_given("--yaml-cfg", way_out="give flags, or a recipe"),
-    *_given("--inprocess-restart", way_out="leave it out: let the launcher start all ranks again"),
+    *_given("--inprocess-restart", "--enable-ft-package", way_out="leave it out: let the launcher start all ranks again"),
     *_given("--rampup-batch-size", way_out="Megatron does not read it any more; "
             f"{GROWING} TOKENS:SEQUENCES,... in place of --global-batch-size does that"),
     (f"{GROWING} beside --decrease-batch-size-if-needed",
@@ -123,6 +123,9 @@ _TRAINING: tuple[Refused, ...] = (
     *_given("--iterations-to-skip", way_out="leave it out: expert ranks read no data that they could skip"),
     *_given("--full-validation", "--multiple-validation-sets",
             way_out="leave it out: --eval-iters says how much, expert ranks know no data set's length"),
+    *_given("--save-params-interval", "--save-activations-interval", "--save-tokens-per-expert-interval",
+            "--save-wgrads-interval", "--save-dgrads-interval",
+            way_out="leave it out: ranks of both pools would write to one file"),
     *_given("--log-straggler", way_out="use --hetermoe-trace in its place"),
     *_given("--log-max-attention-logit", "--perform-rl-step", "--logits-save-dir", "--logits-load-dir"),
 )
