@@ -181,15 +181,20 @@ def check_load(args: argparse.Namespace, session: Session) -> None:
         UsageError: naming each damaged file, and a checkpoint that can be loaded in its place; or what else keeps it
             from being loaded.
     """
-    found: list[Any] = [_look(Path(args.load)) if args.load and session.rank == 0 else None]
+    # As Megatron takes them: the second one is where a run begins that has saved none yet.
+    folders = [Path(folder) for folder in (args.load, args.pretrained_checkpoint) if folder]
+    found: list[Any] = [None]
+    if session.rank == 0:
+        found[0] = next(((folder, *there) for folder in folders if (there := _look(folder))), None)
     dist.broadcast_object_list(found, src=0, group=session.control)
     if found[0] is None:
         return  # nothing is there; what that means Megatron's flags say
-    tracker, iterations = found[0]
-    folder = _whole(Path(args.load), args.ckpt_step, tracker, iterations, session)
+    given, tracker, iterations = found[0]
+    folder = _whole(given, args.ckpt_step, tracker, iterations, session)
     if load_weights_only():
         _check_trust(folder, session)
-    other = [_other_shards(folder, args, session.plan) if session.rank == 0 else None]
+    goes_on = bool(args.load) and given == Path(args.load) and not args.finetune
+    other = [_other_shards(folder, args, session.plan) if goes_on and session.rank == 0 else None]
     dist.broadcast_object_list(other, src=0, group=session.control)
     if other[0]:
         raise UsageError([other[0]])
@@ -239,7 +244,7 @@ def _check_trust(folder: Path, session: Session) -> None:
 
 def _other_shards(folder: Path, args: argparse.Namespace, plan: Plan) -> str | None:
     """What to say when the optimizer's state is wanted and is of another layout, in a form that only that one reads."""
-    wanted = args.use_distributed_optimizer and not (args.no_load_optim or args.finetune)
+    wanted = args.use_distributed_optimizer and not args.no_load_optim
     try:
         if not wanted or not (folder / PLAN).is_file() or _same_shards(folder, plan):
             return None

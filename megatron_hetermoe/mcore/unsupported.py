@@ -112,6 +112,7 @@ _MEMORY: tuple[Refused, ...] = (
 _TRAINING: tuple[Refused, ...] = (
     ("--ckpt-format other than torch_dist", lambda args: args.ckpt_format != "torch_dist", "use torch_dist"),
     *_given("--distrib-optim-fully-reshardable-mem-efficient"),
+    *_given("--non-persistent-ckpt-type", way_out="leave it out: use a smaller --save-interval and --save-retain-interval"),
     *_given("--use-checkpoint-args", way_out="give the model's flags"),
     *_given("--yaml-cfg", way_out="give flags, or a recipe"),
     *_given("--inprocess-restart", "--enable-ft-package", way_out="leave it out: let the launcher start all ranks again"),

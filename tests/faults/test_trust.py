@@ -41,8 +41,8 @@ def copy(saved, tmp_path):
     return folder
 
 
-def load(folder, copy, **env):
-    return run_ranks([*LAYOUT, *tiny(global_batch_size=2, train_iters=1, load=copy)], 2, cwd=folder, env=env)
+def load(folder, copy, env=None, **flags):
+    return run_ranks([*LAYOUT, *tiny(global_batch_size=2, train_iters=1, **(flags or {"load": copy}))], 2, cwd=folder, env=env)
 
 
 def in_metadata(folder, program):
@@ -74,11 +74,21 @@ def test_a_program_is_not_run(tmp_path, copy, place, said):
     assert not (tmp_path / "ran").exists()
 
 
+def test_what_training_begins_with_is_looked_at_too(tmp_path, copy):
+    """--pretrained-checkpoint, which is loaded until the run has saved one of its own."""
+    flags = {"pretrained_checkpoint": copy, "load": tmp_path / "none yet"}
+    assert load(tmp_path, copy, **flags).exit_codes == [0, 0]
+    in_metadata(copy / "iter_0000001", Program(tmp_path / "ran"))
+    run = load(tmp_path, copy, **flags)
+    assert run.exit_codes == [2, 2] and "holds more than data: .metadata names posix.system" in run.output[0]
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [in_metadata, in_an_object])
 def test_who_trusts_it_says_so(tmp_path, copy, place):
     place(copy / "iter_0000001", Program(tmp_path / "ran"))
-    run = load(tmp_path, copy, TORCH_FORCE_WEIGHTS_ONLY_LOAD="0")
+    run = load(tmp_path, copy, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"})
     assert "a checkpoint may run a program" in run.output[0]
     assert (tmp_path / "ran").exists(), "the test's program does nothing"
 
