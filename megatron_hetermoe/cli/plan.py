@@ -18,7 +18,7 @@ from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.cli.words import decided_by_plan
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, parse_flags
-from megatron_hetermoe.config.plan import TOGETHER, WEIGHT_GRADIENTS, Plan
+from megatron_hetermoe.config.plan import DELAYED, TOGETHER, WEIGHT_GRADIENTS, Plan
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 from megatron_hetermoe.config.stages import stage_flags
 from megatron_hetermoe.config.step import RECOMPUTE
@@ -116,7 +116,7 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, notes: Notes) -> Q
     from megatron_hetermoe.planner.staged import divisions
 
     problems = Problems()
-    _, rest = parse_flags(argv, problems)
+    ours, rest = parse_flags(argv, problems)
     with quiet():
         from megatron_hetermoe.mcore.arguments import (
             activation_again, arguments_to_plan_for, parallelism_of, recomputed,
@@ -138,14 +138,19 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, notes: Notes) -> Q
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
     recompute = RECOMPUTE[RECOMPUTE.index(recomputed(parsed)):]  # more than asked for, where memory asks for it
     distributed = bool(parsed.use_distributed_optimizer)
+    stages = (parallelism.stage_layers,) if parallelism.stage_layers else ((), *divisions(shape))
+    tensor = _tensor(parsed)
+    # Megatron's own linear layers; the weight gradients of others are not split off.
+    weights = WEIGHT_GRADIENTS if parsed.transformer_impl == "local" else (TOGETHER,)
+    if ours.cuda_graphs:  # which stand beside none of these but what was asked for
+        recompute, stages, tensor = recompute[:1], stages[:1], tensor[:1]
+        weights = tuple(choice for choice in weights if choice != DELAYED)
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
-                    (distributed,) if distributed else (False, True), _tensor(parsed),
-                    # Megatron's own linear layers; the weight gradients of others are not split off.
-                    WEIGHT_GRADIENTS if parsed.transformer_impl == "local" else (TOGETHER,),
-                    activation_again=(True,) if activation_again(parsed) else (False, True),
+                    (distributed,) if distributed else (False, True), tensor,
+                    weights, activation_again=(True,) if activation_again(parsed) else (False, True),
                     expert_tensor=(parallelism.expert_tensor,) if parsed.expert_tensor_parallel_size else _EXPERT_TENSOR,
-                    stage_layers=(parallelism.stage_layers,) if parallelism.stage_layers else ((), *divisions(shape)),
-                    virtual_stages=parallelism.virtual_stages, context=parallelism.context)
+                    stage_layers=stages, virtual_stages=parallelism.virtual_stages, context=parallelism.context,
+                    cuda_graphs=ours.cuda_graphs)
 
 
 def _may_be_staged(shape: ModelShape, stage_layers: Sequence[int], virtual_stages: int) -> bool:

@@ -13,7 +13,7 @@ from megatron_hetermoe.cost.cluster import kinds_of
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.planner import asym_ea
 from megatron_hetermoe.planner.asym_ea import long_step_seconds
-from megatron_hetermoe.planner.memory import IMBALANCE, member_memory, most_experts, usable
+from megatron_hetermoe.planner.memory import member_memory, most_experts, usable
 from megatron_hetermoe.planner.options import Question
 from megatron_hetermoe.planner.search import search
 from megatron_hetermoe.schedule.tasks import Kind, Pass
@@ -135,12 +135,12 @@ def test_most_experts_are_the_most_that_fit(weight_gradients):
         for member in (0, priced.members - 1):
             wave = rng.choice([1, 2.5, 4])
             seat = priced.seats[member]
-            room = member_memory(priced, member, rng.choice(pairs), wave, IMBALANCE, weight_gradients).total
+            room = member_memory(priced, member, rng.choice(pairs), wave, None, weight_gradients).total
             seats = [replace(seat, pool=replace(seat.pool, memory=room / 0.9)) if one == member else other
                      for one, other in enumerate(priced.seats)]
             tight = replace(priced, seats=tuple(seats))
             fits = [count for count in pairs
-                    if member_memory(tight, member, count, wave, IMBALANCE, weight_gradients).total <= usable(tight, member)]
+                    if member_memory(tight, member, count, wave, None, weight_gradients).total <= usable(tight, member)]
             assert most_experts(tight, member, wave, weight_gradients) == max(fits, default=-1)
 
 
