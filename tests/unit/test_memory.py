@@ -84,12 +84,11 @@ def test_a_free_block_serves_what_is_no_larger():
     assert allocator.needed == 0 and allocator.take(100 * MIB).size == 100 * MIB and allocator.reserved == 162 * MIB
 
 
-def test_gaps_are_as_planned_for():
-    """Of rows that differ from microbatch to microbatch and step to step as they did in runs that were recorded."""
-    of = replace(d1(8192), layers=4, moe_layers=(1, 2, 3, 4))
-    plan = Plan(of, 3, 1, 1, ((0, 1, 2) * 4 + (3,) * 12,) * 4, wave=4)
+def test_the_allocator_needs_what_is_planned_for_and_more():
+    """Where rows differ from microbatch to microbatch and from step to step by up to a fifth."""
+    plan = Plan(d1(8192), 3, 1, 1, ((0, 1, 2) * 4 + (3,) * 12,) * 8, wave=4)
     draw = random.Random(3)
-    steps = [{(layer, microbatch): round(24576 * draw.uniform(0.8, 1.2)) for layer in range(1, 5) for microbatch in range(4)}
+    steps = [{(layer, microbatch): round(24576 * draw.uniform(0.8, 1.2)) for layer in range(1, 9) for microbatch in range(4)}
              for _ in range(8)]
     found = bench.allocator.replay(plan, 3, steps)
-    assert 0.15 < (found.reserved - found.most) / (found.most - found.needed) < 0.35
+    assert 0.15 < (found.reserved - found.most) / (found.most - found.needed) < 0.5
