@@ -25,7 +25,12 @@ planning_time = modules("planning_time").planning_time
 
 
 def walked_seconds(group, counts, schedule="zebra", wave=None, microbatches=None):
-    """Seconds of a step of one placement, [K, members], task after task and member after member."""
+    """Seconds of a step of one placement, [K, members]."""
+    return walked_ends(group, counts, schedule, wave, microbatches)[1]
+
+
+def walked_ends(group, counts, schedule="zebra", wave=None, microbatches=None):
+    """When attention ranks' last task and the step end, task after task and member after member."""
     m, of = group.attention_members, group.shape
     order = schedule, of.layers, of.moe_layers, microbatches or group.step.microbatches, wave
     on_attention = bool(counts[:, :m].any())
@@ -57,7 +62,7 @@ def walked_seconds(group, counts, schedule="zebra", wave=None, microbatches=None
             reduced[member] = max(reduced[member], ends[number])
     pairs = counts.sum(axis=0).astype(int).tolist()
     last = max(max(computed[member], reduced[member]) + group.reduction(member, pairs[member]) for member in range(group.members))
-    return last + max(group.optimizer(member, pairs[member]) for member in range(group.members))
+    return max(computed[:m]), last + max(group.optimizer(member, pairs[member]) for member in range(group.members))
 
 
 def some_placements(rng, counts, m, number):
@@ -118,7 +123,7 @@ def test_the_same_plans_are_found_by_walking(seed, monkeypatch):
     fast = found()
 
     def walking(group, experts, schedule, wave, microbatches):
-        return np.array([walked_seconds(group, one, schedule, wave, microbatches) for one in experts])
+        return np.array([walked_ends(group, one, schedule, wave, microbatches) for one in experts]).T
 
     monkeypatch.setattr(asym_ea, "_simulated", walking)
     walked = found()

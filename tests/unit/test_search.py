@@ -491,3 +491,11 @@ def test_sharing_an_expert_halves_what_a_rank_has_of_it():
     loads = [TaskCosts(priced, spread(whole, [2, 3])).transfer(Task(Kind.DISPATCH, Pass.FORWARD, 1, 0)).loads
              for priced in (shared, whole)]
     assert loads[0].max() <= loads[1].max()
+
+
+def test_what_follows_a_step_counts_once_whoever_has_most_of_it():
+    """Expert ranks reduce and update far more than attention ranks, and are done with their tasks earlier."""
+    priced = group(2, 2, microbatches=40, of=shape(layers=3), old=profile(shape(layers=3), optimizer=1e-6),
+                   new=profile(shape(layers=3), optimizer=1e-9), groups=2)
+    counts = counts_of(spread(priced, [2, 3]))
+    assert long_step_seconds(priced, counts, 2) == pytest.approx(step_seconds(priced, counts, "zebra", 2), rel=0.01)
