@@ -291,12 +291,12 @@ def _delayed(one: Priced) -> Priced | None:
     return replace(one, assignment=assignment, tokens_per_second=one.option.tokens / seconds, weight_gradients=DELAYED)
 
 
-def _thoroughly(priced: list[Priced]) -> list[Priced]:
-    """The fastest priced with all that a schedule has, and so on until the fastest of all is one of these: the quick
-    figures leave out what channels take from each other, so they are lower."""
+def _thoroughly(priced: list[Priced], least: int = _THOROUGH) -> list[Priced]:
+    """The fastest priced with all that a schedule has, at least so many and so on until the fastest of all is one of these: the
+    quick figures leave out what channels take from each other, so they are lower."""
     full: list[Priced] = []
     quick = list(priced)
-    while quick and (len(full) < _THOROUGH or _fastest(quick[0]) < min(map(_fastest, full))):
+    while quick and (len(full) < least or _fastest(quick[0]) < min(map(_fastest, full))):
         one = quick.pop(0)
         if one.option.stage_layers and full and _fastest(one) > min(map(_fastest, full)):
             full.append(one)  # its first figure is rather too high
@@ -421,7 +421,10 @@ def after_losing_a_node(
     for name in cluster.pools:
         rest = cluster.without_node(name)
         found = search(question, rest, kinds, thorough=False, most=_FEW)
-        result[name] = found.best[0] if found.best else None
+        best_left = list(found.best)
+        if best_left and best_left[0].option.stage_layers:
+            best_left = _thoroughly(best_left, 1)  # first figures of pipelines may be far too low
+        result[name] = best_left[0] if best_left else None
     return result
 
 
