@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,7 +196,7 @@ def _answer(
         "larger_microbatches": {
             size: {"layout": one.option.describe(), "wave": one.wave, "tokens_per_second": one.tokens_per_second}
             for size, one in larger_microbatches(question, cluster, kinds, best).items()},
-        "other_ways": baselines(best),
+        "other_ways": [{**asdict(one), "runs": one.runs} for one in baselines(best)],
         "alone": [asdict(one) for one in alones],
         "after_losing_a_node": {
             name: {"layout": one.option.describe(), "tokens_per_second": one.tokens_per_second} if one else None
@@ -220,6 +220,8 @@ def _print(answer: dict[str, Any], args: argparse.Namespace) -> None:
     console.print(_others_table(answer))
     for one in answer["left_out"]:
         console.print(f"left out: {one['gpus']} GPUs of {one['pool']}: {one['reason']}")
+    for sentence in _faster(answer):
+        console.print(sentence, highlight=False)
     search = answer["search"]
     console.print(f"{search['considered']} layouts considered, {search['fitting']} fit, "
                   f"{search['simulated']} simulated")
@@ -279,14 +281,25 @@ def _others_table(answer: dict[str, Any]) -> Table:
             for one in answer["runners_up"]]
     rows += [(f"--micro-batch-size {size}: {one['layout']}, wave {one['wave']}", one["tokens_per_second"])
              for size, one in answer["larger_microbatches"].items()]
-    rows += [(f"{name}, if it fits", value) for name, value in answer["other_ways"].items()]
+    rows += [(one["name"], one["obstacle"] or one["tokens_per_second"]) for one in answer["other_ways"]]
     rows += [(f"{one['pool']} alone, expert parallel", one["tokens_per_second"]) for one in answer["alone"]]
     rows += [(f"a node of {name} lost: {one['layout'] if one else 'nothing fits'}", one and one["tokens_per_second"])
              for name, one in answer["after_losing_a_node"].items()]
     for name, value in rows:
-        share = f"{value / answer['plan']['predicted']['tokens_per_second']:.2f}" if value else "does not fit"
-        table.add_row(name, f"{value:,.0f}" if value else "", share)
+        if isinstance(value, float):
+            table.add_row(name, f"{value:,.0f}", f"{value / answer['plan']['predicted']['tokens_per_second']:.2f}")
+        else:
+            table.add_row(name, "", value or "does not fit")
     return table
+
+
+def _faster(answer: dict[str, Any]) -> Iterator[str]:
+    """What could be had on the same GPUs and would be faster, a sentence each."""
+    planned = answer["plan"]["predicted"]["tokens_per_second"]
+    for one in answer["other_ways"]:
+        if one["runs"] and one["tokens_per_second"] > planned:
+            assumed = ", were handovers free and microbatches of any size" if one["name"].startswith("pipeline") else ""
+            yield f"faster on these GPUs: {one['name']}, {one['tokens_per_second'] / planned:.2f} times{assumed}"
 
 
 def train_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:

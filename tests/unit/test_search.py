@@ -178,7 +178,7 @@ def test_what_is_left_without_a_node_and_without_the_other_pool():
     assert lost["old"] is None or "old" not in lost["old"].option.used()
     assert {one.pool for one in alone(question(), on, priced)} == {"new", "old"}
     others = baselines(search(question(), on, priced).best[0])
-    assert all(value > 0 for value in others.values())
+    assert all(one.tokens_per_second > 0 for one in others)
 
 
 @pytest.mark.parametrize("schedule", ["zebra", "overlapped"])
@@ -499,3 +499,15 @@ def test_what_follows_a_step_counts_once_whoever_has_most_of_it():
                    new=profile(shape(layers=3), optimizer=1e-9), groups=2)
     counts = counts_of(spread(priced, [2, 3]))
     assert long_step_seconds(priced, counts, 2) == pytest.approx(step_seconds(priced, counts, "zebra", 2), rel=0.01)
+
+
+def test_other_ways_say_what_keeps_them_from_it():
+    """Stock Megatron has attention on all ranks, all in one precision, and a part of the experts on each."""
+    on = cluster(2, 2)
+    best = search(question(), on, kinds(on)).best[0]
+    assert all(one.obstacle is None for one in baselines(best))
+    assert [one.name for one in baselines(best) if not one.runs] == ["ideal sum of pools (a bound)"]
+    group = best.option.group
+    seats = [replace(seat, pool=replace(seat.pool, memory=1.6e9)) if seat.pool.name == "old" else seat for seat in group.seats]
+    small = replace(best, option=replace(best.option, group=replace(group, seats=tuple(seats))))
+    assert {one.name for one in baselines(small) if one.obstacle == "does not fit"} >= {"expert parallelism over all ranks"}
