@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from megatron_hetermoe.cost.curves import Notes
     from megatron_hetermoe.planner.advice import Alone
     from megatron_hetermoe.planner.options import Question
-    from megatron_hetermoe.planner.search import Found
+    from megatron_hetermoe.planner.search import Found, Priced
 
 DEFAULT_VOCABULARY = 32_000
 NOT_SEARCHED = "context parallelism and virtual stages are the recipe's, and CPU offload of the optimizer was not searched; " \
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hetermoe.cost.cluster import kinds_of, read_cluster
     from megatron_hetermoe.cost.curves import Notes
     from megatron_hetermoe.planner.advice import alone, nothing_fits, with_attention_alone
-    from megatron_hetermoe.planner.search import search
+    from megatron_hetermoe.planner.search import after_losing_a_node, search, with_fewer_nodes
 
     problems, notes = Problems(), Notes()
     with problems.taking():
@@ -84,9 +84,11 @@ def run(args: argparse.Namespace) -> int:
             activity.enter("looking for what would fit")
             raise UsageError(nothing_fits(question, cluster, kinds))
         activity.enter("comparing with other ways to use these GPUs")
+        lost = after_losing_a_node(question, cluster, kinds, found.best[0])
+        found = with_fewer_nodes(found, lost)
         alones = alone(question, cluster, kinds)
         plan = with_attention_alone(found.best[0], alones)
-        answer = _answer(question, cluster, kinds, found, plan, alones, notes)
+        answer = _answer(question, cluster, kinds, found, lost, plan, alones, notes)
     if args.out:
         write_plan(plan, args.out)
     if args.json:
@@ -170,18 +172,17 @@ def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
 
 
 def _answer(
-    question: Question, cluster: Cluster, kinds: Mapping[str, Kind], found: Found, plan: Plan, alones: Sequence[Alone],
-    notes: Notes,
+    question: Question, cluster: Cluster, kinds: Mapping[str, Kind], found: Found, lost: Mapping[str, Priced | None],
+    plan: Plan, alones: Sequence[Alone], notes: Notes,
 ) -> dict[str, Any]:
     """Everything that is said, as data."""
     from megatron_hetermoe.planner.advice import baselines, larger_microbatches
     from megatron_hetermoe.planner.memory import MARGIN
-    from megatron_hetermoe.planner.search import after_losing_a_node, left_out
+    from megatron_hetermoe.planner.search import left_out
 
     best = found.best[0]
     assignment = best.assignment
     held = assignment.experts
-    lost = after_losing_a_node(question, cluster, kinds, best)
     return {
         "plan": {**{key: value for key, value in asdict(plan).items() if key not in ("model", "placement")},
                  "layout": best.option.describe()},

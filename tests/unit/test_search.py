@@ -17,7 +17,7 @@ from megatron_hetermoe.planner.advice import alone, baselines, nothing_fits
 from megatron_hetermoe.planner.asym_ea import Limits, counts_of, feasible, long_step_seconds, placement_of
 from megatron_hetermoe.planner.memory import expert_row_bytes, in_flight, member_memory, usable, waves_ahead
 from megatron_hetermoe.planner.options import Question, options
-from megatron_hetermoe.planner.search import _by_turns, after_losing_a_node, left_out, search, smaller
+from megatron_hetermoe.planner.search import _by_turns, after_losing_a_node, left_out, search, smaller, with_fewer_nodes
 from megatron_hetermoe.planner.staged import divisions
 from megatron_hetermoe.schedule.interleaved import chunk_units
 from megatron_hetermoe.schedule.orders import build
@@ -511,3 +511,15 @@ def test_other_ways_say_what_keeps_them_from_it():
     seats = [replace(seat, pool=replace(seat.pool, memory=1.6e9)) if seat.pool.name == "old" else seat for seat in group.seats]
     small = replace(best, option=replace(best.option, group=replace(group, seats=tuple(seats))))
     assert {one.name for one in baselines(small) if one.obstacle == "does not fit"} >= {"expert parallelism over all ranks"}
+
+
+def test_a_plan_for_fewer_nodes_is_one_for_all():
+    """Where it is faster it leads; what was best stays the first runner-up."""
+    on = cluster(2, 2)
+    found = search(question(), on, kinds(on))
+    slower = replace(found.best[-1], tokens_per_second=0.5 * found.best[0].tokens_per_second)
+    headed = replace(found, best=(slower, *found.best))
+    assert with_fewer_nodes(found, {"new": None, "old": slower}) is found
+    again = with_fewer_nodes(replace(found, best=(slower,)), {"new": found.best[0], "old": None})
+    assert again.best[0].tokens_per_second > slower.tokens_per_second and again.best[1] is slower
+    assert with_fewer_nodes(headed, {"old": slower}) is headed
