@@ -176,7 +176,7 @@ def _answer(
     plan: Plan, alones: Sequence[Alone], notes: Notes,
 ) -> dict[str, Any]:
     """Everything that is said, as data."""
-    from megatron_hetermoe.planner.advice import baselines, larger_microbatches
+    from megatron_hetermoe.planner.advice import alone, baselines, larger_microbatches
     from megatron_hetermoe.planner.memory import MARGIN
     from megatron_hetermoe.planner.search import left_out
 
@@ -200,8 +200,8 @@ def _answer(
         "other_ways": [{**asdict(one), "runs": one.runs} for one in baselines(best)],
         "alone": [asdict(one) for one in alones],
         "after_losing_a_node": {
-            name: {"layout": one.option.describe(), "tokens_per_second": one.tokens_per_second} if one else None
-            for name, one in lost.items()},
+            name: {"layout": one.option.describe(), "tokens_per_second": one.tokens_per_second} if one else
+            _best_alone(alone(question, cluster.without_node(name), kinds)) for name, one in lost.items()},
         "search": {"considered": found.considered, "fitting": found.fitting, "simulated": found.simulated},
         "memory": {role: {"bytes": best.bytes_of(role), "of": min(
             cluster.pools[name].memory for name, _ in pools)} for role, pools in
@@ -211,6 +211,14 @@ def _answer(
         "imbalance": dict(zip(("fits", "most"), best.imbalance)),
         "notes": [*notes, NOT_SEARCHED],
     }
+
+
+def _best_alone(alones: Sequence[Alone]) -> dict[str, Any] | None:
+    """The pool that does most by itself, for when no plan is left; None where the model fits none."""
+    best = max(alones, key=lambda one: one.tokens_per_second or 0.0, default=None)
+    if best is None or not best.tokens_per_second:
+        return None
+    return {"layout": f"{best.pool} alone, expert parallel", "tokens_per_second": best.tokens_per_second}
 
 
 def _print(answer: dict[str, Any], args: argparse.Namespace) -> None:

@@ -97,7 +97,7 @@ class OtherWay:
     Attributes:
         name: in words.
         tokens_per_second: as if nothing kept it from running.
-        obstacle: what does, in a few words; None for nothing, and for a bound, which nobody runs.
+        obstacle: what does, in a few words; None for nothing, and for the ideal, which nobody runs.
     """
 
     name: str
@@ -110,7 +110,7 @@ class OtherWay:
         return self.obstacle is None and self.name != IDEAL
 
 
-IDEAL = "ideal sum of pools (a bound)"
+IDEAL = "ideal sum of pools"  # each alone by expert parallelism
 
 
 def baselines(best: Priced) -> list[OtherWay]:

@@ -506,7 +506,7 @@ def test_other_ways_say_what_keeps_them_from_it():
     on = cluster(2, 2)
     best = search(question(), on, kinds(on)).best[0]
     assert all(one.obstacle is None for one in baselines(best))
-    assert [one.name for one in baselines(best) if not one.runs] == ["ideal sum of pools (a bound)"]
+    assert [one.name for one in baselines(best) if not one.runs] == ["ideal sum of pools"]
     group = best.option.group
     seats = [replace(seat, pool=replace(seat.pool, memory=1.6e9)) if seat.pool.name == "old" else seat for seat in group.seats]
     small = replace(best, option=replace(best.option, group=replace(group, seats=tuple(seats))))
