@@ -32,6 +32,7 @@ _SEARCH_MICROBATCHES = 8  # that the local search simulates; more change the ram
 _SEARCH_OVERLAPPED = 4  # of each of three waves
 LONG = 300  # layers x microbatches of a step from which on the event simulator takes more than a moment
 _ROUNDS = 40  # of local search, each with all neighbours
+_DEEP = 16  # layers from which on there are fewer of them: a layer's neighbours are a smaller part of a step, and are more
 _ROTATED = 12  # members of a ZP group up to which what does not divide goes round in every case
 _FAMILY = 96  # totals that are tried before it,
 _COARSE = 8  # at first every eighth
@@ -392,7 +393,7 @@ class _Search:
 
     def improve(self, moved: tuple[int, ...], seconds: float) -> tuple[int, ...]:
         """Goes to the best neighbour while there is a better one."""
-        for _ in range(_ROUNDS):
+        for _ in range(_ROUNDS * _DEEP // max(_DEEP, len(self._group.shape.moe_layers))):
             neighbours = self._neighbours(moved)
             if not neighbours:
                 break
