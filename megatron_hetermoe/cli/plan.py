@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from megatron_hetermoe.cli.quiet import quiet
 from megatron_hetermoe.cli.words import decided_by_plan
 from megatron_hetermoe.config.errors import Problems, UsageError
 from megatron_hetermoe.config.flags import PREFIX, parse_flags
-from megatron_hetermoe.config.plan import TOGETHER, WEIGHT_GRADIENTS, Plan
+from megatron_hetermoe.config.plan import DELAYED, TOGETHER, WEIGHT_GRADIENTS, Plan
 from megatron_hetermoe.config.recipe import load_recipe, locating, override, places_left
 from megatron_hetermoe.config.stages import stage_flags
 from megatron_hetermoe.config.step import RECOMPUTE
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from megatron_hetermoe.cost.curves import Notes
     from megatron_hetermoe.planner.advice import Alone
     from megatron_hetermoe.planner.options import Question
-    from megatron_hetermoe.planner.search import Found
+    from megatron_hetermoe.planner.search import Found, Priced
 
 DEFAULT_VOCABULARY = 32_000
 NOT_SEARCHED = "context parallelism and virtual stages are the recipe's, and CPU offload of the optimizer was not searched; " \
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hetermoe.cost.cluster import kinds_of, read_cluster
     from megatron_hetermoe.cost.curves import Notes
     from megatron_hetermoe.planner.advice import alone, nothing_fits, with_attention_alone
-    from megatron_hetermoe.planner.search import search
+    from megatron_hetermoe.planner.search import after_losing_a_node, search, with_fewer_nodes
 
     problems, notes = Problems(), Notes()
     with problems.taking():
@@ -84,9 +84,11 @@ def run(args: argparse.Namespace) -> int:
             activity.enter("looking for what would fit")
             raise UsageError(nothing_fits(question, cluster, kinds))
         activity.enter("comparing with other ways to use these GPUs")
+        lost = after_losing_a_node(question, cluster, kinds, found.best[0])
+        found = with_fewer_nodes(found, lost)
         alones = alone(question, cluster, kinds)
         plan = with_attention_alone(found.best[0], alones)
-        answer = _answer(question, cluster, kinds, found, plan, alones, notes)
+        answer = _answer(question, cluster, kinds, found, lost, plan, alones, notes)
     if args.out:
         write_plan(plan, args.out)
     if args.json:
@@ -116,7 +118,7 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, notes: Notes) -> Q
     from megatron_hetermoe.planner.staged import divisions
 
     problems = Problems()
-    _, rest = parse_flags(argv, problems)
+    ours, rest = parse_flags(argv, problems)
     with quiet():
         from megatron_hetermoe.mcore.arguments import (
             activation_again, arguments_to_plan_for, parallelism_of, recomputed,
@@ -138,14 +140,19 @@ def _question_of(argv: Sequence[str], vocabulary: int | None, notes: Notes) -> Q
     precision = "fp16" if parsed.fp16 else "bf16" if parsed.bf16 else "fp32"
     recompute = RECOMPUTE[RECOMPUTE.index(recomputed(parsed)):]  # more than asked for, where memory asks for it
     distributed = bool(parsed.use_distributed_optimizer)
+    stages = (parallelism.stage_layers,) if parallelism.stage_layers else ((), *divisions(shape))
+    tensor = _tensor(parsed)
+    # Megatron's own linear layers; the weight gradients of others are not split off.
+    weights = WEIGHT_GRADIENTS if parsed.transformer_impl == "local" else (TOGETHER,)
+    if ours.cuda_graphs:  # which stand beside none of these but what was asked for
+        recompute, stages, tensor = recompute[:1], stages[:1], tensor[:1]
+        weights = tuple(choice for choice in weights if choice != DELAYED)
     return Question(shape, precision, parsed.micro_batch_size, parsed.global_batch_size, vocabulary, recompute,
-                    (distributed,) if distributed else (False, True), _tensor(parsed),
-                    # Megatron's own linear layers; the weight gradients of others are not split off.
-                    WEIGHT_GRADIENTS if parsed.transformer_impl == "local" else (TOGETHER,),
-                    activation_again=(True,) if activation_again(parsed) else (False, True),
+                    (distributed,) if distributed else (False, True), tensor,
+                    weights, activation_again=(True,) if activation_again(parsed) else (False, True),
                     expert_tensor=(parallelism.expert_tensor,) if parsed.expert_tensor_parallel_size else _EXPERT_TENSOR,
-                    stage_layers=(parallelism.stage_layers,) if parallelism.stage_layers else ((), *divisions(shape)),
-                    virtual_stages=parallelism.virtual_stages, context=parallelism.context)
+                    stage_layers=stages, virtual_stages=parallelism.virtual_stages, context=parallelism.context,
+                    cuda_graphs=ours.cuda_graphs)
 
 
 def _may_be_staged(shape: ModelShape, stage_layers: Sequence[int], virtual_stages: int) -> bool:
@@ -165,18 +172,17 @@ def _tensor(parsed: argparse.Namespace) -> tuple[int, ...]:
 
 
 def _answer(
-    question: Question, cluster: Cluster, kinds: Mapping[str, Kind], found: Found, plan: Plan, alones: Sequence[Alone],
-    notes: Notes,
+    question: Question, cluster: Cluster, kinds: Mapping[str, Kind], found: Found, lost: Mapping[str, Priced | None],
+    plan: Plan, alones: Sequence[Alone], notes: Notes,
 ) -> dict[str, Any]:
     """Everything that is said, as data."""
-    from megatron_hetermoe.planner.advice import baselines, larger_microbatches
+    from megatron_hetermoe.planner.advice import alone, baselines, larger_microbatches
     from megatron_hetermoe.planner.memory import MARGIN
-    from megatron_hetermoe.planner.search import after_losing_a_node, left_out
+    from megatron_hetermoe.planner.search import left_out
 
     best = found.best[0]
     assignment = best.assignment
     held = assignment.experts
-    lost = after_losing_a_node(question, cluster, kinds, best)
     return {
         "plan": {**{key: value for key, value in asdict(plan).items() if key not in ("model", "placement")},
                  "layout": best.option.describe()},
@@ -191,11 +197,11 @@ def _answer(
         "larger_microbatches": {
             size: {"layout": one.option.describe(), "wave": one.wave, "tokens_per_second": one.tokens_per_second}
             for size, one in larger_microbatches(question, cluster, kinds, best).items()},
-        "other_ways": baselines(best),
+        "other_ways": [{**asdict(one), "runs": one.runs} for one in baselines(best)],
         "alone": [asdict(one) for one in alones],
         "after_losing_a_node": {
-            name: {"layout": one.option.describe(), "tokens_per_second": one.tokens_per_second} if one else None
-            for name, one in lost.items()},
+            name: {"layout": one.option.describe(), "tokens_per_second": one.tokens_per_second} if one else
+            _best_alone(alone(question, cluster.without_node(name), kinds)) for name, one in lost.items()},
         "search": {"considered": found.considered, "fitting": found.fitting, "simulated": found.simulated},
         "memory": {role: {"bytes": best.bytes_of(role), "of": min(
             cluster.pools[name].memory for name, _ in pools)} for role, pools in
@@ -207,6 +213,14 @@ def _answer(
     }
 
 
+def _best_alone(alones: Sequence[Alone]) -> dict[str, Any] | None:
+    """The pool that does most by itself, for when no plan is left; None where the model fits none."""
+    best = max(alones, key=lambda one: one.tokens_per_second or 0.0, default=None)
+    if best is None or not best.tokens_per_second:
+        return None
+    return {"layout": f"{best.pool} alone, expert parallel", "tokens_per_second": best.tokens_per_second}
+
+
 def _print(answer: dict[str, Any], args: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -215,6 +229,8 @@ def _print(answer: dict[str, Any], args: argparse.Namespace) -> None:
     console.print(_others_table(answer))
     for one in answer["left_out"]:
         console.print(f"left out: {one['gpus']} GPUs of {one['pool']}: {one['reason']}")
+    for sentence in _faster(answer):
+        console.print(sentence, highlight=False)
     search = answer["search"]
     console.print(f"{search['considered']} layouts considered, {search['fitting']} fit, "
                   f"{search['simulated']} simulated")
@@ -274,14 +290,25 @@ def _others_table(answer: dict[str, Any]) -> Table:
             for one in answer["runners_up"]]
     rows += [(f"--micro-batch-size {size}: {one['layout']}, wave {one['wave']}", one["tokens_per_second"])
              for size, one in answer["larger_microbatches"].items()]
-    rows += [(f"{name}, if it fits", value) for name, value in answer["other_ways"].items()]
+    rows += [(one["name"], one["obstacle"] or one["tokens_per_second"]) for one in answer["other_ways"]]
     rows += [(f"{one['pool']} alone, expert parallel", one["tokens_per_second"]) for one in answer["alone"]]
     rows += [(f"a node of {name} lost: {one['layout'] if one else 'nothing fits'}", one and one["tokens_per_second"])
              for name, one in answer["after_losing_a_node"].items()]
     for name, value in rows:
-        share = f"{value / answer['plan']['predicted']['tokens_per_second']:.2f}" if value else "does not fit"
-        table.add_row(name, f"{value:,.0f}" if value else "", share)
+        if isinstance(value, float):
+            table.add_row(name, f"{value:,.0f}", f"{value / answer['plan']['predicted']['tokens_per_second']:.2f}")
+        else:
+            table.add_row(name, "", value or "does not fit")
     return table
+
+
+def _faster(answer: dict[str, Any]) -> Iterator[str]:
+    """What could be had on the same GPUs and would be faster, a sentence each."""
+    planned = answer["plan"]["predicted"]["tokens_per_second"]
+    for one in answer["other_ways"]:
+        if one["runs"] and one["tokens_per_second"] > planned:
+            assumed = ", were handovers free and microbatches of any size" if one["name"].startswith("pipeline") else ""
+            yield f"faster on these GPUs: {one['name']}, {one['tokens_per_second'] / planned:.2f} times{assumed}"
 
 
 def train_words(args: argparse.Namespace, flags: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ class Step:
         distributed_optimizer: whether data-parallel ranks share the optimizer's state.
         activation_again: whether the backward computes the output of the experts' activation again: Megatron's
             ``moe_act``, beside other selective recomputation or alone.
+        cuda_graphs: whether attention ranks replay what they compute between transfers, which takes memory of its own.
     """
 
     micro_batch: int
@@ -28,6 +29,7 @@ class Step:
     recompute: str = "none"
     distributed_optimizer: bool = False
     activation_again: bool = False
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _resolved(args: argparse.Namespace, flags: Flags, world_size: int, problems:
             plan = resolve(flags, shape, precision, world_size, problems, parallelism_of(args))
     if plan is not None:
         if plan.step is not None:
-            _check_step(args, plan, problems)
+            _check_step(args, plan, flags, problems)
         if plan.context_parallel > 1 and plan.attention_kernel == "megatron" and args.transformer_impl == "local":
             problems.add("--hetermoe-attention megatron knows no context parallelism: leave it out")
         if args.transformer_impl == "local" and _by_torch(plan):
@@ -308,15 +308,16 @@ def _latent(args: argparse.Namespace) -> dict[str, int]:
             "qk_position_dim": args.qk_pos_emb_head_dim, "v_head_dim": args.v_head_dim}
 
 
-def _check_step(args: argparse.Namespace, plan: Plan, problems: Problems) -> None:
-    """What a plan's memory and times were reckoned with must be what Megatron's flags ask for."""
-    flags = {
+def _check_step(args: argparse.Namespace, plan: Plan, flags: Flags, problems: Problems) -> None:
+    """What a plan's memory and times were reckoned with must be what the flags ask for."""
+    asked = {
         "micro_batch": ("--micro-batch-size", args.micro_batch_size),
         "recompute": ("recomputation (--recompute-granularity, --recompute-modules)", recomputed(args)),
         "distributed_optimizer": ("--use-distributed-optimizer", args.use_distributed_optimizer),
         "activation_again": ("--recompute-modules moe_act", activation_again(args)),
+        "cuda_graphs": (GRAPHS, flags.cuda_graphs),
     }
-    for field, (flag, here) in flags.items():
+    for field, (flag, here) in asked.items():
         planned = getattr(plan.step, field)
         if planned != here:
             problems.add(f"the plan was made with {flag} {planned}, the flags say {here}: change the flag, or make a plan "

@@ -19,6 +19,7 @@ from megatron_hetermoe.config.log_lines import DRY_RUN
 from megatron_hetermoe.config.plan import Plan
 from megatron_hetermoe.config.step import TaskSeconds
 from megatron_hetermoe.mcore.session import Session
+from megatron_hetermoe.planner.memory import OVERHEAD
 from megatron_hetermoe.runtime.device import is_gpu
 from megatron_hetermoe.runtime.network import measure_channel
 from megatron_hetermoe.runtime.streams import Queued
@@ -188,7 +189,8 @@ def _table(plan: Plan, ranks: Sequence[_OfRank]) -> Iterator[str]:
     for role, expected in ((ATTENTION, predicted and predicted.attention_bytes),
                            (EXPERT, predicted and predicted.expert_bytes)):
         most = max(rank.memory for rank in ranks if rank.role == role)
-        yield _row(f"memory of {role} ranks", expected, most or None, 1e-9, "GB")
+        # What is measured is torch's allocator's, which the rest of a process is no part of.
+        yield _row(f"memory of {role} ranks", expected and max(0.0, expected - OVERHEAD), most or None, 1e-9, "GB")
     if not plan.tasks:
         yield "nothing was predicted: `hetermoe plan` makes a plan that says what to expect, --hetermoe-plan takes it"
 

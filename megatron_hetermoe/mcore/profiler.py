@@ -315,12 +315,13 @@ class _Attention(_Part):
     """The A tasks.
 
     Attributes:
-        bytes_per_token: activations that a layer keeps of a token, 0 where memory cannot be asked.
+        bytes_per_token: activations that a layer keeps of a token, of the longest sequence, since blocks of small tensors are
+            rounded up; 0 where memory cannot be asked.
         probs_dtype: in which the router gives probabilities.
     """
 
     rank = _ATTENTION
-    bytes_per_token = 0.0
+    _kept = (0, 0.0)  # tokens, bytes of each
     probs_dtype = torch.float32
 
     def __init__(self, args: argparse.Namespace, plan: Plan, device: torch.device, graphs: bool):
@@ -362,7 +363,11 @@ class _Attention(_Part):
             clock.run(task, table[Kind.ATTENTION, Pass.BACKWARD])
         clock.finish()
         tokens = length * self.args.micro_batch_size
-        self.bytes_per_token = max(self.bytes_per_token, (kept[1] - kept[0]) / tokens)
+        self._kept = max(self._kept, (tokens, (kept[1] - kept[0]) / tokens))
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self._kept[1]
 
     def _batches(self, length: int) -> Iterator[dict[str, torch.Tensor | None]]:
         shape = (self.args.micro_batch_size, length)
@@ -378,11 +383,11 @@ class _Experts(_Part):
     """The E tasks of a holder.
 
     Attributes:
-        bytes_per_row: what is kept for a row of an expert until its backward, 0 where memory cannot be asked.
+        bytes_per_row: what is kept for a row of an expert until its backward, of most rows; 0 where memory cannot be asked.
     """
 
     rank = _EXPERT
-    bytes_per_row = 0.0
+    _kept = (0, 0.0)  # rows, bytes of each
 
     def __init__(
         self, args: argparse.Namespace, plan: Plan, device: torch.device, probs_dtype: torch.dtype, activation_again: bool
@@ -397,6 +402,10 @@ class _Experts(_Part):
             self._step(clock, tokens)
             self.model.zero_grad_buffer()
         return clock.median(1)
+
+    @property
+    def bytes_per_row(self) -> float:
+        return self._kept[1]
 
     @property
     def held(self) -> int:
@@ -418,8 +427,9 @@ class _Experts(_Part):
         routed = transfers.held[1, 0] = Routed(sizes, given, probs, copies=Copies.of(source, rows))
         del given, probs
         clock.run(task, table[Kind.EXPERT, Pass.FORWARD])
+        routed.outputs.untyped_storage().resize_(0)  # as when a C task has sent them
         routed.outputs = None
-        self.bytes_per_row = max(self.bytes_per_row, (_allocated() - before) / copies)
+        self._kept = max(self._kept, (copies, (_allocated() - before) / copies))
         routed.output_grads = torch.randn(rows, hidden, dtype=self.session.wire_dtype, device=self.device)
         clock.run(replace(task, direction=Pass.BACKWARD), table[Kind.EXPERT, Pass.BACKWARD])
         clock.finish()

@@ -14,7 +14,7 @@ from megatron_hetermoe.planner.memory import MARGIN, member_memory, usable
 from megatron_hetermoe.planner.options import MOST_MEMBERS, Question, options
 from megatron_hetermoe.planner.search import Priced, fits, search, smaller
 from megatron_hetermoe.simulator.baselines import (
-    expert_parallel_tokens_per_second, group_tokens, ideal_seconds, pipeline, spread,
+    Pipeline, expert_parallel_tokens_per_second, group_tokens, ideal_seconds, pipeline, pipelines, spread,
 )
 from megatron_hetermoe.simulator.host import BUSY
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
@@ -90,20 +90,88 @@ def with_attention_alone(best: Priced, alones: Sequence[Alone]) -> Plan:
     return replace(plan, predicted=replace(plan.predicted, attention_alone=sum(speeds) if speeds else None))
 
 
-def baselines(best: Priced) -> dict[str, float]:
-    """Tokens a second of other ways to use the same GPUs, memory not counted: an upper bound on each."""
+@dataclass(frozen=True)
+class OtherWay:
+    """Another way to use the plan's GPUs.
+
+    Attributes:
+        name: in words.
+        tokens_per_second: as if nothing kept it from running.
+        obstacle: what does, in a few words; None for nothing, and for the ideal, which nobody runs.
+    """
+
+    name: str
+    tokens_per_second: float
+    obstacle: str | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether it could be had instead of the plan."""
+        return self.obstacle is None and self.name != IDEAL
+
+
+IDEAL = "ideal sum of pools"  # each alone by expert parallelism
+
+
+def baselines(best: Priced) -> list[OtherWay]:
+    """Other ways to use the same GPUs, stock Megatron's with the least recomputation that fits, and what keeps them from it."""
     option, group = best.option, best.option.group
     m, copies = option.m, option.groups * len(option.stages)
     seats = (*group.seats[:m], *(seat for seat in group.seats[m:] for _ in range(group.expert_tensor)))
     every = replace(group, seats=seats, expert_tensor=1)
     tokens = group_tokens(every) * copies
     even = spread(every, range(m, every.members))
-    return {
-        "expert parallelism over all ranks": copies * expert_parallel_tokens_per_second(every, seats),
-        "naive disaggregation": tokens / float(long_step_seconds(every, counts_of(even), 1)[0]),
-        "pipeline, best split of layers": tokens / pipeline(every).seconds,
-        "ideal sum of pools": tokens / ideal_seconds(every),
-    }
+    recomputing = [replace(every, step=replace(every.step, recompute=recompute, distributed_optimizer=True))
+                   for recompute in RECOMPUTE if all(seat.kind.has_recompute(recompute) for seat in seats)]
+    parallel = next((one for one in recomputing if _expert_parallel_fits(one, copies)), None)
+    staged = next((one for choice in recomputing for one in sorted(pipelines(choice), key=lambda one: one.seconds)
+                   if _pipeline_fits(choice, one, copies)), None)
+    without = _without_bf16(every)
+    return [
+        OtherWay("expert parallelism over all ranks", copies * expert_parallel_tokens_per_second(parallel or every, seats),
+                 without or _unless(parallel)),
+        OtherWay("naive disaggregation", tokens / float(long_step_seconds(every, counts_of(even), 1)[0]),
+                 _unless(_all_fit(every, range(m), 0) and _all_fit(every, range(m, every.members), even.experts_held(m)))),
+        OtherWay("pipeline, best split of layers", tokens / (staged or pipeline(every)).seconds, without or _unless(staged)),
+        OtherWay(IDEAL, tokens / ideal_seconds(every)),
+    ]
+
+
+def _unless(fits: object) -> str | None:
+    return None if fits else "does not fit"
+
+
+def _without_bf16(group: GroupCosts) -> str | None:
+    """The pools that cannot train in bf16, where that is to be: stock Megatron has attention on all ranks."""
+    if group.precision != "bf16":
+        return None
+    pools = dict.fromkeys(seat.pool.name for seat in group.seats if not seat.kind.bf16)
+    return f"no bf16: {', '.join(pools)}" if pools else None
+
+
+def _all_fit(group: GroupCosts, members: range, experts: int, wave: float = 1) -> bool:
+    """Whether members of a group have room for so many (layer, expert) pairs each."""
+    distinct = {group.seats[member].pool.name: member for member in members}.values()
+    return all(member_memory(group, member, experts, wave).total <= usable(group, member) for member in distinct)
+
+
+def _expert_parallel_fits(group: GroupCosts, copies: int) -> bool:
+    ranks = group.members
+    every = replace(group, attention_members=ranks, groups=copies, tensor=1, context=1)
+    return _all_fit(every, range(ranks), -(-group.shape.experts // ranks) * len(group.shape.moe_layers))
+
+
+def _pipeline_fits(group: GroupCosts, found: Pipeline, copies: int) -> bool:
+    """Whether every stage's ranks have room for its layers, with a microbatch on the way for each stage from it on."""
+    seats, first, stages = list(group.seats), 0, len(found.layers)
+    for stage, (ranks, layers) in enumerate(zip(found.ranks, found.layers)):
+        of = group.shape.of_layers(range(first + 1, first + layers + 1))
+        own, seats, first = tuple(seats[:ranks]), seats[ranks:], first + layers
+        part = replace(group, shape=of, seats=own, attention_members=ranks, groups=copies, tensor=1, context=1, expert_tensor=1,
+                       stage=stage, stages=stages)
+        if not _all_fit(part, range(ranks), -(-of.experts // ranks) * len(of.moe_layers), stages - stage):
+            return False
+    return True
 
 
 def nothing_fits(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> list[str]:

@@ -22,7 +22,7 @@ from megatron_hetermoe.cost.tasks import TaskCosts
 from megatron_hetermoe.planner.memory import most_experts
 from megatron_hetermoe.schedule.orders import build
 from megatron_hetermoe.simulator.events import simulate
-from megatron_hetermoe.simulator.fast import step_seconds
+from megatron_hetermoe.simulator.fast import step_ends
 from megatron_hetermoe.topology.placement import Placement
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _SEARCH_MICROBATCHES = 8  # that the local search simulates; more change the ram
 _SEARCH_OVERLAPPED = 4  # of each of three waves
 LONG = 300  # layers x microbatches of a step from which on the event simulator takes more than a moment
 _ROUNDS = 40  # of local search, each with all neighbours
+_DEEP = 16  # layers from which on there are fewer of them: a layer's neighbours are a smaller part of a step, and are more
 _ROTATED = 12  # members of a ZP group up to which what does not divide goes round in every case
 _FAMILY = 96  # totals that are tried before it,
 _COARSE = 8  # at first every eighth
@@ -230,37 +231,24 @@ def long_step_seconds(
 ) -> np.ndarray:
     """Seconds of a step with many microbatches, [candidates], without simulating each of them.
 
-    After a few microbatches every further one of a wave takes as long as the one before. Attention ranks end a wave
-    last, so zebra's step is the sum of its waves. Of overlapped waves each further one takes as long as the third. What
-    follows the last task counts once.
+    After a few microbatches every further one of a wave takes as long as the one before. Zebra's next wave begins when attention
+    ranks have ended the last one; what follows the last task counts once. Of overlapped waves each further one takes as long as
+    the third.
     """
     total = group.step.microbatches
     sizes = [len(one) for one in build("zebra", 0, Placement((), 1), 1, total, wave).waves]
     if schedule == "overlapped" and len(sizes) > 1:
         two, three = (
-            sum(_longer(group, experts, schedule, size, waves) * sizes.count(size) for size in {*sizes}) / len(sizes)
+            sum(_longer(group, experts, schedule, size, waves)[1] * sizes.count(size) for size in {*sizes}) / len(sizes)
             for waves in (2, 3)
         )
         return two + (three - two) * (len(sizes) - 2)
     known = {size: _longer(group, experts, "zebra", size, 1) for size in {*sizes} - {0}}
-    return sum(known[size] for size in sizes) - _once(group, experts.sum(axis=1)) * (len(sizes) - 1)
-
-
-def _once(group: GroupCosts, held: np.ndarray) -> np.ndarray:
-    """Seconds, [candidates], of what follows a step's last task, with so many pairs on each rank, [candidates, members]."""
-    import numpy as np
-
-    longest = []
-    for members in group.alike.values():
-        pairs = held[:, list(members)].astype(int)
-        known = {count: group.reduction(members[0], count) + group.optimizer(members[0], count)
-                 for count in set(pairs.ravel().tolist())}
-        longest.append([max(known[count] for count in row) for row in pairs.tolist()])
-    return np.max(longest, axis=0)
+    return sum(known[size][0] for size in sizes[:-1]) + known[sizes[-1]][1]
 
 
 def _longer(group: GroupCosts, experts: np.ndarray, schedule: str, wave: int, waves: int) -> np.ndarray:
-    """Seconds, [candidates], of so many waves of that size; what is beyond a few microbatches as long as the last ones."""
+    """``step_ends``, [2, candidates], of so many waves of that size; what is beyond a few microbatches as long as the last ones."""
     short, longer = _SEARCH_MICROBATCHES // 2, _SEARCH_MICROBATCHES
     if wave <= longer:
         return _simulated(group, experts, schedule, wave, wave * waves)
@@ -269,23 +257,23 @@ def _longer(group: GroupCosts, experts: np.ndarray, schedule: str, wave: int, wa
 
 
 @lru_cache(maxsize=4)
-def _known_steps(group: GroupCosts) -> dict[tuple[str, int, int, bytes], float]:
-    """Seconds of the steps of a ZP group that were simulated, by schedule, wave, microbatches and experts: a search tries one
+def _known_steps(group: GroupCosts) -> dict[tuple[str, int, int, bytes], tuple[float, float]]:
+    """When the steps of a ZP group that were simulated end, by schedule, wave, microbatches and experts: a search tries one
     wave after the other, and simulates the same few microbatches of all long ones."""
     return {}
 
 
 def _simulated(group: GroupCosts, experts: np.ndarray, schedule: str, wave: int, microbatches: int) -> np.ndarray:
-    """``step_seconds``, which simulates what is not known."""
+    """``step_ends``, [2, candidates], which simulates what is not known."""
     import numpy as np
 
     known = _known_steps(group)
     keys = [(schedule, wave, microbatches, one.tobytes()) for one in experts]
     new = [index for index, key in enumerate(keys) if key not in known]
     if new:
-        seconds = step_seconds(group, experts[new], schedule, wave, microbatches)
-        known.update(zip((keys[index] for index in new), seconds.tolist()))
-    return np.array([known[key] for key in keys])
+        ends = step_ends(group, experts[new], schedule, wave, microbatches)
+        known.update(zip((keys[index] for index in new), zip(*ends.tolist())))
+    return np.array([known[key] for key in keys]).T
 
 
 @dataclass(frozen=True)
@@ -398,14 +386,14 @@ class _Search:
             fits = feasible(experts, self._limits, self._schedule)
             self._known.update(dict.fromkeys(new, float("inf")))
             if fits.any():
-                seconds = _simulated(self._group, experts[fits], self._schedule, self._wave, self._microbatches)
+                seconds = _simulated(self._group, experts[fits], self._schedule, self._wave, self._microbatches)[1]
                 chosen = [moved for moved, fit in zip(new, fits) if fit]
                 self._known.update(zip(chosen, map(float, seconds)))
         return np.array([self._known[moved] for moved in candidates])
 
     def improve(self, moved: tuple[int, ...], seconds: float) -> tuple[int, ...]:
         """Goes to the best neighbour while there is a better one."""
-        for _ in range(_ROUNDS):
+        for _ in range(_ROUNDS * _DEEP // max(_DEEP, len(self._group.shape.moe_layers))):
             neighbours = self._neighbours(moved)
             if not neighbours:
                 break

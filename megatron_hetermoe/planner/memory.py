@@ -6,14 +6,25 @@ Where a profile has measured figures they replace the arithmetic here.
 from __future__ import annotations
 
 from functools import cached_property
+from math import sqrt
 from typing import NamedTuple
 
 from megatron_hetermoe.config.plan import MERGED, TOGETHER
 from megatron_hetermoe.cost.group import BYTES, GRADIENT_BYTES, GroupCosts
 
-MARGIN = 0.10  # share of a GPU's memory that a plan leaves free, for fragmentation and what nobody counted
-IMBALANCE = 1.25  # rows that an expert may get, over balanced routing
-OVERHEAD = 1.5e9  # bytes: context, communicators of both channels and of the pool, libraries' workspaces
+MARGIN = 0.10  # share of a GPU's memory that a plan leaves free, for what nobody counted
+OVERHEAD = 1.0e9  # bytes outside of torch's allocator: context, communicators of both channels and of the pool
+# Bytes inside of it that no tensor here accounts for: what replaying the allocator left of ranks' measured memory, 0.5 to 0.7 GB
+# most often; cuBLAS keeps 32 MiB for each stream that it multiplies on, and small tensors have blocks.
+_WORKSPACES = 0.5e9
+# Rows that an expert gets in a layer deviate from their mean by 0.5 to 0.77 of it in the first steps of runs that were
+# recorded, later by 0.2; of a few ranks the fullest is taken to be 1.3 standard deviations above.
+_DEVIATION, _FULLEST = 0.6, 1.3
+# Share of what comes and goes with rows that the allocator holds besides: rows are others in each microbatch and step, a block
+# that is free serves only what is no larger, and Adam's moments come into the blocks of the first step. By its rules rows that were recorded need 0.19 to 0.28 on expert ranks, and
+# most often 0.2 to 0.34 on attention ranks (``scripts/bench/allocator.py``).
+_GAPS = 0.25
+_BACKWARD = 7  # widths of a token that the backward of an attention task has at once, beside what was kept
 _MOMENTS = 8  # bytes a parameter: Adam's, in fp32
 _COPY = 4 + 4 + 8 + 8  # bytes of an expert's row: its probability; which row it is a copy of, and the way back
 _MASTER = 4  # bytes a parameter: the fp32 copy beside half-precision weights
@@ -25,8 +36,10 @@ class Memory(NamedTuple):
     Attributes:
         weights, gradients, optimizer: of all that it holds.
         activations: of the microbatches on their way.
-        transient: the largest task's own, beside these.
-        overhead: of the process.
+        transient: the largest task's own, beside these, and what waits for a transfer.
+        gaps: what torch's allocator holds between them.
+        overhead: of the process and its libraries.
+        outside: of the overhead, what torch's allocator knows nothing of.
     """
 
     weights: float
@@ -34,11 +47,14 @@ class Memory(NamedTuple):
     optimizer: float
     activations: float
     transient: float
+    gaps: float
     overhead: float
+    outside: float
 
     @property
     def total(self) -> float:
-        return (self.weights + self.gradients + self.optimizer + self.activations + self.transient + self.overhead)
+        return (self.weights + self.gradients + self.optimizer + self.activations + self.transient + self.gaps
+                + self.overhead)
 
 
 def usable(group: GroupCosts, member: int) -> float:
@@ -70,8 +86,14 @@ def in_flight(schedule: str, wave: int, microbatches: int, layers: int, ahead: f
     return float(min(wave * (1 + ahead), microbatches))
 
 
+def fullest(experts: int, of: int) -> float:
+    """Rows of the fullest of some ranks that hold so many of all (layer, expert) pairs, over balanced routing: what pairs get
+    evens out on a rank that holds many of them, and is the same on one that holds all."""
+    return 1 + _FULLEST * _DEVIATION * sqrt((1 - experts / of) / experts) if experts else 1.0
+
+
 def member_memory(
-    group: GroupCosts, member: int, experts: int, wave: float, imbalance: float = IMBALANCE, weight_gradients: str = TOGETHER
+    group: GroupCosts, member: int, experts: int, wave: float, imbalance: float | None = None, weight_gradients: str = TOGETHER
 ) -> Memory:
     """Bytes of a member.
 
@@ -80,7 +102,7 @@ def member_memory(
         member: which.
         experts: all (layer, expert) pairs that it holds.
         wave: the microbatches on their way together, as ``in_flight`` counts them.
-        imbalance: rows that the member's experts get, over those of balanced routing.
+        imbalance: rows that the member's experts get, over those of balanced routing; as ``fullest`` says where not given.
         weight_gradients: as in a plan.
     """
     return _MemoryOfMember(group, member, imbalance, weight_gradients).of(experts, wave)
@@ -90,38 +112,44 @@ class _MemoryOfMember:
     """``member_memory`` for any number of experts and microbatches: a search asks for some of each member, so what depends on
     neither is worked out once."""
 
-    def __init__(self, group: GroupCosts, member: int, imbalance: float, weight_gradients: str):
+    def __init__(self, group: GroupCosts, member: int, imbalance: float | None, weight_gradients: str):
         shape, size = group.shape, BYTES[group.precision]
         self._group, self._moe_layers, self._size = group, len(shape.moe_layers), size
         self._dense = group.dense if member < group.attention_members else 0.0
         self._state = _MOMENTS + (_MASTER if size < 4 else 0)
         self._shares = (group.groups * group.copies, group.groups) if group.step.distributed_optimizer else (1, 1)
-        self._rows = group.expert_tokens * imbalance
+        self._imbalance, self._pairs = imbalance, shape.experts * len(shape.moe_layers)
         self._row_bytes = expert_row_bytes(group, member)
         copied = group.expert_tensor > 1  # addends of the tokens of all ranks that share the experts
-        self._layer_row, self._expert_row = (3 + copied) * shape.hidden, 4 * shape.expert_ffn / group.expert_tensor
+        # Of a row in a backward: gradients of outputs and inputs; those of what comes out of the activation function and goes
+        # into it, of all of a layer's experts, as they have it that run together.
+        self._task_row = size * ((3 + copied) * shape.hidden + (3 if shape.gated else 2) * shape.expert_ffn / group.expert_tensor)
+        self._task_expert = size * shape.expert_weights / group.expert_tensor  # a weight's gradient, until it is added
         self._until_weights = _row_bytes_until_weights(group) if weight_gradients == MERGED else 0
         self._token_bytes = attention_token_bytes(group, member) if self._dense else 0.0
-        self._overhead = group.seats[member].kind.memory_figures.get("overhead", OVERHEAD)
+        self._outside = group.seats[member].kind.memory_figures.get("overhead", OVERHEAD)
+        self._width = shape.hidden * size  # bytes of a token's hidden state
 
     def of(self, experts: int, wave: float) -> Memory:
         """Bytes with so many (layer, expert) pairs and microbatches on their way."""
         group, dense = self._group, self._dense
         routed = experts * group.shape.expert_weights / group.expert_tensor
-        activations, transient = wave * experts * self._rows * self._row_bytes, 0.0
+        rows = group.expert_tokens * (fullest(experts, self._pairs) if self._imbalance is None else self._imbalance)
+        activations, transient = wave * experts * rows * self._row_bytes, 0.0
+        per_layer = -(-experts // self._moe_layers)  # of the layer at hand
         if experts:
-            # The layer at hand: gradients of its outputs, of its inputs and inside one expert.
-            per_layer = -(-experts // self._moe_layers)
-            transient = self._rows * self._size * (self._layer_row * per_layer + self._expert_row)
-            transient += wave * per_layer * self._rows * self._until_weights
+            transient = per_layer * (rows * (self._task_row + wave * self._until_weights) + self._task_expert)
         if dense:
-            activations += wave * self._kept
-            transient = max(transient, self._head_or_permuted) + self._gathered
+            transient = max(transient, self._head, self._task) + self._gathered
+        waiting = wave * self._width * (per_layer * rows + (group.rank_tokens * most_rows(group) if dense else 0))
+        gaps = _GAPS * (activations + transient)
+        kept, graphs = (wave * self._kept, self._graphs(wave)) if dense else (0.0, 0.0)
         return Memory(
             weights=(dense + routed) * self._size,
             gradients=(dense + routed) * GRADIENT_BYTES[group.precision],
             optimizer=self._state * (dense / self._shares[0] + routed / self._shares[1]),
-            activations=activations, transient=transient, overhead=self._overhead,
+            activations=activations + kept, transient=transient + waiting + graphs, gaps=gaps,
+            overhead=self._outside + _WORKSPACES, outside=self._outside,
         )
 
     @cached_property
@@ -140,12 +168,27 @@ class _MemoryOfMember:
         return shape.layers * (group.rank_tokens * self._token_bytes + keys) + group.rank_tokens * further
 
     @cached_property
-    def _head_or_permuted(self) -> float:
-        """Logits with their gradient, in the weights' type and in fp32, or the permuted tokens of a layer."""
-        group, tokens = self._group, self._group.rank_tokens
-        heads = (1 + group.shape.mtp_layers) * group.ends
-        return max(tokens * group.step.vocabulary * 2 * (self._size + 4) * heads,
-                   4 * tokens * most_rows(group) * group.shape.hidden * self._size)
+    def _head(self) -> float:
+        """A head's backward: what softmax made of the logits and its gradient, both in fp32, that gradient in the weights' type,
+        and the gradient of the weights. Of several heads, whose backwards begin together, what softmax made of each."""
+        group, heads = self._group, (1 + self._group.shape.mtp_layers) * self._group.ends
+        logits = group.rank_tokens * group.step.vocabulary
+        weights = group.step.vocabulary * self._width / group.tensor
+        return logits * (4 * heads + 4 + self._size) + weights if heads else 0.0
+
+    @cached_property
+    def _task(self) -> float:
+        """The backward of an attention task, with the permuted tokens' gradients."""
+        return (_BACKWARD + most_rows(self._group)) * self._group.rank_tokens * self._width
+
+    def _graphs(self, wave: float) -> float:
+        """Memory that CUDA graphs of attention have to themselves: in each layer a copy of a microbatch's input; for each
+        microbatch what a forward needs and does not keep; and once what backwards need, with the buffers that all share."""
+        if not self._group.step.cuda_graphs:
+            return 0.0
+        layers, rows = len(self._group.shape.moe_layers), most_rows(self._group)
+        widths = wave * (layers + rows + 2) + 2 * (_BACKWARD + rows)
+        return widths * self._group.rank_tokens * self._width
 
     @cached_property
     def _gathered(self) -> float:
@@ -242,7 +285,7 @@ def attention_token_bytes(group: GroupCosts, member: int) -> float:
 
 def most_experts(group: GroupCosts, member: int, wave: float, weight_gradients: str = TOGETHER) -> int:
     """The most (layer, expert) pairs that fit on a member; -1 when not even none does."""
-    limit, memory = usable(group, member), _MemoryOfMember(group, member, IMBALANCE, weight_gradients)
+    limit, memory = usable(group, member), _MemoryOfMember(group, member, None, weight_gradients)
 
     def total(experts: int) -> float:
         return memory.of(experts, wave).total

@@ -43,6 +43,7 @@ class Question:
         schedules: choices, "zebra" and perhaps "overlapped", where a step has more than one wave.
         virtual_stages: chunks that each pipeline stage has.
         context: attention ranks, or groups of them that share weights, that have parts of one sequence.
+        cuda_graphs: whether attention ranks replay what they compute between transfers.
     """
 
     shape: ModelShape
@@ -60,6 +61,7 @@ class Question:
     stage_layers: tuple[tuple[int, ...], ...] = ((),)
     virtual_stages: int = 1
     context: int = 1
+    cuda_graphs: bool = False
 
     def stages(self, stage_layers: tuple[int, ...]) -> int:
         """The number of pipeline stages that a choice has."""
@@ -355,7 +357,7 @@ def _steps(
         if not all(kinds[name].has_recompute(recompute) for name, _ in attention):
             continue
         for distributed in question.distributed_optimizer:
-            step = Step(question.micro_batch, microbatches, question.vocabulary, recompute, distributed)
+            step = Step(question.micro_batch, microbatches, question.vocabulary, recompute, distributed, cuda_graphs=question.cuda_graphs)
             if base is None:
                 seats = seats_of([name for name, count in (*attention, *expert) for _ in range(count)], cluster, kinds)
                 base = GroupCosts(question.shape, step, (*seats[:m], *seats[m::shares]), m, groups, question.precision,

@@ -18,6 +18,8 @@ from megatron_hetermoe.planner.memory import imbalance_that_fits, in_flight, mem
 from megatron_hetermoe.planner.options import Option, Question, options, variants
 from megatron_hetermoe.planner.staged import balance_stages, divisions, quick_seconds, scheduled
 from megatron_hetermoe.schedule.orders import build
+from megatron_hetermoe.schedule.tasks import Kind as TaskKind
+from megatron_hetermoe.schedule.tasks import Stream
 from megatron_hetermoe.simulator.events import simulate, simulate_stages
 from megatron_hetermoe.topology.layout import ATTENTION, EXPERT
 
@@ -291,12 +293,12 @@ def _delayed(one: Priced) -> Priced | None:
     return replace(one, assignment=assignment, tokens_per_second=one.option.tokens / seconds, weight_gradients=DELAYED)
 
 
-def _thoroughly(priced: list[Priced]) -> list[Priced]:
-    """The fastest priced with all that a schedule has, and so on until the fastest of all is one of these: the quick
-    figures leave out what channels take from each other, so they are lower."""
+def _thoroughly(priced: list[Priced], least: int = _THOROUGH) -> list[Priced]:
+    """The fastest priced with all that a schedule has, at least so many and so on until the fastest of all is one of these: the
+    quick figures leave out what channels take from each other, so they are lower."""
     full: list[Priced] = []
     quick = list(priced)
-    while quick and (len(full) < _THOROUGH or _fastest(quick[0]) < min(map(_fastest, full))):
+    while quick and (len(full) < least or _fastest(quick[0]) < min(map(_fastest, full))):
         one = quick.pop(0)
         if one.option.stage_layers and full and _fastest(one) > min(map(_fastest, full)):
             full.append(one)  # its first figure is rather too high
@@ -386,8 +388,8 @@ def left_out(found: Found, cluster: Cluster) -> list[LeftOut]:
     for name, pool in cluster.pools.items():
         waiting = best.without_work().get(name, 0)
         if waiting:
-            result.append(LeftOut(name, waiting, "they hold no expert in the fastest placement: each is done sooner on "
-                                                 "an attention rank, so the others could train without them"))
+            result.append(LeftOut(name, waiting, f"they hold no expert in the fastest placement: {_of_one_expert(best, name)}, so "
+                                                 "the others could train without them"))
         idle = pool.gpus - used.get(name, 0)
         if not idle:
             continue
@@ -402,6 +404,21 @@ def left_out(found: Found, cluster: Cluster) -> list[LeftOut]:
             reason = "they do not divide into the ZP groups for which the global batch divides"
         result.append(LeftOut(name, idle, reason))
     return result
+
+
+def _of_one_expert(best: Priced, pool: str) -> str:
+    """What an expert on each expert rank of a pool would take, beside one on an attention rank."""
+    import numpy as np
+
+    group = best.option.group
+    members = [member for member in _members(group, EXPERT) if group.seats[member].pool.name == pool]
+    held = np.zeros(group.members)
+    held[members[:group.shape.experts]] = 1
+    sent = 2 * sum(group.latency + float(group.link_seconds(kind, Stream.OUT, held).max())
+                   for kind in (TaskKind.DISPATCH, TaskKind.COMBINE))
+    there, here = (1e3 * sum(group.expert[member]) for member in (members[0], 0))
+    return f"one each takes {1e3 * sent:.1f} ms of a layer and microbatch to send and {there:.1f} to compute, on an attention rank " \
+           f"{here:.1f} to compute"
 
 
 def after_losing_a_node(
@@ -421,8 +438,22 @@ def after_losing_a_node(
     for name in cluster.pools:
         rest = cluster.without_node(name)
         found = search(question, rest, kinds, thorough=False, most=_FEW)
-        result[name] = found.best[0] if found.best else None
+        best_left = list(found.best)
+        if best_left and best_left[0].option.stage_layers:
+            best_left = _thoroughly(best_left, 1)  # first figures of pipelines may be far too low
+        result[name] = best_left[0] if best_left else None
     return result
+
+
+def with_fewer_nodes(found: Found, lost: Mapping[str, Priced | None]) -> Found:
+    """The same, headed by a plan that ``after_losing_a_node`` came to, where one is faster: it is one for all nodes too, of a
+    layout that has fewer ranks than the nodes allow."""
+    best = found.best[0]
+    for one in filter(None, lost.values()):
+        if one.tokens_per_second > best.tokens_per_second:
+            one = _thoroughly([one], 1)[0]
+            best = one if one.tokens_per_second > best.tokens_per_second else best
+    return found if best is found.best[0] else replace(found, best=(best, *found.best))
 
 
 def fits(question: Question, cluster: Cluster, kinds: Mapping[str, Kind]) -> bool:

@@ -126,13 +126,14 @@ def _waves(group: GroupCosts, wave: int) -> int:
 
 def _step(stages: Sequence[tuple[GroupCosts, float]], wave: int) -> float:
     """Seconds of a pipeline's step, from those of each stage by itself: the slowest stage's, and a wave of each other one,
-    before its first wave comes and after its last one has gone; of one chunk of it where a stage has several."""
+    before its first wave comes and after its last one has gone; of one chunk of it where a stage has several. As many waves are
+    on the way as there are stages, so what one waits in handovers, there and back, each waits by that share."""
     each, chunks = [], max(1, len(stages[0][0].chunks))
     for group, seconds in stages:
         once = max(group.optimizer(members[0], 0) for members in group.alike.values())
         each.append((seconds, (seconds - once) / _waves(group, wave) / chunks))
     slowest = max(range(len(each)), key=lambda stage: each[stage][0])
-    handovers = 2 * (len(each) * chunks - 1) * stages[0][0].handover_seconds(0)
+    handovers = 2 * (len(each) * chunks - 1) * stages[0][0].handover_seconds(0) * max(1.0, _waves(stages[0][0], wave) / len(each))
     return each[slowest][0] + sum(one for stage, (_, one) in enumerate(each) if stage != slowest) + handovers
 
 

@@ -38,6 +38,18 @@ def step_seconds(
     Returns:
         [candidates]
     """
+    return step_ends(group, experts, schedule, wave, microbatches)[1]
+
+
+def step_ends(
+    group: GroupCosts, experts: np.ndarray, schedule: str = "zebra", wave: int | None = None,
+    microbatches: int | None = None,
+) -> np.ndarray:
+    """``step_seconds``, and when the last task of an attention rank ends before reductions and optimizer.
+
+    Returns:
+        [2, candidates]: tasks of attention ranks, the step.
+    """
     import numpy as np
 
     shape = group.shape
@@ -45,10 +57,10 @@ def step_seconds(
     if group.has_host:
         on_attention = experts[:, :, :group.attention_members].any(axis=(1, 2))
         if on_attention.any() and not on_attention.all():
-            seconds = np.empty(len(experts))
+            ends = np.empty((2, len(experts)))
             for chosen in (on_attention, ~on_attention):
-                seconds[chosen] = step_seconds(group, experts[chosen], schedule, wave, microbatches)
-            return seconds
+                ends[:, chosen] = step_ends(group, experts[chosen], schedule, wave, microbatches)
+            return ends
     tracks = _tracks(group, experts)
     owners = sum(track < group.attention_members for track in tracks)
     counts = experts[:, :, tracks].transpose(1, 2, 0)  # [K, tracks, candidates]
@@ -60,12 +72,13 @@ def step_seconds(
         clock, sent = _run_queued(compile_queueing(*order, bool(on_attention.any())), prices, hosts, counts, owners)
     else:
         clock, sent = _run(compile_program(*order), prices, counts, owners)
+    tasks = clock[:owners].max(axis=0)
     for layer, end in sent.items():  # a member reduces its gradients after all its tasks, transfers among them
         clock = np.where(counts[layer] > 0, np.maximum(clock, end), clock)
     held_by = experts.sum(axis=1)[:, tracks].astype(int).T
     reduction = _each(held_by, lambda row, pairs: group.reduction(tracks[row], pairs))
     optimizer = _each(held_by, lambda row, pairs: group.optimizer(tracks[row], pairs))
-    return (clock + reduction).max(axis=0) + optimizer.max(axis=0)
+    return np.array([tasks, (clock + reduction).max(axis=0) + optimizer.max(axis=0)])
 
 
 def _prices(group: GroupCosts, experts: np.ndarray, counts: np.ndarray, tracks: list[int], of: Task) -> list[np.ndarray]:

@@ -230,7 +230,7 @@ def _prices(args: argparse.Namespace, model: str, length: int) -> Prices:
     cluster = take_profiles(_profiles(args, model), flags, _machine(args), (FAST,) * fast + (SLOW,) * slow, lengths, memory,
                             args.limit, _ours(args))
     return price(cluster, model_shape(model, length), args.batch, VOCABULARY, args.precision, args.throttle_gbps,
-                 args.micro_batch)
+                 args.micro_batch, not args.no_graphs)
 
 
 if __name__ == "__main__":

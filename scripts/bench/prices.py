@@ -101,7 +101,7 @@ def _succeed(ended: Ended) -> None:
 
 def price(
     path: Path, shape: ModelShape, batch: int, vocabulary: int, precision: str = "bf16", gbps: float | None = None,
-    micro_batch: int = 1,
+    micro_batch: int = 1, cuda_graphs: bool = True,
 ) -> Prices:
     """Plans and predictions for a cluster that was measured.
 
@@ -113,11 +113,13 @@ def price(
         precision: of parameters and activations.
         gbps: of a slower network that a rank's traffic is to be as on, in 10^9 bits a second; None for the measured one.
         micro_batch: sequences of a microbatch.
+        cuda_graphs: whether attention ranks will have them, which take memory.
     """
     notes = Notes()
     cluster, more = throttled(read_cluster(path, notes), gbps, notes) if gbps else (read_cluster(path, notes), 0.0)
     kinds = kinds_of(cluster, shape, precision, notes)
-    question = Question(shape, precision, micro_batch, batch, vocabulary, ("none",), (False,), weight_gradients=(TOGETHER, MERGED))
+    question = Question(shape, precision, micro_batch, batch, vocabulary, ("none",), (False,), weight_gradients=(TOGETHER, MERGED),
+                        cuda_graphs=cuda_graphs)
     by_kind = _by_kind(question, cluster, kinds)
     found = {
         ASYM_EA: _priced(by_kind, "zebra", by_kind.wave), EVERYTHING: _priced(by_kind, "overlapped", _half(by_kind)),

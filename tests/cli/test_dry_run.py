@@ -45,7 +45,7 @@ def test_all_tasks_are_measured_beside_the_plan_and_nothing_is_saved(tmp_path):
         for way in ("forward", "backward"):
             assert float(table[f"{kind} {way}"][2]) > 0, lines
     assert table["step"][:2] == ["4000.00", "ms"] and float(table["step"][2]) > 0
-    assert table["memory of attention ranks"] == ["2.00", "GB", "-"]
+    assert table["memory of attention ranks"] == ["1.00", "GB", "-"]  # without what no allocator of torch counts
     assert "memory: not checked without a GPU" in lines
     assert sum(bool(re.match(r"channel (out|back): \d+\.\d MB .* GB/s$", line)) for line in lines) == 2
 

@@ -124,7 +124,7 @@ def test_whatever_fits_at_all_is_found():
 
 def test_memory_counts_what_a_rank_holds():
     priced = group(2, 2, microbatches=4)
-    few, many = (member_memory(priced, 2, experts, 4) for experts in (3, 6))
+    few, many = (member_memory(priced, 2, experts, 4, 1) for experts in (3, 6))
     assert many.weights == 2 * few.weights and many.activations == 2 * few.activations
     assert member_memory(priced, 0, 0, 4).activations == 2 * member_memory(priced, 0, 0, 2).activations
     assert few.gradients == 2 * few.weights and few.optimizer == 6 * few.weights  # bf16: fp32 gradients, 12 bytes
@@ -134,12 +134,12 @@ def test_memory_counts_what_waits_for_a_waves_weights():
     """Of six experts in three layers, in bf16, for each row of a wave: the second product's gradient (64) and a copy of its
     rows and gradient (128 and 64); more where the backward makes rows again."""
     priced = group(2, 2, microbatches=4)
-    rows = 4 * 2 * 1.25 * priced.expert_tokens
+    rows = 4 * 2 * priced.expert_tokens
     for step, size in ((priced.step, 2 * 256), (replace(priced.step, activation_again=True), 2 * (256 + 128)),
                        (replace(priced.step, recompute="full"), 2 * (256 + 64 + 3 * 128))):
         of = replace(priced, step=step)
-        merged, plain = (member_memory(of, 2, 6, 4, weight_gradients=how) for how in ("merged", "together"))
-        assert merged.total - plain.total == pytest.approx(rows * size)
+        merged, plain = (member_memory(of, 2, 6, 4, 1, how) for how in ("merged", "together"))
+        assert merged.transient - plain.transient == pytest.approx(rows * size)
 
 
 def test_memory_bounds_how_uneven_routing_may_become():

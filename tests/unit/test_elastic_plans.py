@@ -113,7 +113,7 @@ def priced(memory):
 
 def test_memory_decides_how_many_microbatches_are_on_the_way():
     assert priced(40e9).plan.wave == 4
-    smaller = priced(1.678e9)
+    smaller = priced(1.68e9)
     assert smaller.plan.wave == 2 and "2 microbatches on the way together in place of 4, for memory" in smaller.said[-1]
     with pytest.raises(UsageError, match="with 16 experts of all layers a GPU of old lacks"):
         priced(1.67e9)

@@ -13,7 +13,7 @@ from megatron_hetermoe.cost.cluster import kinds_of
 from megatron_hetermoe.cost.curves import Notes
 from megatron_hetermoe.planner import asym_ea
 from megatron_hetermoe.planner.asym_ea import long_step_seconds
-from megatron_hetermoe.planner.memory import IMBALANCE, member_memory, most_experts, usable
+from megatron_hetermoe.planner.memory import member_memory, most_experts, usable
 from megatron_hetermoe.planner.options import Question
 from megatron_hetermoe.planner.search import search
 from megatron_hetermoe.schedule.tasks import Kind, Pass
@@ -25,7 +25,12 @@ planning_time = modules("planning_time").planning_time
 
 
 def walked_seconds(group, counts, schedule="zebra", wave=None, microbatches=None):
-    """Seconds of a step of one placement, [K, members], task after task and member after member."""
+    """Seconds of a step of one placement, [K, members]."""
+    return walked_ends(group, counts, schedule, wave, microbatches)[1]
+
+
+def walked_ends(group, counts, schedule="zebra", wave=None, microbatches=None):
+    """When attention ranks' last task and the step end, task after task and member after member."""
     m, of = group.attention_members, group.shape
     order = schedule, of.layers, of.moe_layers, microbatches or group.step.microbatches, wave
     on_attention = bool(counts[:, :m].any())
@@ -57,7 +62,7 @@ def walked_seconds(group, counts, schedule="zebra", wave=None, microbatches=None
             reduced[member] = max(reduced[member], ends[number])
     pairs = counts.sum(axis=0).astype(int).tolist()
     last = max(max(computed[member], reduced[member]) + group.reduction(member, pairs[member]) for member in range(group.members))
-    return last + max(group.optimizer(member, pairs[member]) for member in range(group.members))
+    return max(computed[:m]), last + max(group.optimizer(member, pairs[member]) for member in range(group.members))
 
 
 def some_placements(rng, counts, m, number):
@@ -118,7 +123,7 @@ def test_the_same_plans_are_found_by_walking(seed, monkeypatch):
     fast = found()
 
     def walking(group, experts, schedule, wave, microbatches):
-        return np.array([walked_seconds(group, one, schedule, wave, microbatches) for one in experts])
+        return np.array([walked_ends(group, one, schedule, wave, microbatches) for one in experts]).T
 
     monkeypatch.setattr(asym_ea, "_simulated", walking)
     walked = found()
@@ -135,12 +140,12 @@ def test_most_experts_are_the_most_that_fit(weight_gradients):
         for member in (0, priced.members - 1):
             wave = rng.choice([1, 2.5, 4])
             seat = priced.seats[member]
-            room = member_memory(priced, member, rng.choice(pairs), wave, IMBALANCE, weight_gradients).total
+            room = member_memory(priced, member, rng.choice(pairs), wave, None, weight_gradients).total
             seats = [replace(seat, pool=replace(seat.pool, memory=room / 0.9)) if one == member else other
                      for one, other in enumerate(priced.seats)]
             tight = replace(priced, seats=tuple(seats))
             fits = [count for count in pairs
-                    if member_memory(tight, member, count, wave, IMBALANCE, weight_gradients).total <= usable(tight, member)]
+                    if member_memory(tight, member, count, wave, None, weight_gradients).total <= usable(tight, member)]
             assert most_experts(tight, member, wave, weight_gradients) == max(fits, default=-1)
 
 
