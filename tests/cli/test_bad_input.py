@@ -142,12 +142,14 @@ def test_split_experts_beside_whole_ones(tmp_path, placement):
 def test_a_plan_that_was_reckoned_with_other_flags(tmp_path):
     plan = Plan(
         shape(), 2, 2, 1, ((2, 2, 2, 2, 3, 3, 3, 3),) * 2,
-        step=Step(micro_batch=2, microbatches=4, vocabulary=255, recompute="core_attn", distributed_optimizer=True),
+        step=Step(micro_batch=2, microbatches=4, vocabulary=255, recompute="core_attn", distributed_optimizer=True,
+                  cuda_graphs=True),
     )
     (tmp_path / "plan.json").write_text(plan.to_json())
     said = refused(["--hetermoe", "--hetermoe-plan", str(tmp_path / "plan.json"), *tiny(global_batch_size=7)], tmp_path)
     for problem in (
         "the plan was made with --micro-batch-size 2, the flags say 1", "--use-distributed-optimizer True, the flags",
+        "--hetermoe-cuda-graphs True, the flags say False",
         "core_attn, the flags say none", "--global-batch-size 7 does not divide",
     ):
         assert problem in said, problem
