@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
+import sys
 from functools import cache
 
 import torch
@@ -28,6 +28,6 @@ def has_kernels(device: torch.device) -> bool:
         starts = torch.zeros(2, dtype=torch.int64, device=device)
         kernels.summed(torch.ones(1, 1, device=device), starts, starts)
     except Exception as error:  # whatever Triton, its compiler or the compiler of C raises
-        logging.getLogger(__name__).warning("Triton's kernels do not run here, so torch's slower ones do: %s", error)
+        print(f"hetermoe: warning: Triton's kernels do not run here ({error}), so torch's do, which are slower", file=sys.stderr)
         return False
     return True

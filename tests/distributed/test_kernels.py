@@ -57,5 +57,17 @@ def test_interpreted(script):
     assert ended.returncode == 0, ended.stderr
 
 
-def test_a_device_without_them():
+def test_a_device_without_them(monkeypatch, capsys):
+    """The CPU; a GPU that is too old; one on which they cannot be made, which is said."""
+    from megatron_hetermoe.runtime import device, kernels
+
+    def fail(*args):
+        raise RuntimeError("no C compiler")
+
     assert not has_kernels(torch.device("cpu"))
+    monkeypatch.setattr(device, "is_gpu", lambda of: True)
+    monkeypatch.setattr(kernels, "summed", fail)
+    for capability, said in (((7, 0), ""), ((8, 0), "no C compiler")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of, capability=capability: capability)
+        assert not has_kernels.__wrapped__(torch.device("cpu"))
+        assert said in capsys.readouterr().err
