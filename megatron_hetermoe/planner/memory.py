@@ -21,8 +21,9 @@ _WORKSPACES = 0.5e9
 # recorded, later by 0.2; of a few ranks the fullest is taken to be 1.3 standard deviations above.
 _DEVIATION, _FULLEST = 0.6, 1.3
 # Share of what comes and goes with rows that the allocator holds besides: rows are others in each microbatch and step, a block
-# that is free serves only what is no larger, and Adam's moments come into the blocks of the first step. By its rules rows that were recorded need 0.19 to 0.28 on expert ranks, and
-# most often 0.2 to 0.34 on attention ranks (``scripts/bench/allocator.py``).
+# that is free serves only what is no larger, and Adam's moments come into the blocks of the first step. By the allocator's rules
+# rows that were recorded need 0.19 to 0.28 on expert ranks, and most often 0.2 to 0.34 on attention ranks
+# (``scripts/bench/allocator.py``).
 _GAPS = 0.25
 _BACKWARD = 7  # widths of a token that the backward of an attention task has at once, beside what was kept
 _MOMENTS = 8  # bytes a parameter: Adam's, in fp32

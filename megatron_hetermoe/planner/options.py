@@ -164,8 +164,9 @@ class Option:
                 known[key] = _microbatch_bound(group, sent) * microbatches + max(
                     group.optimizer(members[0], 0) for members in group.alike.values())
             slowest = max(slowest, before + known[key])
-            before += 0.0 if group.chunks else min(sum(map(sum, group.attention[members[0]])) for (is_attention, _), members in group.alike.items()
-                          if is_attention)
+            before += 0.0 if group.chunks else min(
+                sum(map(sum, group.attention[members[0]]))
+                for (is_attention, _), members in group.alike.items() if is_attention)
         return self.tokens / slowest
 
     @cached_property

@@ -6,8 +6,8 @@ Twelve configurations of layout, placement, wave and channel speed; tasks of 20 
 channels. Prints each step as told and as it was, and the median error. Run it on an idle machine: a rank that the
 system does not wake in time counts as an error of the simulator's. What is left is what no price has in it: the meeting
 of a transfer's ranks, half a millisecond and more, and the wake-up after each wait. So configurations with
-transfers of 1 ms are off most, and of these the one with two waves, whose ramps have most transfers one after the other. On a machine that does other work too,
-``--scale`` has all tasks take longer, so that a late rank counts for less.
+transfers of 1 ms are off most, and of these the one with two waves, whose ramps have most transfers one after the other.
+On a machine that does other work too, ``--scale`` has all tasks take longer, so that a late rank counts for less.
 """
 
 from __future__ import annotations
